@@ -1,0 +1,334 @@
+"""The loop: for each task, reset; for each image, predict, score, adapt, record. `evaluate` is the same loop."""
+
+import hashlib
+import platform
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from segadapt import __version__, metrics, stream
+from segadapt.config import AdaptConfig, EvaluateConfig
+from segadapt.datasets import Dataset, Task
+from segadapt.datasets.build import build_dataset, build_tasks
+from segadapt.errors import UserError
+from segadapt.models.build import Models, build_models
+from segadapt.models.combined import Prediction
+from segadapt.models.generative.placement import assert_placed
+from segadapt.record import JsonLines, RunFolder, write_bytes, write_json, write_png_palette
+from segadapt.terminal import TaskProgress, copyable_line, results_table
+from segadapt.wandb_mirror import Mirror, open_mirror
+
+MEANS = ("miou", "macc", "aacc", "mf1", "mprecision", "mrecall")
+SHOWN = MEANS[:5]  # mRecall is mAcc
+PACKAGES = (
+    "torch",
+    "transformers",
+    "diffusers",
+    "accelerate",
+    "torchmetrics",
+    "numpy",
+    "opencv-python-headless",
+)
+# Settings that cannot change results; all others are part of the run's identity.
+FREE = ("experiment.name", "experiment.id", "logging", "data.workers", "data.max_pixels", "runtime.threads",
+        "model.generative.prompts.cache_dir")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One row of the results; scores None where the images have no labels."""
+
+    task: Task
+    images: int
+    seconds: float
+    scores: metrics.Scores | None
+    counts_CC: np.ndarray
+    steps_skipped: int  # loss or gradient was not finite
+
+
+def method_of(settings: EvaluateConfig) -> str:
+    """'generative', or 'source' where nothing is updated."""
+    return "generative" if isinstance(settings, AdaptConfig) and settings.tta.forward_mode == "tta" else "source"
+
+
+def identity(settings: EvaluateConfig) -> dict[str, Any]:
+    """All settings that can change results, as nested JSON values."""
+    values = asdict(settings)
+    for name in FREE:
+        *folders, last = name.split(".")
+        node: Any = values
+        for folder in folders:
+            node = node.get(folder, {})
+        node.pop(last, None)
+    if method_of(settings) == "source":  # what only the update reads does not make another run
+        values["model"] = {"discriminative": values["model"]["discriminative"]}
+        values.pop("tta", None)
+    return values | {"method": method_of(settings)}
+
+
+def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
+    """One sentence that says what was measured."""
+    data, runtime, seed = settings.data, settings.runtime, settings.experiment.seed
+    parts = [f"method {method_of(settings)}", f"segmenter {settings.model.discriminative.checkpoint}"]
+    if isinstance(settings, AdaptConfig) and method_of(settings) == "generative":
+        g, loss, opt, update = (
+            settings.model.generative,
+            settings.model.loss,
+            settings.tta.optimizer,
+            settings.model.update,
+        )
+        moving = [name for name in ("discriminative", "generative") if getattr(update, name)]
+        rates = {"discriminative": opt.lr_discriminative, "generative": opt.lr_generative}
+        sigma = f"{g.sigma:g}" if g.sigma_high is None else f"{g.sigma:g}..{g.sigma_high:g}"
+        parts += [
+            f"teacher {g.checkpoint}",
+            f"windows {g.window_px} px, stride {g.stride_px} px",
+            f"sigma {sigma}",
+            f"LogitNorm {'on' if loss.logit_norm else 'off'}, temperature {loss.temperature:g}",
+            f"classes top-{loss.topk}, at most {loss.classes_threshold} a window, mask {loss.mask_reduction}",
+            f"{opt.name} on " + " and ".join(f"{m} {rates[m] if rates[m] is not None else opt.lr:g}" for m in moving)
+            + (" (norms only)" if update.update_norm_only else ""),
+            "continual" if settings.tta.continual else "reset before each task",
+        ]  # fmt: skip
+    parts += [
+        "scored before the update at label size, one bilinear resize",
+        f"short side {data.short_side_px} px",
+        f"shuffle seed {seed}" if data.shuffle else "not shuffled",
+        f"{runtime.precision} {'autocast over fp32 weights' if runtime.precision == 'bf16' else ''}".strip(),
+        f"data {data.name} {data.split}, order {order_sha256[:12]}",
+    ]
+    return "; ".join(parts)
+
+
+def versions(main: torch.device) -> dict[str, str]:
+    """Python, packages and device."""
+    device = torch.cuda.get_device_name(main) if main.type == "cuda" else platform.machine() + " CPU"
+    count = torch.cuda.device_count() if main.type == "cuda" else torch.get_num_threads()
+    packages = {name: version(name) for name in PACKAGES}
+    return {"segadapt": __version__, "python": platform.python_version(), "device": f"{count} x {device}"} | packages
+
+
+def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str, Any]:
+    """Run the whole stream; returns what results.json holds.
+
+    Raises:
+        UserError: a mistake in settings, data or checkpoints, before the first step wherever it can be known.
+    """
+    console = console or Console()
+    dataset, tasks = build_dataset(settings.data), build_tasks(settings.data)
+    entries = _all_entries(settings, dataset, tasks, console)
+    order_sha256 = stream.order_hash([entry for task_entries in entries for entry in task_entries])
+    folder = RunFolder.open(
+        settings.logging.root, settings.experiment.name, run_id=settings.experiment.id, settings=identity(settings)
+    )
+    write_bytes(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(settings))).encode())
+    models = build_models(settings, dataset.classes)
+    sentence = protocol(settings, order_sha256=order_sha256)
+    console.print(f"run folder {folder.path}", f"protocol: {sentence}", sep="\n", highlight=False, soft_wrap=True)
+    if models.placement is not None:
+        console.print("generative model on", *models.placement.lines, sep="\n  ", highlight=False, soft_wrap=True)
+    mirror = open_mirror(
+        settings.logging.wandb.mode,
+        entity=settings.logging.wandb.entity,
+        project=settings.logging.wandb.project,
+        name=f"{folder.id}-{settings.experiment.name}",
+        group=settings.experiment.name,
+        job_type=method_of(settings),
+        config=asdict(settings) | {"protocol": sentence},
+        folder=folder.path,
+    )
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    results = []
+    flat = [entry for task_entries in entries for entry in task_entries]
+    samples = stream.read(dataset, flat, short_side_px=settings.data.short_side_px, workers=settings.data.workers)
+    data_digest = hashlib.sha256()
+    try:
+        with JsonLines(folder.path / "records.jsonl") as records, JsonLines(folder.path / "timings.jsonl") as timings:
+            timings.append({"started": started})
+            for task, task_entries in zip(tasks, entries, strict=True):
+                loop = _TaskLoop(settings, dataset, models, folder, mirror, console, records, timings)
+                results.append(loop.run(task, len(task_entries), len(tasks), samples, data_digest))
+        summary = {
+            "protocol": sentence,
+            "method": method_of(settings),
+            "started": started,
+            "tasks": [_row(result, dataset.classes) for result in results],
+            "mean": {name: _mean(results, name) for name in MEANS},
+            "seed": settings.experiment.seed,
+            "order_sha256": order_sha256,
+            "data_sha256": data_digest.hexdigest(),
+            "weights_sha256": models.fingerprints,
+            "versions": versions(models.combined.device),
+        }
+        write_json(folder.path / "results.json", summary)
+        mirror.summary({f"mean/{name}": value for name, value in summary["mean"].items()})
+    finally:
+        mirror.finish()
+    _print_results(console, results, summary["mean"])
+    return summary | {"folder": str(folder.path)}
+
+
+def _all_entries(
+    settings: EvaluateConfig, dataset: Dataset, tasks: list[Task], console: Console
+) -> list[list[stream.Entry]]:
+    """The whole stream, listed before anything is loaded; says which labels have no image."""
+    data, entries = settings.data, []
+    for task in tasks:
+        entries.append(
+            stream.order(dataset, task, seed=settings.experiment.seed, shuffle=data.shuffle, limit=data.limit)
+        )
+        missing = getattr(dataset, "missing_images", lambda _: [])(task)
+        if missing:
+            console.print(f"{task.name}: {len(missing)} labels have no image (first: {missing[0]})", highlight=False)
+    return entries
+
+
+class _TaskLoop:
+    """One task: the state is its confusion matrix, its place, and how many steps were skipped."""
+
+    def __init__(
+        self,
+        settings: EvaluateConfig,
+        dataset: Dataset,
+        models: Models,
+        folder: RunFolder,
+        mirror: Mirror,
+        console: Console,
+        records: JsonLines,
+        timings: JsonLines,
+    ):
+        self.settings, self.dataset, self.models, self.folder = settings, dataset, models, folder
+        self.mirror, self.console, self.records, self.timings = mirror, console, records, timings
+        self.matrix = metrics.ConfusionMatrix(len(dataset.classes), models.combined.device)
+        self.labelled = self.skipped = 0
+
+    def run(self, task: Task, images: int, num_tasks: int, samples: Any, data_digest: Any) -> TaskResult:
+        """Reset unless continual, then predict, score, adapt and record each image."""
+        combined, slug = self.models.combined, slug_of(task)
+        if not (isinstance(self.settings, AdaptConfig) and self.settings.tta.continual):
+            combined.reset()
+        if self.models.placement is not None and combined.generative is not None:
+            assert_placed(combined.generative.transformer, self.models.placement)
+        start = time.perf_counter()
+        with TaskProgress(
+            task.name, task_number=task.index + 1, num_tasks=num_tasks, num_images=images, console=self.console
+        ) as progress:
+            for index in range(images):
+                began = time.perf_counter()
+                sample: stream.Prepared = next(samples)
+                ready = time.perf_counter()
+                assert sample.entry.task == task, (sample.entry, task)
+                prediction = combined.step(sample.image_3HW, task=task.name, key=sample.entry.key)
+                miou = self._score_and_save(slug, index, sample, prediction)
+                data_digest.update(sample.digest.encode())
+                self._record(task, index, sample, prediction, miou)
+                done = time.perf_counter()
+                self.timings.append({"task": task.name, "key": sample.entry.key, "seconds": round(done - ready, 6),
+                                     "waited_for_data": round(ready - began, 6)})  # fmt: skip
+                progress.advance(float("nan") if miou is None else miou)
+        counts_CC = self.matrix.counts()
+        scores = metrics.scores(counts_CC) if self.labelled else None
+        result = TaskResult(task, images, time.perf_counter() - start, scores, counts_CC, self.skipped)
+        row = _row(result, self.dataset.classes)
+        write_json(self.folder.path / "tasks" / f"{slug}.json", row | {"confusion_matrix": counts_CC})
+        self.mirror.summary({f"{slug}/{name}": row[name] for name in MEANS})
+        if isinstance(self.settings, AdaptConfig) and self.settings.tta.save_adapted:
+            combined.segmenter.save(self.folder.path / "adapted" / slug)
+        if self.skipped:
+            self.console.print(f"{task.name}: {self.skipped} steps skipped, loss or gradient was not finite")
+        return result
+
+    def _score_and_save(self, slug: str, index: int, sample: stream.Prepared, prediction: Prediction) -> float | None:
+        """Count the pixels; write the PNG if asked; returns the running mIoU of the task, None without labels."""
+        logging, wants_file = self.settings.logging, False
+        wants_file = logging.predictions == "all" or (logging.predictions == "sample" and index < logging.sample_images)
+        if sample.label_HW is None and not wants_file:
+            return None
+        classes_HW = metrics.predict_at_label_size(prediction.logits_Chw, sample.size_px)
+        if wants_file:
+            path = self.folder.path / "predictions" / slug / f"{sample.entry.key}.png"
+            write_png_palette(path, classes_HW.cpu().numpy(), self.dataset.palette_C3)
+        if sample.label_HW is None:
+            return None
+        self.matrix.update(classes_HW, sample.label_HW.to(classes_HW.device))
+        self.labelled += 1
+        return metrics.scores(self.matrix.counts()).miou
+
+    def _record(
+        self, task: Task, index: int, sample: stream.Prepared, prediction: Prediction, miou: float | None
+    ) -> None:
+        """One line of the record of truth, and its copy."""
+        line: dict[str, Any] = {"task": task.name, "index": index, "key": sample.entry.key, "data": sample.digest,
+                                "running_miou": miou}  # fmt: skip
+        if prediction.loss is not None:
+            self.skipped += not prediction.is_updated
+            line |= {
+                "loss": prediction.loss,
+                "grad_norm": prediction.grad_norm,
+                "is_updated": prediction.is_updated,
+                "candidates": prediction.candidates,
+                "single_class_windows": sum(count == 1 for count in prediction.candidates),
+                "kept": prediction.kept,
+            }
+        self.records.append(line)
+        shown = {
+            name: line[name] for name in ("running_miou", "loss", "grad_norm", "kept") if line.get(name) is not None
+        }
+        self.mirror.log({f"{slug_of(task)}/{name}": value for name, value in shown.items()}, step=index)
+
+
+def slug_of(task: Task) -> str:
+    """'00_gaussian_noise-5': index and name, so that no task overwrites another."""
+    return f"{task.index:02d}_{task.name.replace('/', '-')}"
+
+
+def _row(result: TaskResult, classes: tuple[str, ...]) -> dict[str, Any]:
+    """One task as results.json holds it: fractions, NaN as null."""
+    row: dict[str, Any] = {"task": result.task.name, "images": result.images}
+    row |= {name: getattr(result.scores, name) if result.scores else None for name in MEANS}
+    per_class = result.scores.iou_C.tolist() if result.scores else [None] * len(classes)
+    return row | {
+        "per_class": dict(zip(classes, per_class, strict=True)),
+        "steps_skipped": result.steps_skipped,
+        "seconds": round(result.seconds, 3),
+    }
+
+
+def _mean(results: list[TaskResult], name: str) -> float | None:
+    """Unweighted mean over the tasks; None without labels."""
+    values = [getattr(result.scores, name) for result in results if result.scores]
+    return float(np.mean(values)) if values else None
+
+
+def _print_results(console: Console, results: list[TaskResult], mean: dict[str, Any]) -> None:
+    """The final table and one copyable line of mIoU per task and mean, in percent."""
+    if not any(result.scores for result in results):
+        console.print(f"{sum(result.images for result in results)} unlabelled images: predictions only")
+        return
+    rows = [
+        [r.task.name, r.images, *(getattr(r.scores, name) for name in SHOWN), f"{r.seconds / r.images:.3f}"]
+        for r in results
+    ]
+    rows.append(["mean", sum(r.images for r in results), *(mean[name] for name in SHOWN), ""])
+    console.print(results_table(rows, ["task", "images", "mIoU", "mAcc", "aAcc", "mF1", "mPrec", "s/image"]))
+    line = copyable_line([*(r.scores.miou if r.scores else None for r in results), mean["miou"]])
+    console.print(f"mIoU %: {line}", highlight=False, soft_wrap=True, markup=False)
+
+
+def warn_unlabelled(settings: EvaluateConfig) -> None:
+    """UserError: unlabelled images and nothing to leave behind."""
+    if settings.data.label_path is None and settings.data.kind == "files" and settings.logging.predictions == "none":
+        raise UserError("data.label_path=null and logging.predictions=none: the run would leave nothing. Set "
+                        "logging.predictions=all, or give labels.")  # fmt: skip
+
+
+def folder_of(results: dict[str, Any]) -> Path:
+    """The run folder of what `run` returned."""
+    return Path(results["folder"])

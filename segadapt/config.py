@@ -1,0 +1,357 @@
+"""Every setting: its type, its meaning with unit, its choices. Values live in conf/*.yaml alone.
+
+Hydra composes the YAML; `parse` checks it against these classes and returns plain dataclasses. There is no `_target_`
+and no interpolation that computes: a config can name values, never code.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from segadapt.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+
+
+def setting(text: str, *, choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf) -> Any:
+    """A field without default: what it means, its choices, its closed range."""
+    return field(default=MISSING, metadata={"help": text, "choices": choices, "low": low, "high": high})
+
+
+@dataclass
+class ExperimentSettings:
+    name: str = setting("names the run folder and the W&B run")
+    id: str | None = setting("second part of the run folder; null: a hash of all settings that can change results")
+    seed: int = setting("all noise, sigma, class draws and orders are derived from it", low=0)
+
+
+@dataclass
+class DataSettings:
+    kind: str = setting("how samples are made", choices=("files", "toytown"))
+    name: str = setting("name of the data set, shown in records and in the embedding file's name")
+    classes: str = setting("a known class list (ade20k, camvid, toytown) or a text file with one name a line")
+    data_root: str | None = setting("folder of the data set")
+    image_path: str | None = setting("template with {data_root} {split} {corruption} {severity} {key}; .* = any suffix")
+    label_path: str | None = setting("the same for label maps; null: unlabelled, predictions only")
+    id_map: str = setting("label file ids to class ids: 0 = ignore and k = class k-1, or as they are",
+                          choices=("zero_is_ignore", "as_is"))  # fmt: skip
+    split: str = setting("part of the data set, fills {split}")
+    corruptions: list[str] = setting("one task each, in this order; empty: the clean set is the only task")
+    severity: int = setting("strength of every corruption, 1..5", low=1, high=5)
+    corruption_seed: int = setting("seed of corruptions made on the fly", low=0)
+    short_side_px: int = setting("images are resized to this short side, px", low=16)
+    limit: int | None = setting("only the first n keys of the shuffled order; null: all", low=1)
+    shuffle: bool = setting("shuffle each task with the seed; false: sorted keys")
+    workers: int = setting("processes that read images ahead; 0: none", low=0)
+    cache: bool = setting("training: keep all decoded images in memory, 4 bytes a pixel")
+    max_pixels: int = setting("larger image files are refused before decoding, px", low=1)
+    count: int | None = setting("toytown: images in the split; null for files", low=1)
+    world_seed: int = setting("toytown: seed of the world", low=0)
+    weather: str = setting("toytown: clear, or all kinds", choices=("clear", "all"))
+
+
+@dataclass
+class DiscriminativeSettings:
+    checkpoint: str | None = setting("hub id, local folder, or segadapt:NAME for a bundled model")
+    revision: str | None = setting("hub revision; null: the newest")
+    allow_pickle: bool = setting("also read pytorch_model.bin, by torch's weights-only reader")
+    gradient_checkpointing: bool = setting("recompute activations in backward: less memory, more time")
+    config: dict[str, Any] = setting(
+        "train: SegformerConfig of a model made from scratch; empty: start from checkpoint"
+    )
+
+
+@dataclass
+class PromptSettings:
+    template: str = setting("prompt of a class; {} is its name")
+    overrides: dict[str, str] = setting("class name: its whole prompt")
+    max_sequence_length: int = setting("T5 tokens; SD3 attends to padding, another length changes every result", low=1)
+    dtype: str = setting("of the text encoders and the saved embeddings", choices=("bfloat16", "float32"))
+    cache_dir: str = setting("folder of the embedding files")
+
+
+@dataclass
+class GenerativeSettings:
+    checkpoint: str | None = setting("hub id, local folder, or segadapt:NAME for a bundled model")
+    revision: str | None = setting("hub revision; null: the newest")
+    autoencoder: str | None = setting("folder of another autoencoder (diffusers or TAESD3); null: the checkpoint's own")
+    embeddings: str | None = setting("file of class embeddings; null: the checkpoint's own if it has one, else prompts")
+    gradient_checkpointing: bool = setting("recompute activations in backward: a third of the memory, 40 % more time")
+    max_pairs: int = setting("(window, class) pairs in one forward of the transformer", low=1)
+    window_px: int = setting("side of a sliding window, px; a multiple of 16", low=16)
+    stride_px: int = setting("distance between window starts along the long side, px", low=1)
+    sigma: float = setting("noise level in (0, 1], the papers' t; lower end of its range", low=1e-6, high=1)
+    sigma_high: float | None = setting("upper end, one uniform draw a window; null: sigma is fixed", low=1e-6, high=1)
+    prompts: PromptSettings = setting("text embeddings")
+    config: dict[str, Any] = setting("train-generative: SD3Transformer2DModel made from scratch")
+    autoencoder_config: dict[str, Any] = setting(
+        "train-generative: AutoencoderKL made from scratch; empty: a given one"
+    )
+
+
+@dataclass
+class UpdateSettings:
+    discriminative: bool = setting("the segmenter learns")
+    generative: bool = setting("the teacher learns")
+    update_norm_only: bool = setting("of the segmenter only LayerNorm and BatchNorm affine parameters")
+
+
+@dataclass
+class LossSettings:
+    topk: int = setting("classes taken per pixel as candidates", low=1)
+    classes_threshold: int = setting("most candidate classes of a window", low=1)
+    temperature: float = setting("of the softmax over a window's candidates", low=1e-6)
+    logit_norm: bool = setting("divide each pixel's logits by their L2 norm")
+    mask_reduction: str = setting("mean over pixels that count, or over all (zero-filled)", choices=("valid", "all"))
+
+
+@dataclass
+class EvaluatedModelSettings:
+    discriminative: DiscriminativeSettings = setting("the segmenter")
+
+
+@dataclass
+class ModelSettings(EvaluatedModelSettings):
+    generative: GenerativeSettings = setting("the teacher")
+    update: UpdateSettings = setting("what moves")
+    loss: LossSettings = setting("the objective")
+
+
+@dataclass
+class OptimizerSettings:
+    name: str = setting("rule", choices=("adamw", "sgd"))
+    lr: float = setting("learning rate of both models", low=0)
+    lr_discriminative: float | None = setting("learning rate of the segmenter; null: lr", low=0)
+    lr_generative: float | None = setting("learning rate of the teacher; null: lr", low=0)
+    weight_decay: float = setting("decoupled for adamw", low=0)
+    beta1: float = setting("adamw", low=0, high=1)
+    beta2: float = setting("adamw", low=0, high=1)
+    eps: float = setting("adamw", low=0)
+    momentum: float = setting("sgd", low=0)
+
+
+@dataclass
+class TtaSettings:
+    forward_mode: str = setting("adapt, or only predict with the segmenter", choices=("tta", "discriminative_only"))
+    continual: bool = setting("keep what was learned from task to task; false: reset before each")
+    save_adapted: bool = setting("save the adapted segmenter of each task as a folder that from_pretrained reads")
+    optimizer: OptimizerSettings = setting("one step an image")
+
+
+@dataclass
+class WandbSettings:
+    mode: str = setting("where the copy of the records goes", choices=("online", "offline", "disabled"))
+    entity: str | None = setting("W&B user or team; null: the login's default")
+    project: str = setting("W&B project")
+
+
+@dataclass
+class LoggingSettings:
+    root: str = setting("folder of all run folders")
+    predictions: str = setting("palette PNGs of the predictions", choices=("none", "sample", "all"))
+    sample_images: int = setting("predictions=sample: the first n images of each task", low=1)
+    wandb: WandbSettings = setting("Weights & Biases")
+
+
+@dataclass
+class RuntimeSettings:
+    device: str = setting("auto: all visible GPUs, else the CPU", choices=("auto", "cpu", "cuda"))
+    precision: str = setting("bf16: autocast over float32 weights; fp32", choices=("bf16", "fp32"))
+    deterministic: bool = setting("refuse algorithms whose result varies from run to run")
+    threads: int | None = setting("CPU threads of torch; null: its own choice", low=1)
+
+
+@dataclass
+class TrainSettings:
+    iters: int = setting("optimizer steps", low=1)
+    batch_size: int = setting("images a step", low=1)
+    lr: float = setting("AdamW learning rate of the encoder", low=0)
+    head_lr_factor: float = setting("times lr for the decode head", low=0)
+    weight_decay: float = setting("decoupled; norms have none", low=0)
+    warmup_iters: int = setting("linear warm-up steps", low=0)
+    power: float = setting("of the polynomial decay to 0", low=0)
+    crop_px: int = setting("side of the square training crop, px", low=16)
+    scale_low: float = setting("random resize: smallest factor", low=0.01)
+    scale_high: float = setting("random resize: largest factor", low=0.01)
+    photometric: bool = setting("random brightness, contrast, saturation and hue")
+    validate_every: int = setting("steps between validations; the last step always validates", low=1)
+    validation_split: str = setting("split of the validation images")
+    validation_images: int | None = setting("images of a validation; null: all", low=1)
+    save_dtype: str = setting("of the saved weights; they are loaded as float32", choices=("float32", "bfloat16"))
+
+
+@dataclass
+class TrainGenerativeSettings:
+    autoencoder_iters: int = setting("steps of the autoencoder; 0: it is given", low=0)
+    autoencoder_lr: float = setting("AdamW learning rate of the autoencoder", low=0)
+    kl_weight: float = setting("weight of the autoencoder's KL term", low=0)
+    iters: int = setting("optimizer steps of the transformer", low=1)
+    batch_size: int = setting("windows a step", low=1)
+    prompts_per_window: int = setting("classes compared at each window, mostly present ones", low=2)
+    lr: float = setting("AdamW learning rate", low=0)
+    weight_decay: float = setting("decoupled", low=0)
+    warmup_iters: int = setting("linear warm-up steps; cosine decay to 0 after", low=0)
+    ema_decay: float = setting("exponential moving average of the saved weights; 0: none", low=0, high=1)
+    comparing_weight: float = setting("weight of the class-comparing term beside the masked flow loss", low=0)
+    comparing_scale: float = setting("initial inverse temperature of the class-comparing term", low=0)
+    sigma_low: float = setting("smallest noise level drawn", low=1e-6, high=1)
+    sigma_high: float = setting("largest noise level drawn", low=1e-6, high=1)
+    null_share: float = setting("share of windows that also train the null prompt", low=0, high=1)
+    tokens: int = setting("length of a learned class embedding", low=1)
+    broad: bool = setting("wide generic changes of light, colour, blur, grain and haze; never a test corruption")
+    scale_low: float = setting("random resize: smallest factor", low=0.01)
+    scale_high: float = setting("random resize: largest factor", low=0.01)
+    validate_every: int = setting("steps between validations; the last step always validates", low=1)
+    validation_split: str = setting("split of the validation images")
+    validation_images: int = setting("images of a validation", low=1)
+    save_dtype: str = setting("of the saved weights; they are loaded as float32", choices=("float32", "bfloat16"))
+
+
+@dataclass
+class CorruptSettings:
+    output: str = setting("folder of the corrupted set")
+    image_format: str = setting("png is lossless; jpg imitates published sets", choices=("png", "jpg"))
+    quality: int = setting("of jpg, 1..95", low=1, high=95)
+
+
+@dataclass
+class CheckSettings:
+    images: int | None = setting("images of each task to read; null: all", low=1)
+    load_models: bool = setting("also load both models and take one step")
+
+
+@dataclass
+class EvaluateConfig:
+    experiment: ExperimentSettings = setting("the run")
+    data: DataSettings = setting("the images")
+    model: EvaluatedModelSettings = setting("the segmenter")
+    logging: LoggingSettings = setting("records")
+    runtime: RuntimeSettings = setting("device and precision")
+
+
+@dataclass
+class AdaptConfig(EvaluateConfig):
+    model: ModelSettings = setting("the two models")  # type: ignore[assignment]
+    tta: TtaSettings = setting("adaptation")
+
+
+@dataclass
+class CheckConfig(AdaptConfig):
+    check: CheckSettings = setting("how much to check")
+
+
+@dataclass
+class TrainConfig(EvaluateConfig):
+    train: TrainSettings = setting("training of the segmenter")
+
+
+@dataclass
+class TrainedGenerativeModelSettings:
+    generative: GenerativeSettings = setting("the teacher")
+
+
+@dataclass
+class TrainGenerativeConfig:
+    experiment: ExperimentSettings = setting("the run")
+    data: DataSettings = setting("the images")
+    model: TrainedGenerativeModelSettings = setting("the teacher")
+    logging: LoggingSettings = setting("records")
+    runtime: RuntimeSettings = setting("device and precision")
+    train: TrainGenerativeSettings = setting("training of the teacher")
+
+
+@dataclass
+class CorruptConfig:
+    data: DataSettings = setting("the clean set; data.corruptions and data.severity say what is made")
+    corrupt: CorruptSettings = setting("what is written")
+
+
+def fields_of(schema: type, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Every leaf setting of a schema by its dotted name."""
+    out: dict[str, dataclasses.Field] = {}
+    for item in dataclasses.fields(schema):
+        name = f"{prefix}{item.name}"
+        out |= fields_of(item.type, f"{name}.") if dataclasses.is_dataclass(item.type) else {name: item}  # type: ignore
+    return out
+
+
+def _flat(config: DictConfig, known: dict[str, dataclasses.Field], prefix: str = "") -> dict[str, Any]:
+    """Composed values by dotted name; a dict setting is one value."""
+    out: dict[str, Any] = {}
+    for key in config:
+        name = f"{prefix}{key}"
+        if name not in known and OmegaConf.is_dict(config._get_node(key)):
+            out |= _flat(config[key], known, f"{name}.")
+        else:
+            out[name] = config[key]
+    return out
+
+
+def parse(config: DictConfig, schema: type[T]) -> T:
+    """Check a composed config against its schema and return it as plain dataclasses.
+
+    Raises:
+        UserError: an unknown, missing or mistyped setting, a value outside its choices or range; names the nearest.
+    """
+    known = fields_of(schema)
+    given = _flat(config, known)
+    for name in given:
+        if name not in known:
+            raise UserError(f"{name} is not a setting.{did_you_mean(name, known)}")
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(schema), config)
+        missing = sorted(OmegaConf.missing_keys(typed))
+        if missing:
+            raise UserError(f"{missing[0]} has no value: {known[missing[0]].metadata['help']}. Set it in the config.")
+        parsed = OmegaConf.to_object(typed)
+    except OmegaConfBaseException as error:
+        name = error.full_key or "?"
+        expected = f"; expected: {known[name].metadata['help']}" if name in known else ""
+        raise UserError(f"{name}={given.get(name)!r}: {str(error.msg).splitlines()[0]}{expected}.") from error
+    for name, item in known.items():
+        value = OmegaConf.select(typed, name)
+        _check_value(name, value, item.metadata)
+    _check_fields_together(parsed)
+    return parsed  # type: ignore[return-value]
+
+
+def _check_value(name: str, value: Any, rule: Any) -> None:
+    """UserError: a value outside its choices or its range."""
+    if rule["choices"] and value not in rule["choices"]:
+        raise UserError(
+            f"{name}={value!r} is not a choice ({rule['help']}).{did_you_mean(str(value), rule['choices'])}"
+        )
+    if isinstance(value, int | float) and not isinstance(value, bool) and not rule["low"] <= value <= rule["high"]:
+        top = "" if rule["high"] == math.inf else f" and at most {rule['high']:g}"
+        raise UserError(f"{name}={value}: expected at least {rule['low']:g}{top} ({rule['help']}).")
+
+
+def _check_fields_together(config: Any) -> None:
+    """UserError: two settings that contradict each other; both are named."""
+    generative = getattr(getattr(config, "model", None), "generative", None)
+    if generative is None:
+        return
+    if generative.window_px % 16:
+        raise UserError(f"model.generative.window_px={generative.window_px}: expected a multiple of 16 (latent px / 8, "
+                        f"patches of 2). Use {round(generative.window_px / 16) * 16}.")  # fmt: skip
+    if generative.stride_px > generative.window_px:
+        gap = generative.stride_px - generative.window_px
+        raise UserError(
+            f"model.generative.stride_px={generative.stride_px} is larger than model.generative.window_px="
+            f"{generative.window_px}: strips of {gap} px would never reach the generative model. Use a stride of "
+            f"{generative.window_px} px or less."
+        )
+    if config.data.short_side_px < generative.window_px:
+        raise UserError(
+            f"data.short_side_px={config.data.short_side_px} is smaller than model.generative.window_px="
+            f"{generative.window_px}: no window fits. Use the same value for both (requirement: 512)."
+        )
+    if generative.sigma_high is not None and generative.sigma_high < generative.sigma:
+        raise UserError(
+            f"model.generative.sigma_high={generative.sigma_high} is below model.generative.sigma="
+            f"{generative.sigma}: expected an upper end. Swap them, or set sigma_high=null."
+        )

@@ -1,0 +1,285 @@
+"""Write a corrupted copy of a data set: one image file per (task, key), a manifest of hashes, restartable at any point.
+
+{output}/settings.json                       what must not change between restarts
+{output}/{corruption}/{severity}/{key}.png   written whole or not at all
+{output}/manifest.json                       SHA-256 of every image; written last, the same for any worker count
+"""
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import cv2
+import numpy as np
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from segadapt import __version__
+from segadapt.config import CorruptConfig
+from segadapt.corruptions import check_corruption, corrupt
+from segadapt.datasets import Dataset, Task
+from segadapt.datasets.build import build_dataset, build_tasks
+from segadapt.errors import UserError, did_you_mean
+
+FORMATS = {"png": "PNG", "jpg": "JPEG"}  # file suffix -> Pillow's name
+CLEAN = Task(0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the bytes of an image, besides its task and key."""
+
+    dataset: str
+    seed: int
+    image_format: Literal["png", "jpg"]
+    quality: int | None  # of JPEG, 1..95; None for PNG
+    version: str  # of segadapt
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every worker process needs besides the key."""
+
+    dataset: Dataset
+    tasks: tuple[Task, ...]
+    output: Path
+    settings: Settings
+
+
+def write_set(
+    dataset: Dataset,
+    tasks: Sequence[Task],
+    output: str | Path,
+    *,
+    seed: int,
+    image_format: Literal["png", "jpg"] = "png",
+    quality: int = 75,
+    workers: int,
+    limit: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Corrupt every clean image for every task; PNG files hold exactly what `corrupt` gives for (seed, task, key).
+
+    Files that an earlier call has finished stay untouched, so the same call continues after an interruption, and a call
+    with other tasks or a larger limit adds to the set.
+
+    Args:
+        dataset: the clean set; picklable if workers > 1.
+        tasks: corrupted tasks; their order does not matter.
+        output: folder, made if missing.
+        quality: of JPEG, 1..95; 75, Pillow's default, imitates the published ADE20K-C. Without effect on PNG.
+        workers: processes, spawned (so scripts need a __main__ guard); 1 works in this process.
+        limit: take the first keys only; None for all.
+        progress: show a bar.
+    Returns:
+        Path of the manifest.
+    Raises:
+        UserError: bad argument; a key that would leave the output folder; a set that was started with other settings.
+    """
+    output = Path(output)
+    _check_arguments(tasks, image_format=image_format, quality=quality, workers=workers, limit=limit)
+    all_keys = dataset.keys(CLEAN)
+    for key in all_keys:
+        _check_key(key)
+    keys = all_keys[:limit]
+    settings = Settings(
+        dataset=_identity(dataset, all_keys),
+        seed=seed,
+        image_format=image_format,
+        quality=quality if image_format == "jpg" else None,
+        version=__version__,
+    )
+    _claim(output, settings)
+
+    sha256_of = _earlier_images(output)
+    work = _Work(dataset, tuple(tasks), output, settings)
+    with _progress_bar(shown=progress) as bar:
+        for hashes in bar.track(_run(work, keys, workers=workers), total=len(keys), description="corrupting images"):
+            sha256_of |= hashes
+    manifest = {"settings": asdict(settings), "count": len(sha256_of), "sha256": dict(sorted(sha256_of.items()))}
+    path = output / "manifest.json"
+    _write_whole(path, _json(manifest))
+    return path
+
+
+def image_path(task: Task, key: str, image_format: str) -> str:
+    """Path of a corrupted image inside its set, with forward slashes."""
+    return f"{task.corruption}/{task.severity}/{key}.{image_format}"
+
+
+def _run(work: _Work, keys: list[str], *, workers: int) -> Iterator[dict[str, str]]:
+    """Yield the hashes of one key after the other, in order."""
+    if workers == 1:
+        yield from (_write_key(work, key) for key in keys)
+        return
+    context = multiprocessing.get_context("spawn")  # fork would copy the threads of torch and OpenCV in mid-air
+    chunk = min(16, 1 + len(keys) // (4 * workers))  # keys sent at a time, along with one copy of the data set
+    # the processes share the cores already, so one OpenCV thread each; the images do not depend on it
+    with ProcessPoolExecutor(workers, context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+        yield from pool.map(partial(_write_key, work), keys, chunksize=chunk)
+
+
+def _write_key(work: _Work, key: str) -> dict[str, str]:
+    """Write what is missing of one key, all tasks; return path in the set -> SHA-256."""
+    image_HW3 = None
+    sha256_of = {}
+    for task in work.tasks:
+        name = image_path(task, key, work.settings.image_format)
+        path = work.output / name
+        if path.is_file():
+            content = path.read_bytes()
+        else:
+            if image_HW3 is None:
+                image_HW3 = work.dataset.load(CLEAN, key).image_HW3
+            assert task.corruption is not None
+            corrupted = corrupt(image_HW3, task.corruption, severity=task.severity, seed=work.settings.seed, key=key)
+            content = _encode(corrupted, work.settings)
+            _write_whole(path, content)
+        sha256_of[name] = hashlib.sha256(content).hexdigest()
+    return sha256_of
+
+
+def _encode(image_HW3: np.ndarray, settings: Settings) -> bytes:
+    options = {} if settings.quality is None else {"quality": settings.quality}
+    file = io.BytesIO()
+    Image.fromarray(image_HW3).save(file, FORMATS[settings.image_format], **options)
+    return file.getvalue()
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write under a temporary name, flush to disk, rename: a reader sees all of the file or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}). Free space or correct the folder's permissions, "
+            "then run the same command again: finished files are kept."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _claim(output: Path, settings: Settings) -> None:
+    """Store the settings in a new set; compare them with those of an existing one."""
+    path = output / "settings.json"
+    if output.is_file():
+        raise UserError(f"{output} is a file; expected a folder. Choose another output.")
+    if not path.is_file():
+        entries = output.iterdir() if output.is_dir() else ()
+        foreign = next((entry.name for entry in entries if not entry.name.endswith(".tmp")), None)
+        if foreign is not None:
+            raise UserError(
+                f"{output}: holds {foreign!r} but no settings.json, so it was not started by this command. "
+                "Choose a new or empty folder."
+            )
+        _write_whole(path, _json(asdict(settings)))
+        return
+    stored = _read_json(path)
+    for field, new in asdict(settings).items():
+        old = stored.get(field)
+        if old != new:
+            raise UserError(
+                f"{output} was started with {field}={old!r}; now {new!r}. A set is continued only unchanged. "
+                "Choose another output folder, or restore the value."
+            )
+
+
+def _earlier_images(output: Path) -> dict[str, str]:
+    """The manifest of an earlier call, less files that are gone; empty where there is none."""
+    path = output / "manifest.json"
+    if not path.is_file():
+        return {}
+    return {name: sha256 for name, sha256 in _read_json(path)["sha256"].items() if (output / name).is_file()}
+
+
+def _identity(dataset: Dataset, keys: list[str]) -> str:
+    """Kind, size and a hash of classes and keys; not the folder, so that a set may be moved."""
+    text = "\x1f".join([*dataset.classes, "", *keys])
+    return f"{type(dataset).__name__}, {len(keys)} images, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _check_arguments(
+    tasks: Sequence[Task], *, image_format: str, quality: int, workers: int, limit: int | None
+) -> None:
+    for task in tasks:
+        if task.corruption is None:
+            raise UserError(
+                f"task {task.index} is clean; expected a corruption. Leave it out: clean images are not copied."
+            )
+        check_corruption(task.corruption, task.severity)
+    if image_format not in FORMATS:
+        raise UserError(f"image_format={image_format!r}; expected png or jpg.{did_you_mean(image_format, FORMATS)}")
+    if not 1 <= quality <= 95:
+        raise UserError(f"quality={quality}; expected 1..95. Set it to 75, or leave it out.")
+    if workers < 1:
+        raise UserError(f"workers={workers}; expected 1 or more processes. Use workers=1 to work in this process.")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit}; expected 1 or more images. Leave it out to take all.")
+
+
+def _check_key(key: str) -> None:
+    parts = key.split("/")
+    if any(part in ("", ".", "..") for part in parts) or PurePosixPath(key).is_absolute() or {"\\", "\0"} & set(key):
+        raise UserError(
+            f"image key {key!r} would not stay inside the output folder; expected names joined by single slashes. "
+            "Rename the image."
+        )
+
+
+@contextmanager
+def _progress_bar(*, shown: bool) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not shown) as bar:
+        yield bar
+
+
+def _json(document: dict) -> bytes:
+    return (json.dumps(document, indent=1) + "\n").encode()
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: expected JSON, got {error}. Delete the whole set and write it again.") from error
+
+
+def run(settings: CorruptConfig) -> None:
+    """The verb: every corruption of data.corruptions over the clean set of data."""
+    data, written = settings.data, settings.corrupt
+    tasks = build_tasks(data)
+    if not data.corruptions:
+        raise UserError("data.corruptions=[]: nothing to write. Name at least one corruption.")
+    output = Path(written.output).expanduser()
+    manifest = write_set(
+        build_dataset(data),
+        tasks,
+        output,
+        seed=data.corruption_seed,
+        image_format=written.image_format,
+        quality=written.quality,
+        workers=max(1, data.workers),
+        limit=data.limit,
+    )
+    print(f"wrote {manifest}")

@@ -1,0 +1,44 @@
+"""What a data set is: keys for a task, and one sample for a key. The registry of kinds is at the end of the file."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Task:
+    """One stretch of a stream under one condition; corruption None is the clean set."""
+
+    index: int
+    corruption: str | None = None
+    severity: int = 0  # 1..5; 0 for the clean set
+
+    @property
+    def name(self) -> str:
+        """'gaussian_noise/5', or 'clean'."""
+        return f"{self.corruption}/{self.severity}" if self.corruption else "clean"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its label, both at the original size."""
+
+    key: str
+    image_HW3: np.ndarray  # uint8 RGB
+    label_HW: np.ndarray | None  # uint8, 0..C-1, 255 = ignore; None: unlabelled
+
+
+class Dataset(Protocol):
+    """A set of images; every method is deterministic, and `load` may be called in any process."""
+
+    classes: tuple[str, ...]
+    palette_C3: np.ndarray  # uint8 RGB, one colour a class
+
+    def keys(self, task: Task) -> list[str]:
+        """Unique sample names of a task, sorted. UserError: no image, or a label without image and vice versa."""
+        ...
+
+    def load(self, task: Task, key: str) -> Sample:
+        """Read (or draw) one sample, corrupted as the task says. UserError names an unreadable file or bad label."""
+        ...

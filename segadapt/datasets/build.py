@@ -1,0 +1,85 @@
+"""From the data settings to a data set and its tasks."""
+
+from pathlib import Path
+
+from segadapt.config import DataSettings
+from segadapt.corruptions import check_corruption
+from segadapt.datasets import Dataset, Task
+from segadapt.datasets.files import Files
+from segadapt.datasets.labels import CLASS_SETS, palette
+from segadapt.datasets.labels import PALETTES as NAMED_PALETTES
+from segadapt.datasets.toytown import ToyTown
+from segadapt.errors import UserError, did_you_mean
+
+
+def class_names(classes: str) -> tuple[str, ...]:
+    """Names of data.classes, in label order: a known list, or a text file with one name a line.
+
+    Raises:
+        UserError: neither; or an empty or repeated name.
+    """
+    if classes in CLASS_SETS:
+        return CLASS_SETS[classes]
+    path = Path(classes).expanduser()
+    if not path.is_file():
+        raise UserError(f"data.classes={classes} is neither a known class list nor a file with one name a line."
+                        f"{did_you_mean(classes, CLASS_SETS)}")  # fmt: skip
+    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not names or len(set(names)) != len(names):
+        raise UserError(f"data.classes={classes}: {len(names)} names, {len(set(names))} different; expected one name a "
+                        "line, each once. Correct the file.")  # fmt: skip
+    return names
+
+
+def build_files(data: DataSettings) -> Files:
+    """A data set on disk. UserError: a setting that it needs is not there."""
+    for name in ("data_root", "image_path"):
+        if getattr(data, name) is None:
+            raise UserError(f"data.{name} has no value; data.kind=files needs it. Set it in your experiment file.")
+    names = class_names(data.classes)
+    return Files(
+        data_root=Path(str(data.data_root)).expanduser(),
+        image_path=str(data.image_path),
+        label_path=data.label_path,
+        classes=names,
+        palette_C3=NAMED_PALETTES.get(data.classes, palette(len(names))),
+        id_map=data.id_map,
+        split=data.split,
+        corruption_seed=data.corruption_seed,
+        max_pixels=data.max_pixels,
+    )
+
+
+def build_toytown(data: DataSettings) -> ToyTown:
+    """The bundled world. UserError: no count, or other classes than its own."""
+    if data.count is None or data.classes != "toytown":
+        raise UserError(f"data.count={data.count} and data.classes={data.classes}: data.kind=toytown needs a number "
+                        "of images and data.classes=toytown. Use data=toytown.")  # fmt: skip
+    return ToyTown(
+        split=data.split,
+        count=data.count,
+        world_seed=data.world_seed,
+        weather=data.weather,
+        tasks_seed=data.corruption_seed,
+    )
+
+
+DATASETS = {"files": build_files, "toytown": build_toytown}
+
+
+def build_dataset(data: DataSettings) -> Dataset:
+    """The data set that the settings name."""
+    return DATASETS[data.kind](data)
+
+
+def build_tasks(data: DataSettings) -> list[Task]:
+    """One task a corruption, in the order of the settings; the clean task where there is none.
+
+    Raises:
+        UserError: an unknown or repeated corruption.
+    """
+    for name in data.corruptions:
+        check_corruption(name, data.severity)
+    if len(set(data.corruptions)) != len(data.corruptions):
+        raise UserError(f"data.corruptions={data.corruptions} names one twice. Name each once.")
+    return [Task(index, name, data.severity) for index, name in enumerate(data.corruptions)] or [Task(0)]

@@ -1,0 +1,88 @@
+"""Image and label files to arrays; every kind of broken file ends in one line that names it."""
+
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps
+
+from segadapt.errors import UserError
+
+# H W image px  3 RGB
+
+_PLAIN_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+_16_BIT_MODES = {"I;16", "I;16B", "I;16L"}
+# Pillow stretches gray PNGs of 2 and 4 bit to 0..255 (by these factors), which would turn label id 1 into 85 or 17.
+_STRETCH = {"L;2": 85, "L;4": 17}
+_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
+
+
+@contextmanager
+def _opened(path: Path, *, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+    """Open an image by its header; UserError if it is too large, broken, or breaks while the caller decodes it."""
+    too_large = f"expected at most data.max_pixels={max_pixels}. Replace the file, or raise data.max_pixels."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit here
+            with Image.open(path) as image:
+                if image.width * image.height > max_pixels:
+                    raise UserError(f"{path}: {image.width} x {image.height} px; {too_large}")
+                yield image
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: too many pixels to open ({error}); {too_large}") from error
+    except _DECODER_ERRORS as error:
+        found = "the file is empty" if path.is_file() and path.stat().st_size == 0 else str(error) or repr(error)
+        raise UserError(
+            f"{path}: cannot be decoded: {found}; expected a whole image file. Fetch the file again, or remove it "
+            f"together with its partner."
+        ) from error
+
+
+def read_image(path: Path, *, max_pixels: int) -> np.ndarray:
+    """Decode an image as seen by a viewer: uint8 [H, W, 3] RGB, rotated as its EXIF says, alpha dropped.
+
+    Gray, palette, CMYK and 1-bit images become RGB; of 16 bit the high byte counts; of several frames the first.
+
+    Raises:
+        UserError: not an image, truncated, empty, more than max_pixels, or a pixel format that is not listed above.
+    """
+    with _opened(path, max_pixels=max_pixels) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode in _16_BIT_MODES:
+            return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+        if upright.mode not in _PLAIN_MODES:
+            raise UserError(
+                f"{path}: pixel format {upright.mode}; expected 8-bit gray, palette, RGB, RGBA or CMYK, or 16-bit "
+                f"gray or RGB. Convert the file to RGB PNG."
+            )
+        if "transparency" in upright.info:
+            upright = upright.convert("RGBA")  # straight to RGB, Pillow warns about a palette's alpha
+        return np.array(upright.convert("RGB"))
+
+
+def read_ids(path: Path, *, max_pixels: int) -> np.ndarray:
+    """Decode a label file as stored: uint8 [H, W] ids; palette indices are kept, EXIF is not applied.
+
+    Raises:
+        UserError: not an image, truncated, empty, more than max_pixels, colours instead of ids, or an id above 255.
+    """
+    with _opened(path, max_pixels=max_pixels) as image:
+        if image.mode not in {"L", "P"} | _16_BIT_MODES:
+            raise UserError(
+                f"{path}: label of pixel format {image.mode}; expected one id a pixel (gray or palette PNG, 8 or 16 "
+                f"bit). Convert the colours to class ids."
+            )
+        stretch = _STRETCH.get(str(image.tile[0].args), 1) if image.tile else 1
+        ids_HW = np.array(image)
+    if ids_HW.dtype != np.uint8 and ids_HW.max(initial=0) > 255:
+        row, column = np.argwhere(ids_HW > 255)[0]
+        raise UserError(
+            f"{path}: label id {ids_HW[row, column]} at row {row}, column {column}; expected 0..255. Store class ids, "
+            f"not instance ids."
+        )
+    return ids_HW.astype(np.uint8) // np.uint8(stretch)

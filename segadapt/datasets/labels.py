@@ -1,0 +1,139 @@
+"""Class names, id maps and palettes of the data sets; nothing else.
+
+A class name is the word that goes into a prompt, so it has spaces, not underscores, and no space at either end.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from segadapt.errors import UserError, did_you_mean
+
+IGNORE = 255  # the label id that is never scored
+MAX_CLASSES = 254  # ids 1..C of a file and 255 = ignore must fit in a byte
+
+# The first synonym of ADE20K's objectInfo150.csv. That file has ";" for every space ("chest;of;drawers;chest;..."), so
+# its first field alone would name two classes "screen". "television receiver" follows the models trained on ADE20K.
+_ADE20K_NAMES = (
+    "wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, "
+    "table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field, "
+    "armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard, "
+    "chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, "
+    "case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, "
+    "book, hill, bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, "
+    "hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight, booth, television receiver, airplane, "
+    "dirt track, apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, "
+    "fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag, "
+    "minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, "
+    "screen, blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, "
+    "monitor, bulletin board, shower, radiator, glass, clock, flag"
+)
+ADE20K = tuple(_ADE20K_NAMES.split(", "))
+CAMVID = (
+    "sky",
+    "building",
+    "pole",
+    "road",
+    "pavement",
+    "tree",
+    "sign symbol",
+    "fence",
+    "car",
+    "pedestrian",
+    "bicyclist",
+)
+CLASS_SETS: dict[str, tuple[str, ...]] = {"ade20k": ADE20K, "camvid": CAMVID}
+
+
+def _from_hex(colours: str) -> np.ndarray:
+    """'787878 b47878 ...' to uint8 [C, 3] RGB."""
+    return np.frombuffer(bytes.fromhex(colours), np.uint8).reshape(-1, 3)
+
+
+def palette(num_classes: int) -> np.ndarray:
+    """Return uint8 [num_classes, 3] RGB: distinct, none black, and class c keeps its colour whatever num_classes is.
+
+    The rule of the PASCAL VOC colour map: the bits of c + 1 are dealt to R, G, B in turn, lowest to the highest bit.
+    """
+    if not 1 <= num_classes <= 255:
+        raise ValueError(f"num_classes={num_classes}; expected 1..255, for 255 colours besides black.")
+    number_C = np.arange(1, num_classes + 1)
+    colour_C3 = np.zeros((num_classes, 3), np.uint8)
+    for bit in range(8):
+        colour_C3[:, bit % 3] |= ((number_C >> bit & 1) << (7 - bit // 3)).astype(np.uint8)
+    return colour_C3
+
+
+# As published with each data set (ADE20K: color150 of the scene parsing challenge, which paints road and skyscraper
+# alike; CamVid: the 11 classes of the SegNet split).
+PALETTES: dict[str, np.ndarray] = {
+    "ade20k": _from_hex(
+        """
+        787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07 e005ff ebff07 96053d 787846 08ff33
+        ff0652 8fff8c ccff04 ff3307 cc4603 0066c8 3de6fa ff0633 0b66ff ff0747 ff09e0 0907e6 dcdcdc ff095c 7009ff
+        08ffd6 07ffe0 ffb806 0aff47 ff290a 07ffff e0ff08 6608ff ff3d06 ffc207 ff7a08 00ff14 ff0829 ff0599 0633ff
+        eb0cff a09614 00a3ff 8c8c8c fa0a0f 14ff00 1fff00 ff1f00 ffe000 99ff00 0000ff ff4700 00ebff 00adff 1f00ff
+        0bc8c8 ff5200 00fff5 003dff 00ff70 00ff85 ff0000 ffa300 ff6600 c2ff00 008fff 33ff00 0052ff 00ff29 00ffad
+        0a00ff adff00 00ff99 ff5c00 ff00ff ff00f5 ff0066 ffad00 ff0014 ffb8b8 001fff 00ff3d 0047ff ff00cc 00ffc2
+        00ff52 000aff 0070ff 3300ff 00c2ff 007aff 00ffa3 ff9900 00ff0a ff7000 8fff00 5200ff a3ff00 ffeb00 08b8aa
+        8500ff 00ff5c b800ff ff001f 00b8ff 00d6ff ff0070 5cff00 00e0ff 70e0ff 46b8a0 a300ff 9900ff 47ff00 ff00a3
+        ffcc00 ff008f 00ffeb 85ff00 ff00eb f500ff ff007a fff500 0abed4 d6ff00 00ccff 1400ff ffff00 0099ff 0029ff
+        00ffcc 2900ff 29ff00 ad00ff 00f5ff 4700ff 7a00ff 00ffb8 005cff b8ff00 0085ff ffd600 19c2c2 66ff00 5c00ff
+        """
+    ),
+    "camvid": _from_hex("808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0"),
+}
+
+
+def _zero_is_ignore(num_classes: int) -> np.ndarray:
+    """File id 0 is ignore, k is class k - 1 (ADE20K, CamVid)."""
+    table_256 = np.full(256, -1, np.int16)
+    table_256[1 : num_classes + 1] = np.arange(num_classes)
+    table_256[[0, IGNORE]] = IGNORE
+    return table_256
+
+
+def _as_is(num_classes: int) -> np.ndarray:
+    """File id k is class k."""
+    table_256 = np.full(256, -1, np.int16)
+    table_256[:num_classes] = np.arange(num_classes)
+    table_256[IGNORE] = IGNORE
+    return table_256
+
+
+# Number of classes -> int16 [256]: the class (0..C-1, or 255 = ignore) of every file id, -1 where the id is unknown.
+ID_MAPS: dict[str, Callable[[int], np.ndarray]] = {"zero_is_ignore": _zero_is_ignore, "as_is": _as_is}
+
+
+def id_table(id_map: str, num_classes: int) -> np.ndarray:
+    """Return ID_MAPS[id_map](num_classes), int16 [256]. UserError: unknown map, or more classes than a byte holds."""
+    if id_map not in ID_MAPS:
+        raise UserError(f"data.id_map={id_map} is not an id map.{did_you_mean(id_map, ID_MAPS)}")
+    if not 1 <= num_classes <= MAX_CLASSES:
+        raise UserError(
+            f"data.classes has {num_classes} names; expected 1..{MAX_CLASSES}, as label ids are bytes and 255 is "
+            f"ignore. Merge classes."
+        )
+    return ID_MAPS[id_map](num_classes)
+
+
+def map_ids(ids_HW: np.ndarray, table_256: np.ndarray, *, path: Path) -> np.ndarray:
+    """Turn the ids of a label file into classes: uint8 [H, W], 0..C-1 or 255 = ignore. Never wraps.
+
+    Args:
+        ids_HW: uint8, as in the file.
+        table_256: int16, from `id_table`.
+        path: the label file, for the message.
+    Raises:
+        UserError: an id that the table does not know; names the first such pixel.
+    """
+    label_HW = table_256[ids_HW]
+    if label_HW.min(initial=0) < 0:
+        row, column = np.argwhere(label_HW < 0)[0]
+        known = np.flatnonzero((table_256 >= 0) & (np.arange(256) != IGNORE))
+        raise UserError(
+            f"{path}: label id {ids_HW[row, column]} at row {row}, column {column}; expected {known[0]}..{known[-1]} "
+            f"or 255 (ignore). Set data.id_map and data.classes to the folder's ids, or correct the file."
+        )
+    return label_HW.astype(np.uint8)

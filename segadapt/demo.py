@@ -1,0 +1,33 @@
+"""The main job on the bundled world: source and adapted over the same stream, one table."""
+
+import copy
+from pathlib import Path
+
+from rich.console import Console
+
+from segadapt.adapt import run
+from segadapt.config import AdaptConfig
+from segadapt.record import write_json
+from segadapt.terminal import comparison_table
+
+
+def demo(settings: AdaptConfig) -> None:
+    """Run both forward modes and write {logging.root}/{experiment.name}/summary.json."""
+    console = Console()
+    modes = {}
+    for mode in ("discriminative_only", "tta"):
+        chosen = copy.deepcopy(settings)
+        chosen.tta.forward_mode = mode
+        modes[mode] = run(chosen, console=console)
+    tasks = [
+        {"task": source["task"], "source_miou": source["miou"], "adapted_miou": adapted["miou"]}
+        for source, adapted in zip(modes["discriminative_only"]["tasks"], modes["tta"]["tasks"], strict=True)
+    ]
+    mean = {
+        "source_miou": modes["discriminative_only"]["mean"]["miou"],
+        "adapted_miou": modes["tta"]["mean"]["miou"],
+    }
+    path = Path(settings.logging.root, settings.experiment.name, "summary.json")
+    write_json(path, {"tasks": tasks, "mean": mean})
+    console.print(comparison_table(tasks, mean))
+    console.print(f"summary {path}", highlight=False)

@@ -1,0 +1,18 @@
+"""One class for every mistake a user can make; all other exceptions are our bugs and keep their traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A user's mistake, in one line: where, what was got, what was expected, what to do. Exit status 2."""
+
+
+def did_you_mean(got: str, valid: Iterable[str]) -> str:
+    """Return ' Did you mean X?' for the nearest valid name; ' Choose from: ...' where none is near."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(got, names, n=1, cutoff=0.6)
+    if near:
+        return f" Did you mean {near[0]}?"
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return f" Choose from: {shown}."

@@ -1,0 +1,208 @@
+"""From the model settings to the two models, placed on their devices and joined."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import segadapt
+from segadapt.config import AdaptConfig, DiscriminativeSettings, EvaluateConfig, GenerativeSettings, RuntimeSettings
+from segadapt.errors import UserError
+from segadapt.models.combined import Combined
+from segadapt.models.discriminative.segformer import Segmenter, load_segformer
+from segadapt.models.generative import placement as placing
+from segadapt.models.generative.prompts import PromptEmbeddings, load_embeddings, prompt_embeddings
+from segadapt.models.generative.sd3 import Sd3, load_autoencoder, load_transformer
+
+BUNDLED = "segadapt:"  # prefix of the models inside the package
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a run needs of the models, and where the transformer lies (None: no teacher)."""
+
+    combined: Combined
+    placement: placing.Placement | None
+    fingerprints: dict[str, str]  # sha256 of the weights as loaded, by model
+
+
+def resolve(checkpoint: str | None, setting: str) -> str:
+    """A checkpoint as the loaders take it: bundled names become folders of the package.
+
+    Raises:
+        UserError: no checkpoint, or an unknown bundled name.
+    """
+    if checkpoint is None:
+        raise UserError(f"{setting} has no value; expected a hub id or a folder. Set it in your experiment file.")
+    if not checkpoint.startswith(BUNDLED):
+        return checkpoint
+    weights = Path(segadapt.__file__).parent / "weights"
+    folder = weights / checkpoint.removeprefix(BUNDLED)
+    if not folder.is_dir():
+        names = sorted(str(path.parent.relative_to(weights)) for path in weights.glob("*/*/*.json"))
+        raise UserError(f"{setting}={checkpoint} is not a bundled model. Choose from: {', '.join(names)}.")
+    return str(folder)
+
+
+def devices_of(runtime: RuntimeSettings) -> list[int] | list[str]:
+    """All visible GPUs as integers, or ['cpu']; the first one is the main device.
+
+    Raises:
+        UserError: cuda is asked for and no GPU is visible.
+    """
+    gpus = list(range(torch.cuda.device_count()))
+    if runtime.device == "cuda" and not gpus:
+        raise UserError("runtime.device=cuda, but no GPU is visible; expected one or more. Check CUDA_VISIBLE_DEVICES "
+                        "and the driver, or set runtime.device=cpu.")  # fmt: skip
+    return gpus if gpus and runtime.device != "cpu" else ["cpu"]
+
+
+def set_up(runtime: RuntimeSettings) -> torch.device:
+    """Process-wide switches of torch; returns the main device."""
+    main = torch.device(devices_of(runtime)[0])
+    if runtime.threads:
+        torch.set_num_threads(runtime.threads)
+    if runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return main
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def build_segmenter(settings: DiscriminativeSettings, num_classes: int, device: torch.device) -> Segmenter:
+    """The source model, on the main device."""
+    return load_segformer(
+        resolve(settings.checkpoint, "model.discriminative.checkpoint"),
+        revision=settings.revision,
+        num_classes=num_classes,
+        device=device,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        allow_pickle=settings.allow_pickle,
+    )
+
+
+def build_embeddings(
+    settings: GenerativeSettings, checkpoint: str, *, classes: Sequence[str], dataset_name: str, device: torch.device
+) -> PromptEmbeddings:
+    """Class embeddings: the named file, else the one beside the checkpoint, else the prompts' (cached) encoding."""
+    beside = Path(checkpoint) / "embeddings.safetensors"
+    path = settings.embeddings or (str(beside) if beside.is_file() else None)
+    if path is not None:
+        return load_embeddings(path, classes=classes)
+    prompts = settings.prompts
+    return prompt_embeddings(
+        classes=classes,
+        dataset_name=dataset_name,
+        template=prompts.template,
+        overrides=prompts.overrides,
+        checkpoint=checkpoint,
+        revision=settings.revision,
+        max_sequence_length=prompts.max_sequence_length,
+        dtype=getattr(torch, prompts.dtype),
+        cache_dir=Path(prompts.cache_dir).expanduser(),
+        device=device,
+    )
+
+
+def build_generative(
+    settings: GenerativeSettings,
+    *,
+    classes: Sequence[str],
+    dataset_name: str,
+    devices: Sequence[int] | Sequence[str],
+    precision: str,
+    is_trained: bool,
+    main_bytes: int,
+    force_hooks: bool = False,
+) -> tuple[Sd3, placing.Placement]:
+    """The teacher, its transformer split over the devices; everything else of it on the first one.
+
+    Args:
+        main_bytes: what the main device holds beside the teacher (segmenter and logits graph).
+        force_hooks: accelerate's hooks even on one device, to test the split path.
+    """
+    main = torch.device(devices[0])
+    checkpoint = resolve(settings.checkpoint, "model.generative.checkpoint")
+    embeddings = build_embeddings(settings, checkpoint, classes=classes, dataset_name=dataset_name, device=main)
+    autoencoder = load_autoencoder(checkpoint, revision=settings.revision, folder=settings.autoencoder)
+    transformer = load_transformer(checkpoint, revision=settings.revision).requires_grad_(is_trained)
+    _check_shapes(transformer, autoencoder, embeddings)
+    if settings.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    text_bytes = sum(t.numel() * t.element_size() for t in (embeddings.sequence_CLE, embeddings.pooled_CD))
+    placement = placing.place(
+        transformer,
+        devices,
+        trained=is_trained,
+        max_pairs=settings.max_pairs,
+        tokens=(settings.window_px // 16) ** 2 + embeddings.sequence_CLE.shape[1],
+        checkpointing=settings.gradient_checkpointing,
+        fixed_main_bytes=main_bytes + placing.training_bytes(autoencoder, trained=False) + text_bytes,
+        force_hooks=force_hooks,
+    )
+    return Sd3(transformer, autoencoder, embeddings, device=main, precision=precision), placement
+
+
+def _check_shapes(transformer: nn.Module, autoencoder: nn.Module, embeddings: PromptEmbeddings) -> None:
+    """UserError: parts of different checkpoints."""
+    wants, vae = transformer.config, autoencoder.config
+    pairs = {
+        "latent channels (autoencoder)": (vae.latent_channels, wants.in_channels),
+        "text width (embeddings)": (embeddings.sequence_CLE.shape[-1], wants.joint_attention_dim),
+        "pooled width (embeddings)": (embeddings.pooled_CD.shape[-1], wants.pooled_projection_dim),
+    }
+    for what, (got, expected) in pairs.items():
+        if got != expected:
+            raise UserError(f"model.generative: {what} is {got}, but the transformer expects {expected}. Use parts of "
+                            "one checkpoint.")  # fmt: skip
+
+
+def segmenter_bytes(segmenter: Segmenter, *, is_trained: bool) -> int:
+    """Weights and, if trained, gradients, AdamW moments and a generous share for the graph of one image."""
+    weights = placing.training_bytes(segmenter.net, trained=is_trained)
+    return weights + (4 * placing.GIB if is_trained and weights > placing.GIB else 0)
+
+
+def build_models(
+    settings: EvaluateConfig | AdaptConfig, classes: Sequence[str], *, force_hooks: bool = False
+) -> Models:
+    """Load, place and join the models; without a generative model unless an AdaptConfig asks for `tta`."""
+    main = set_up(settings.runtime)
+    segmenter = build_segmenter(settings.model.discriminative, len(classes), main)
+    fingerprints = {"discriminative": fingerprint(segmenter.net)}
+    if not isinstance(settings, AdaptConfig) or settings.tta.forward_mode == "discriminative_only":
+        combined = Combined(segmenter, None, seed=settings.experiment.seed, precision=settings.runtime.precision)
+        return Models(combined, None, fingerprints)
+    update = settings.model.update
+    generative, placement = build_generative(
+        settings.model.generative,
+        classes=classes,
+        dataset_name=settings.data.name,
+        devices=devices_of(settings.runtime),
+        precision=settings.runtime.precision,
+        is_trained=update.generative,
+        main_bytes=segmenter_bytes(segmenter, is_trained=update.discriminative),
+        force_hooks=force_hooks,
+    )
+    fingerprints["generative"] = fingerprint(generative.transformer)
+    combined = Combined(
+        segmenter,
+        generative,
+        settings.model,
+        settings.tta.optimizer,
+        seed=settings.experiment.seed,
+        precision=settings.runtime.precision,
+    )
+    return Models(combined, placement, fingerprints)

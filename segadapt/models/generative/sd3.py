@@ -1,0 +1,166 @@
+"""Stable Diffusion 3 as teacher: windows to latents, noise, and one velocity for each (window, class) pair.
+
+K windows   P (window, class) pairs   3 RGB   s window px   z y x latent channels and grid, px / 8
+"""
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from segadapt.errors import UserError
+from segadapt.models.checkpoint_errors import explain_checkpoint_errors
+from segadapt.models.generative.prompts import PromptEmbeddings
+
+AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+
+
+@dataclass(frozen=True)
+class NoisyLatent:
+    """A noisy latent and the velocity to predict, from one draw, so that they cannot disagree."""
+
+    x_t_Kzyx: Tensor  # float32
+    target_Kzyx: Tensor  # float32, noise - x_0
+    sigma_K: Tensor  # float32, in (0, 1]
+
+
+def add_noise(latent_Kzyx: Tensor, noise_Kzyx: Tensor, sigma_K: Tensor) -> NoisyLatent:
+    """Mix latents with noise; give the noisy latents and the velocity to predict.
+
+    Rectified flow as in SD3 (Esser et al. 2024): x_t = (1 - sigma) x_0 + sigma eps, target v = eps - x_0.
+
+    Args:
+        latent_Kzyx: (VAE mean - shift) * scale.
+        noise_Kzyx: standard normal, same shape and dtype.
+        sigma_K: noise level of each window, in (0, 1].
+    """
+    assert latent_Kzyx.shape == noise_Kzyx.shape, (latent_Kzyx.shape, noise_Kzyx.shape)
+    sigma_K111 = sigma_K.view(-1, 1, 1, 1)
+    return NoisyLatent((1 - sigma_K111) * latent_Kzyx + sigma_K111 * noise_Kzyx, noise_Kzyx - latent_Kzyx, sigma_K)
+
+
+def taesd3(folder: Path) -> AutoencoderTiny:
+    """TAESD3 (github.com/madebyollin/taesd) from its two files; latents come out already shifted and scaled."""
+    vae = AutoencoderTiny(latent_channels=16)
+    encoder = load_file(folder / "taesd3_encoder.safetensors")
+    decoder = load_file(folder / "taesd3_decoder.safetensors")
+    state = {f"encoder.layers.{name}": value for name, value in encoder.items()}
+    for name, value in decoder.items():  # the file counts the clamp that diffusers applies outside its layers
+        index, _, rest = name.partition(".")
+        state[f"decoder.layers.{int(index) - 1}.{rest}"] = value
+    vae.load_state_dict(state)
+    return vae
+
+
+def load_autoencoder(checkpoint: str, *, revision: str | None, folder: str | None) -> AutoencoderKL | AutoencoderTiny:
+    """The autoencoder in `folder` (TAESD3's files, or a diffusers folder), else `vae/` of the checkpoint; float32.
+
+    Raises:
+        UserError: files missing; a class we cannot use; AutoencoderKL without shift (diffusers#8708).
+    """
+    if folder is not None and (Path(folder) / "taesd3_encoder.safetensors").is_file():
+        return taesd3(Path(folder))
+    source = {"pretrained_model_name_or_path": folder or checkpoint}
+    if folder is None:
+        source |= {"subfolder": "vae"} | ({"revision": revision} if revision else {})
+    setting = "model.generative.autoencoder" if folder else "model.generative.checkpoint"
+    with explain_checkpoint_errors("autoencoder", folder or checkpoint, setting):
+        config = AutoencoderKL.load_config(**source)
+        name = config["_class_name"]
+        if name not in AUTOENCODERS:
+            raise UserError(f"{setting}={folder or checkpoint}: the autoencoder is a {name}; expected one of "
+                            f"{', '.join(AUTOENCODERS)}. Point to an SD3 checkpoint.")  # fmt: skip
+        vae = AUTOENCODERS[name].from_pretrained(**source, torch_dtype=torch.float32)
+    if isinstance(vae, AutoencoderKL) and vae.config.shift_factor is None:
+        raise UserError(f"{setting}={folder or checkpoint}: vae/config.json has no shift_factor; SD3 was trained with "
+                        "shift 0.0609. Set shift_factor in that file, or use a complete checkpoint.")  # fmt: skip
+    return vae
+
+
+def load_transformer(checkpoint: str, *, revision: str | None) -> SD3Transformer2DModel:
+    """The transformer of a hub id or local folder, float32 master weights, strict: every key is used.
+
+    Raises:
+        UserError: files missing, gated, or weights that do not fit their config, with the list.
+    """
+    source = {"pretrained_model_name_or_path": checkpoint, "subfolder": "transformer"}
+    with explain_checkpoint_errors("generative model", checkpoint, "model.generative.checkpoint"):
+        transformer, info = SD3Transformer2DModel.from_pretrained(
+            **source, revision=revision, torch_dtype=torch.float32, output_loading_info=True
+        )
+    wrong = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
+    if wrong:
+        listed = "; ".join(f"{kind}: {sorted(map(str, names))[:5]}" for kind, names in wrong.items())
+        raise UserError(f"model.generative.checkpoint={checkpoint}: the transformer's weights do not fit its config "
+                        f"({listed}). Download the checkpoint again, complete.")  # fmt: skip
+    return transformer
+
+
+class Sd3:
+    """The generative model: frozen autoencoder, class embeddings, and the transformer that judges a labelling.
+
+    Not an nn.Module: the transformer may be split over devices, and moving a parent would break the split silently.
+    All inputs and outputs live on `device`, the main device. Every part is in eval mode.
+    """
+
+    def __init__(
+        self,
+        transformer: SD3Transformer2DModel,
+        autoencoder: AutoencoderKL | AutoencoderTiny,
+        embeddings: PromptEmbeddings,
+        *,
+        device: torch.device,
+        precision: str = "bf16",
+    ):
+        self.transformer = transformer.eval()
+        self.autoencoder = autoencoder.eval().requires_grad_(False).to(device)
+        self.embeddings = embeddings
+        self.device = device
+        self.precision = precision
+        self._dtype = next(transformer.parameters()).dtype
+        text_dtype = torch.bfloat16 if precision == "bf16" else self._dtype
+        self._sequence_CLE = embeddings.sequence_CLE.to(device, text_dtype)
+        self._pooled_CD = embeddings.pooled_CD.to(device, self._dtype)
+
+    def autocast(self) -> torch.autocast | nullcontext:
+        """A fresh bf16 autocast context: one a call, so that weights cached without grad are never reused (pytorch
+        #65766)."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+    @torch.no_grad()
+    def encode(self, windows_K3ss: Tensor) -> Tensor:
+        """Windows in -1..1 to latents [K, z, y, x]: (mean - shift) * scale, the mean and no sample; no autocast."""
+        with torch.autocast(self.device.type, enabled=False):
+            if isinstance(self.autoencoder, AutoencoderTiny):
+                return self.autoencoder.encode(windows_K3ss).latents
+            mean = self.autoencoder.encode(windows_K3ss).latent_dist.mean
+            return (mean - self.autoencoder.config.shift_factor) * self.autoencoder.config.scaling_factor
+
+    def velocity(self, noisy: NoisyLatent, pair_window_P: Tensor, pair_class_P: Tensor) -> Tensor:
+        """One conditional forward for all pairs: [P, z, y, x] in the dtype of the latents (float32). No CFG.
+
+        The timestep, 1000 * sigma, stays float32: bf16 would turn 333 into 332.
+        """
+        with self.autocast():
+            velocity_Pzyx = self.transformer(
+                hidden_states=noisy.x_t_Kzyx[pair_window_P],
+                encoder_hidden_states=self._sequence_CLE[pair_class_P],
+                pooled_projections=self._pooled_CD[pair_class_P],
+                timestep=1000 * noisy.sigma_K[pair_window_P],
+                return_dict=False,
+            )[0]
+        return velocity_Pzyx.to(noisy.x_t_Kzyx.dtype)
+
+
+def save_generative(folder: Path, transformer: SD3Transformer2DModel, autoencoder: torch.nn.Module) -> None:
+    """Write `transformer/` and `vae/` in the layout that `from_pretrained` reads, safetensors, with a model index."""
+    transformer.save_pretrained(folder / "transformer", safe_serialization=True)
+    autoencoder.save_pretrained(folder / "vae", safe_serialization=True)  # type: ignore[operator]
+    index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"],
+             "vae": ["diffusers", type(autoencoder).__name__]}  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

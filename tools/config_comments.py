@@ -1,0 +1,52 @@
+"""Write each setting's help from config.py as the comment behind its line in conf/*.yaml; --check only compares."""
+
+import re
+import sys
+from pathlib import Path
+
+from segadapt import config
+
+CONF = Path(config.__file__).parent / "conf"
+SCHEMAS = [config.CheckConfig, config.TrainConfig, config.TrainGenerativeConfig, config.CorruptConfig]
+
+
+def prefix_of(path: Path) -> str:
+    """Where the content of a group file lands: conf/model/generative/sd3_medium.yaml -> 'model.generative.'."""
+    folder = path.parent.relative_to(CONF)
+    return "" if folder.parts[:1] in ((), ("base",), ("experiment",)) else ".".join(folder.parts) + "."
+
+
+def commented(path: Path) -> str:
+    """The file's text with every setting's comment as config.py words it."""
+    helps: dict[str, str] = {}
+    for schema in SCHEMAS:
+        if "segmenter" in path.stem and schema is config.TrainGenerativeConfig:
+            continue
+        helps |= {name: item.metadata["help"] for name, item in config.fields_of(schema).items()}
+    if "segmenter" in path.stem:
+        helps |= {name: item.metadata["help"] for name, item in config.fields_of(config.TrainConfig).items()}
+    lines, stack = [], []
+    for line in path.read_text().splitlines():
+        match = re.match(r"^( *)([A-Za-z_0-9]+):(.*)$", line)
+        if match:
+            stack = [entry for entry in stack if entry[0] < len(match[1])] + [(len(match[1]), match[2])]
+            name = prefix_of(path) + ".".join(key for _, key in stack)
+            if name in helps:
+                line = f"{line.split('  # ')[0].rstrip()}  # {helps[name]}"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Exit status 1 under --check if a file differs."""
+    stale = [path for path in sorted(CONF.rglob("*.yaml")) if commented(path) != path.read_text()]
+    for path in stale:
+        if "--check" in sys.argv:
+            print(f"{path.relative_to(CONF)}: comments differ from config.py; run tools/config_comments.py")
+        else:
+            path.write_text(commented(path))
+    return int(bool(stale) and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
