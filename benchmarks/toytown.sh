@@ -3,6 +3,7 @@
 # Usage: benchmarks/toytown.sh OUTPUT_FOLDER [WORKERS]
 set -euo pipefail
 out=$1 workers=${2:-6}
+mkdir -p "$out"
 run="python3 -m segadapt"
 both="logging.root=$out data.workers=$workers train.save_dtype=bfloat16"
 $run train experiment.name=toytown-segmenter experiment.id=v1 $both >"$out/segmenter.log" 2>&1 &

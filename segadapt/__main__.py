@@ -2,11 +2,13 @@
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import hydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -36,20 +38,27 @@ def _function(path: str) -> Callable:
 def _explain(error: Exception, schema: type, arguments: list[str]) -> str:
     """One line for what Hydra found wrong with the command line, with the nearest right name."""
     text = " ".join(str(error).split())
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read; expected key=value. Quote values with spaces: \"key='a b'\"."
+    found = re.search(r"Could not find '(.+)/(.+?)' Available options in '.+?':(.*?)(?:Config search path|$)", text)
+    if found:
+        group, wrong, options = found.groups()
+        choices = [option for option in options.split() if not option.startswith("_")]
+        return f"{group}={wrong} is not a choice.{did_you_mean(wrong, choices)}"
     names = config.fields_of(schema)
+    sections = {name.rpartition(".")[0].replace(".", "/") for name in names}
     for argument in arguments:
         key = argument.split("=", 1)[0].lstrip("+~").split("@")[0]
-        if not argument.startswith("-") and "=" in argument and "/" not in key and key not in names:
-            is_prefix = any(name.startswith(f"{key}.") for name in names)
-            if f"'{key}'" in text or (not is_prefix and key.rpartition(".")[2] in text):
-                return f"{key} is not a setting.{did_you_mean(key, names)}"
-    if "Could not find" in text and "Available options" in text:
-        what, _, options = text.partition("Available options in")
-        valid = [word for word in options.replace("'", " ").split()[1:] if not word.startswith("_")]
-        wrong = what.split("'")[1] if "'" in what else what
-        valid = [word for word in valid if word.isidentifier()]
-        return f"{wrong} is not a choice.{did_you_mean(wrong.rpartition('/')[2], valid)}"
+        is_known = key in names or key.replace(".", "/") in sections
+        if "=" in argument and not argument.startswith("-") and not is_known:
+            ends_alike = [f" Did you mean {name}?" for name in names if name.endswith(f".{key}")]
+            return f"{key} is not a setting." + (ends_alike or [did_you_mean(key, [*names, *sections])])[0]
     return text
+
+
+def _refuse(verb: str, error: UserError) -> NoReturn:
+    sys.stderr.write(f"segadapt {verb}: {error}\n")
+    sys.exit(2)
 
 
 def main() -> None:
@@ -66,8 +75,7 @@ def main() -> None:
             raise UserError(f"{verb} is not a verb.{did_you_mean(verb, VERBS)}")
         _start(verb, arguments)
     except UserError as error:
-        sys.stderr.write(f"segadapt {verb}: {error}\n".replace("segadapt --", "segadapt --"))
-        sys.exit(2)
+        _refuse(verb, error)
 
 
 def _start(verb: str, arguments: list[str]) -> None:
@@ -79,7 +87,12 @@ def _start(verb: str, arguments: list[str]) -> None:
     @hydra.main(version_base="1.3", config_path="pkg://segadapt.conf", config_name=primary)
     def job(composed: DictConfig) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours is the only bar
-        _function(path)(config.parse(OmegaConf.create(OmegaConf.to_container(composed, resolve=True)), schema))
+        resolved = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
+        assert isinstance(resolved, DictConfig)
+        try:
+            _function(path)(config.parse(resolved, schema))
+        except UserError as error:
+            _refuse(verb, error)  # here: Hydra would put a line of its own in front
 
     try:
         job()

@@ -5,7 +5,6 @@ import platform
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,6 +121,7 @@ def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str
         UserError: a mistake in settings, data or checkpoints, before the first step wherever it can be known.
     """
     console = console or Console()
+    _check_leaves_something(settings)
     dataset, tasks = build_dataset(settings.data), build_tasks(settings.data)
     entries = _all_entries(settings, dataset, tasks, console)
     order_sha256 = stream.order_hash([entry for task_entries in entries for entry in task_entries])
@@ -173,6 +173,15 @@ def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str
         mirror.finish()
     _print_results(console, results, summary["mean"])
     return summary | {"folder": str(folder.path)}
+
+
+def _check_leaves_something(settings: EvaluateConfig) -> None:
+    """UserError: unlabelled images, and neither predictions nor an adapted model to keep."""
+    is_unlabelled = settings.data.kind == "files" and settings.data.label_path is None
+    saves_model = isinstance(settings, AdaptConfig) and settings.tta.save_adapted
+    if is_unlabelled and settings.logging.predictions == "none" and not saves_model:
+        raise UserError("data.label_path=null and logging.predictions=none: the run would leave nothing. Set "
+                        "logging.predictions=all, or give labels.")  # fmt: skip
 
 
 def _all_entries(
@@ -247,7 +256,7 @@ class _TaskLoop:
 
     def _score_and_save(self, slug: str, index: int, sample: stream.Prepared, prediction: Prediction) -> float | None:
         """Count the pixels; write the PNG if asked; returns the running mIoU of the task, None without labels."""
-        logging, wants_file = self.settings.logging, False
+        logging = self.settings.logging
         wants_file = logging.predictions == "all" or (logging.predictions == "sample" and index < logging.sample_images)
         if sample.label_HW is None and not wants_file:
             return None
@@ -320,15 +329,3 @@ def _print_results(console: Console, results: list[TaskResult], mean: dict[str, 
     console.print(results_table(rows, ["task", "images", "mIoU", "mAcc", "aAcc", "mF1", "mPrec", "s/image"]))
     line = copyable_line([*(r.scores.miou if r.scores else None for r in results), mean["miou"]])
     console.print(f"mIoU %: {line}", highlight=False, soft_wrap=True, markup=False)
-
-
-def warn_unlabelled(settings: EvaluateConfig) -> None:
-    """UserError: unlabelled images and nothing to leave behind."""
-    if settings.data.label_path is None and settings.data.kind == "files" and settings.logging.predictions == "none":
-        raise UserError("data.label_path=null and logging.predictions=none: the run would leave nothing. Set "
-                        "logging.predictions=all, or give labels.")  # fmt: skip
-
-
-def folder_of(results: dict[str, Any]) -> Path:
-    """The run folder of what `run` returned."""
-    return Path(results["folder"])

@@ -3,7 +3,7 @@
 H W image px   s crop px
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -131,7 +131,7 @@ class Crops(torch.utils.data.Dataset):
     ):
         self.dataset, self.count, self.seed, self.light = dataset, count, seed, light
         self.geometry = {"short_side_px": short_side_px, "crop_px": crop_px, "scale": scale}
-        self.keys: Sequence[str] = dataset.keys(Task(0))
+        self.keys = dataset.keys(Task(0))
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -142,7 +142,7 @@ class Crops(torch.utils.data.Dataset):
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = numpy_generator(self.seed, "epoch", epoch).permutation(len(self.keys))
-        sample = self.dataset.load(Task(0), self.keys[self._order[place]])
+        sample = self.dataset.load(Task(0), self.keys[int(self._order[place])])
         assert sample.label_HW is not None, "training needs labels; the verbs check it first"
         rng = numpy_generator(self.seed, "crop", index)
         image_ss3, label_ss = crop(sample.image_HW3, sample.label_HW, rng, **self.geometry)

@@ -280,14 +280,15 @@ def fields_of(schema: type, prefix: str = "") -> dict[str, dataclasses.Field]:
 
 
 def _flat(config: DictConfig, known: dict[str, dataclasses.Field], prefix: str = "") -> dict[str, Any]:
-    """Composed values by dotted name; a dict setting is one value."""
+    """Composed values by dotted name; a dict setting, or a dict that no setting is in, is one value."""
     out: dict[str, Any] = {}
     for key in config:
         name = f"{prefix}{key}"
-        if name not in known and OmegaConf.is_dict(config._get_node(key)):
+        is_section = any(setting_name.startswith(f"{name}.") for setting_name in known)
+        if is_section and OmegaConf.is_dict(config._get_node(key)):
             out |= _flat(config[key], known, f"{name}.")
         else:
-            out[name] = config[key]
+            out[name] = "???" if OmegaConf.is_missing(config, key) else config[key]
     return out
 
 
@@ -306,7 +307,7 @@ def parse(config: DictConfig, schema: type[T]) -> T:
         typed = OmegaConf.merge(OmegaConf.structured(schema), config)
         missing = sorted(OmegaConf.missing_keys(typed))
         if missing:
-            raise UserError(f"{missing[0]} has no value: {known[missing[0]].metadata['help']}. Set it in the config.")
+            raise UserError(f"{missing[0]} has no value: {known[missing[0]].metadata['help']}. Set {missing[0]}=VALUE.")
         parsed = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         name = error.full_key or "?"

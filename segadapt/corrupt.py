@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 import cv2
 import numpy as np
@@ -40,7 +39,7 @@ class Settings:
 
     dataset: str
     seed: int
-    image_format: Literal["png", "jpg"]
+    image_format: str  # a name of FORMATS
     quality: int | None  # of JPEG, 1..95; None for PNG
     version: str  # of segadapt
 
@@ -61,7 +60,7 @@ def write_set(
     output: str | Path,
     *,
     seed: int,
-    image_format: Literal["png", "jpg"] = "png",
+    image_format: str = "png",
     quality: int = 75,
     workers: int,
     limit: int | None = None,

@@ -6,6 +6,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -66,9 +67,9 @@ class _Reader(torch.utils.data.Dataset):
             sample = self.dataset.load(entry.task, entry.key)
         except UserError as error:  # raised again by `read`: torch would wrap it in a worker's traceback
             return error
-        digest = hashlib.blake2b(np.ascontiguousarray(sample.image_HW3), digest_size=8)
+        digest = hashlib.blake2b(np.ascontiguousarray(sample.image_HW3).data, digest_size=8)
         if sample.label_HW is not None:
-            digest.update(np.ascontiguousarray(sample.label_HW))
+            digest.update(np.ascontiguousarray(sample.label_HW).data)
         return Prepared(
             entry,
             resize_short_side(sample.image_HW3, self.short_side_px),
@@ -78,7 +79,7 @@ class _Reader(torch.utils.data.Dataset):
         )
 
 
-def _as_it_is(prepared: Prepared | UserError) -> Prepared | UserError:
+def _as_it_is(prepared: Any) -> Any:
     return prepared
 
 

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
@@ -127,13 +129,9 @@ def train_autoencoder(
     t, config = settings.train, dict(settings.model.generative.autoencoder_config)
     torch.manual_seed(derive(settings.experiment.seed, "autoencoder"))
     levels = len(config["block_out_channels"])
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        **config,
-    ).to(main)
+    config |= {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    vae = AutoencoderKL(use_quant_conv=False, use_post_quant_conv=False, **config)
+    nn.Module.to(vae, main)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=t.autoencoder_lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: cosine(step, iters=t.autoencoder_iters, warmup_iters=100)
@@ -142,8 +140,8 @@ def train_autoencoder(
     recent: list[Tensor] = []
     for step, (windows_B3ss, _) in batch:
         with torch.autocast(main.type, torch.bfloat16, enabled=settings.runtime.precision == "bf16"):
-            posterior = vae.encode(windows_B3ss).latent_dist
-            rebuilt_B3ss = vae.decode(posterior.sample()).sample
+            (posterior,) = vae.encode(windows_B3ss, return_dict=False)
+            (rebuilt_B3ss,) = vae.decode(posterior.sample(), return_dict=False)  # pyright: ignore[reportArgumentType]
         loss = F.l1_loss(rebuilt_B3ss.float(), windows_B3ss) + t.kl_weight * posterior.kl().float().mean()
         loss.backward()
         optimizer.step()
@@ -229,8 +227,9 @@ def train_transformer(
     """Flow matching on the latents of random windows; returns the averaged teacher and its validation accuracy."""
     t, seed = settings.train, settings.experiment.seed
     torch.manual_seed(derive(seed, "transformer"))
-    transformer = SD3Transformer2DModel(**settings.model.generative.config).to(main)
-    widths = transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim
+    transformer = SD3Transformer2DModel(**settings.model.generative.config)
+    nn.Module.to(transformer, main)
+    widths = transformer.config["joint_attention_dim"], transformer.config["pooled_projection_dim"]
     tokens = ClassTokens(len(dataset.classes), tokens=t.tokens, width=widths[0], pooled_width=widths[1]).to(main)
     log_scale = nn.Parameter(torch.tensor(math.log(t.comparing_scale), device=main))
     optimizer = torch.optim.AdamW(learning_rate_groups(transformer, tokens, log_scale, t), lr=t.lr, betas=(0.9, 0.99))
@@ -285,7 +284,9 @@ def train_transformer(
                                 "number. Lower train.lr.")  # fmt: skip
             records.append(line)
         if step % t.validate_every == 0 or step == t.iters:
-            best, best_tokens = copy.deepcopy(average.module)
+            best, best_tokens = copy.deepcopy(average.module).children()
+            assert isinstance(best, SD3Transformer2DModel)
+            assert isinstance(best_tokens, ClassTokens)
             teacher = Sd3(best, vae, best_tokens.frozen(), device=main, precision=settings.runtime.precision)
             accuracy = validation_accuracy(teacher, held_out, settings)
             records.append({"stage": "transformer", "step": step, "validation_accuracy": accuracy})

@@ -1,8 +1,10 @@
 """Decoded samples kept in memory: for training, where each image is read many times."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from segadapt.datasets import Dataset, Sample, Task
@@ -35,7 +37,7 @@ class Cached:
         return self._samples[key]
 
 
-class _Samples:
+class _Samples(torch.utils.data.Dataset):
     def __init__(self, dataset: Dataset, keys: Sequence[str]):
         self.dataset, self.keys = dataset, keys
 
@@ -51,5 +53,5 @@ class _Samples:
         return Sample(sample.key, np.ascontiguousarray(sample.image_HW3), label_HW)
 
 
-def _as_it_is(sample: Sample | UserError) -> Sample | UserError:
+def _as_it_is(sample: Any) -> Any:
     return sample

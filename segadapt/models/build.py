@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -155,7 +156,7 @@ def build_generative(
     return Sd3(transformer, autoencoder, embeddings, device=main, precision=precision), placement
 
 
-def _check_shapes(transformer: nn.Module, autoencoder: nn.Module, embeddings: PromptEmbeddings) -> None:
+def _check_shapes(transformer: Any, autoencoder: Any, embeddings: PromptEmbeddings) -> None:
     """UserError: parts of different checkpoints."""
     wants, vae = transformer.config, autoencoder.config
     pairs = {

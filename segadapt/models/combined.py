@@ -137,7 +137,16 @@ class Combined:
         scored_Chw = logits_BChw[0].detach()
         if self.generative is None:
             return Prediction(scored_Chw)
+        loss, candidates = self.backward(image_3HW, logits_BChw, task=task, key=key)
+        return self._update(scored_Chw, loss, candidates)
 
+    def backward(
+        self, image_3HW: Tensor, logits_BChw: Tensor, *, task: str, key: str
+    ) -> tuple[Tensor, candidate_classes.Candidates]:
+        """The generative loss of one image and its gradients in every parameter that moves; no update.
+
+        Returns the loss, detached, and the candidate classes of its windows.
+        """
         q_KCyx, noisy = self._windows(image_3HW, logits_BChw, task=task, key=key)
         candidates = candidate_classes.select(
             q_KCyx.detach(),
@@ -149,7 +158,7 @@ class Combined:
         loss = self._backward_chunks(leaf_KCyx, noisy, candidates)
         if self.trains_discriminative:
             q_KCyx.backward(leaf_KCyx.grad)
-        return self._update(scored_Chw, loss, candidates)
+        return loss, candidates
 
     def _autocast(self) -> torch.autocast | nullcontext:
         return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()

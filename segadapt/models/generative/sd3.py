@@ -7,9 +7,12 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -65,18 +68,18 @@ def load_autoencoder(checkpoint: str, *, revision: str | None, folder: str | Non
     """
     if folder is not None and (Path(folder) / "taesd3_encoder.safetensors").is_file():
         return taesd3(Path(folder))
-    source = {"pretrained_model_name_or_path": folder or checkpoint}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder or checkpoint}
     if folder is None:
         source |= {"subfolder": "vae"} | ({"revision": revision} if revision else {})
     setting = "model.generative.autoencoder" if folder else "model.generative.checkpoint"
     with explain_checkpoint_errors("autoencoder", folder or checkpoint, setting):
-        config = AutoencoderKL.load_config(**source)
-        name = config["_class_name"]
+        config: Any = AutoencoderKL.load_config(**source)
+        name = dict(config)["_class_name"]
         if name not in AUTOENCODERS:
             raise UserError(f"{setting}={folder or checkpoint}: the autoencoder is a {name}; expected one of "
                             f"{', '.join(AUTOENCODERS)}. Point to an SD3 checkpoint.")  # fmt: skip
         vae = AUTOENCODERS[name].from_pretrained(**source, torch_dtype=torch.float32)
-    if isinstance(vae, AutoencoderKL) and vae.config.shift_factor is None:
+    if isinstance(vae, AutoencoderKL) and vae.config["shift_factor"] is None:
         raise UserError(f"{setting}={folder or checkpoint}: vae/config.json has no shift_factor; SD3 was trained with "
                         "shift 0.0609. Set shift_factor in that file, or use a complete checkpoint.")  # fmt: skip
     return vae
@@ -90,9 +93,10 @@ def load_transformer(checkpoint: str, *, revision: str | None) -> SD3Transformer
     """
     source = {"pretrained_model_name_or_path": checkpoint, "subfolder": "transformer"}
     with explain_checkpoint_errors("generative model", checkpoint, "model.generative.checkpoint"):
-        transformer, info = SD3Transformer2DModel.from_pretrained(
+        loaded: Any = SD3Transformer2DModel.from_pretrained(
             **source, revision=revision, torch_dtype=torch.float32, output_loading_info=True
         )
+    transformer, info = loaded
     wrong = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
     if wrong:
         listed = "; ".join(f"{kind}: {sorted(map(str, names))[:5]}" for kind, names in wrong.items())
@@ -118,7 +122,8 @@ class Sd3:
         precision: str = "bf16",
     ):
         self.transformer = transformer.eval()
-        self.autoencoder = autoencoder.eval().requires_grad_(False).to(device)
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        torch.nn.Module.to(self.autoencoder, device)
         self.embeddings = embeddings
         self.device = device
         self.precision = precision
@@ -137,9 +142,10 @@ class Sd3:
         """Windows in -1..1 to latents [K, z, y, x]: (mean - shift) * scale, the mean and no sample; no autocast."""
         with torch.autocast(self.device.type, enabled=False):
             if isinstance(self.autoencoder, AutoencoderTiny):
-                return self.autoencoder.encode(windows_K3ss).latents
-            mean = self.autoencoder.encode(windows_K3ss).latent_dist.mean
-            return (mean - self.autoencoder.config.shift_factor) * self.autoencoder.config.scaling_factor
+                return self.autoencoder.encode(windows_K3ss, return_dict=False)[0]
+            (posterior,) = self.autoencoder.encode(windows_K3ss, return_dict=False)
+            config = self.autoencoder.config
+            return (posterior.mean - config["shift_factor"]) * config["scaling_factor"]
 
     def velocity(self, noisy: NoisyLatent, pair_window_P: Tensor, pair_class_P: Tensor) -> Tensor:
         """One conditional forward for all pairs: [P, z, y, x] in the dtype of the latents (float32). No CFG.

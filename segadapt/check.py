@@ -1,0 +1,200 @@
+"""The verb `check`: read all data, and if asked load both models and take one step, before a run is paid for.
+
+C classes   H W image px
+"""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+
+from segadapt import stream
+from segadapt.config import CheckConfig
+from segadapt.datasets import Dataset, Task
+from segadapt.datasets.build import build_dataset, build_tasks
+from segadapt.datasets.labels import IGNORE
+from segadapt.datasets.resize import resize_short_side
+from segadapt.errors import UserError
+from segadapt.models.build import Models, build_models
+from segadapt.models.generative import windows
+from segadapt.models.generative.placement import GIB
+from segadapt.terminal import results_table
+
+MOST_PROBLEMS = 20  # shown; all are counted
+MOST_SIZES = 10  # shown
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What is kept of one image that could be read."""
+
+    entry: stream.Entry
+    size_px: tuple[int, int]  # H, W as read
+    resized_px: tuple[int, int]  # H, W after the short side was set
+    digest: str  # of the pixels as read, corrupted
+    pixels_C: np.ndarray | None  # int64, labelled pixels of each class; None: unlabelled
+
+
+class _Reader(torch.utils.data.Dataset):
+    """Facts, or the line that says why there are none; for torch's worker processes."""
+
+    def __init__(self, dataset: Dataset, entries: Sequence[stream.Entry], short_side_px: int):
+        self.dataset, self.entries, self.short_side_px = dataset, entries, short_side_px
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> ImageFacts | str:
+        entry = self.entries[index]
+        try:
+            sample = self.dataset.load(entry.task, entry.key)
+        except UserError as error:
+            return f"{entry.task.name}: {error}"
+        height, width = resize_short_side(sample.image_HW3, self.short_side_px).shape[1:]
+        pixels_C = None
+        if sample.label_HW is not None:
+            pixels_C = np.bincount(sample.label_HW.ravel(), minlength=IGNORE + 1)[: len(self.dataset.classes)]
+        digest = hashlib.blake2b(np.ascontiguousarray(sample.image_HW3).data, digest_size=16).hexdigest()
+        return ImageFacts(entry, sample.image_HW3.shape[:2], (height, width), digest, pixels_C)
+
+
+def scan(
+    dataset: Dataset, entries: Sequence[stream.Entry], *, short_side_px: int, workers: int
+) -> Iterator[ImageFacts | str]:
+    """Read every entry in order, `workers` processes ahead; a problem is yielded as its one line, not raised."""
+    reader, at_once = _Reader(dataset, entries, short_side_px), min(workers, len(entries))
+    yield from DataLoader(reader, None, num_workers=at_once, worker_init_fn=stream.one_thread_each)
+
+
+def run(settings: CheckConfig) -> None:
+    """Print what is there; no file is written.
+
+    Raises:
+        UserError: once, at the end, if any image, label or model would stop a run; its causes are printed before.
+    """
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    data, seed = settings.data, settings.experiment.seed
+    dataset, problems, readable = build_dataset(data), [], None
+    for task in build_tasks(data):
+        try:
+            entries = stream.order(dataset, task, seed=seed, shuffle=data.shuffle, limit=data.limit)
+        except UserError as error:
+            problems.append(f"{task.name}: {error}")
+            continue
+        entries = entries[: settings.check.images]
+        found = list(scan(dataset, entries, short_side_px=data.short_side_px, workers=data.workers))
+        facts = [item for item in found if isinstance(item, ImageFacts)]
+        problems += [item for item in found if isinstance(item, str)]
+        readable = readable or (facts[0].entry if facts else None)
+        missing = getattr(dataset, "missing_images", lambda _: [])(task)
+        heading = f"\n{task.name}: {len(facts)} of {len(entries)} images read, {origin(settings, task)}"
+        console.print(heading, *notes(facts, missing_images=missing), sep="\n")
+        console.print(sizes_table(facts, settings))
+        if any(item.pixels_C is not None for item in facts):
+            console.print(classes_table(facts, dataset.classes))
+    if settings.check.load_models and readable is not None:
+        try:
+            problems += check_models(settings, dataset, readable, console)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        console.print(*(f"problem: {problem}" for problem in problems[:MOST_PROBLEMS]), sep="\n")
+        shown = min(len(problems), MOST_PROBLEMS)
+        raise UserError(f"{len(problems)} problems found, {shown} shown; expected none. Correct them and check again.")
+    console.print("\nno problem found")
+
+
+def origin(settings: CheckConfig, task: Task) -> str:
+    """Where a task's pixels come from."""
+    if settings.data.kind == "toytown":
+        return "drawn on the fly"
+    on_disk = task.corruption is None or "{corruption}" in str(settings.data.image_path)
+    return "as they are on disk" if on_disk else "corrupted on the fly"
+
+
+def notes(facts: Sequence[ImageFacts], *, missing_images: Sequence[str]) -> list[str]:
+    """What would not stop a run, but is worth a look."""
+    lines = []
+    if missing_images:
+        lines.append(f"{len(missing_images)} labels have no image (first: {missing_images[0]})")
+    if any(item.pixels_C is None for item in facts):
+        lines.append("no labels: predictions only")
+    if empty := [item.entry.key for item in facts if item.pixels_C is not None and not item.pixels_C.any()]:
+        lines.append(f"{len(empty)} labels are ignored throughout (first: {empty[0]})")
+    first_of: dict[str, str] = {}
+    twins = [(item.entry.key, first_of.setdefault(item.digest, item.entry.key)) for item in facts]
+    if twins := [f"{key} = {first}" for key, first in twins if key != first]:
+        lines.append(f"{len(twins)} images repeat the pixels of another: {', '.join(twins[:3])}")
+    return lines
+
+
+def sizes_table(facts: Sequence[ImageFacts], settings: CheckConfig) -> Table:
+    """The commonest sizes on disk, what they become, and how many windows the teacher sees."""
+    g, count = settings.model.generative, Counter((item.size_px, item.resized_px) for item in facts)
+    rows: list[list[str | int]] = []
+    for ((height, width), (new_height, new_width)), images in count.most_common(MOST_SIZES):
+        boxes_K2 = windows.plan(new_height, new_width, window_px=g.window_px, stride_px=g.stride_px)
+        rows.append([f"{height} x {width}", f"{new_height} x {new_width}", len(boxes_K2), images])
+    if others := count.total() - sum(int(row[3]) for row in rows):
+        rows.append([f"{len(count) - len(rows)} other sizes", "", "", others])
+    portrait = sum(item.size_px[0] > item.size_px[1] for item in facts)
+    columns = ["height x width, px", "resized, px", "windows", "images"]
+    return results_table(rows, columns, title=f"{portrait} portrait, {len(facts) - portrait} landscape or square")
+
+
+def classes_table(facts: Sequence[ImageFacts], classes: Sequence[str]) -> Table:
+    """Share of the labelled pixels, and the number of images that show a class."""
+    pixels_NC = np.stack([item.pixels_C for item in facts if item.pixels_C is not None])
+    share_C = pixels_NC.sum(axis=0) / max(1, pixels_NC.sum())
+    rows = [[name, float(share_C[c]), int((pixels_NC[:, c] > 0).sum())] for c, name in enumerate(classes)]
+    return results_table(rows, ["class", "pixels %", "images"])
+
+
+def check_models(settings: CheckConfig, dataset: Dataset, entry: stream.Entry, console: Console) -> list[str]:
+    """Load both models as adapt would and take one step on one image; returns the problems."""
+    models = build_models(settings, dataset.classes)
+    console.print(*describe(models), sep="\n")
+    combined, start = models.combined, time.perf_counter()
+    image_3HW = resize_short_side(dataset.load(entry.task, entry.key).image_HW3, settings.data.short_side_px)
+    step = combined.step(image_3HW, task=entry.task.name, key=entry.key)
+    is_finite = bool(step.logits_Chw.isfinite().all()) and (step.loss is None or step.is_updated)
+    combined.reset()
+    numbers = "" if step.loss is None else f"loss {step.loss:.6g}, gradient norm {step.grad_norm:.6g}, "
+    console.print(f"one step on {entry.task.name} {entry.key}: {numbers}{time.perf_counter() - start:.2f} s")
+    for index in range(torch.cuda.device_count()) if combined.device.type == "cuda" else ():
+        console.print(f"cuda:{index}: {torch.cuda.max_memory_allocated(index) / GIB:.1f} GiB at most")
+    problem = f"{entry.key}: {numbers}expected finite numbers. Check the checkpoints, or set runtime.precision=fp32."
+    return [] if is_finite else [problem]
+
+
+def describe(models: Models) -> list[str]:
+    """Sizes, embeddings, autoencoder, placement and host memory of the loaded models."""
+    combined, teacher = models.combined, models.combined.generative
+    lines = [f"segmenter: {_millions(combined.segmenter.net)}"]
+    if teacher is None or models.placement is None:
+        return [*lines, "teacher: none (tta.forward_mode=discriminative_only)"]
+    vae, text = teacher.autoencoder, teacher.embeddings
+    latents = "already shifted and scaled"
+    if isinstance(vae, AutoencoderKL):
+        latents = "shift {shift_factor:g}, scale {scaling_factor:g}".format(**vae.config)
+    snapshot = sum(parameter.numel() * parameter.element_size() for parameter in combined.parameters().values())
+    return [
+        *lines,
+        f"teacher: transformer {_millions(teacher.transformer)}, autoencoder {_millions(vae)}",
+        f"latents: {latents}",
+        f"embeddings: {text.source}, sequence {tuple(text.sequence_CLE.shape)}, pooled {tuple(text.pooled_CD.shape)}",
+        *(f"placement: {line}" for line in models.placement.lines),
+        f"host memory of the source state: {snapshot / GIB:.2f} GiB",
+    ]
+
+
+def _millions(module: torch.nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f} M parameters"

@@ -1,0 +1,166 @@
+"""Tiny real models and composed settings: a SegFormer of 4 blocks, an SD3 of 2, windows of 32 px, 4 x 4 latents."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
+from sd3_folder import build_transformer
+from torch import Tensor
+
+from segadapt import config
+from segadapt.models.combined import Combined
+from segadapt.models.discriminative.segformer import Segmenter, build_segformer
+from segadapt.models.generative.prompts import PromptEmbeddings, save_embeddings
+from segadapt.models.generative.sd3 import Sd3, save_generative
+
+hypothesis.settings.register_profile("same every time", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same every time")
+
+CLASSES = ("sky", "road", "tree", "car", "person", "sign")
+SEGFORMER = {  # dropout on: only eval mode keeps two forwards equal
+    "depths": [1, 1, 1, 1],
+    "hidden_sizes": [8, 16, 16, 16],
+    "num_attention_heads": [1, 1, 2, 2],
+    "decoder_hidden_size": 16,
+    "drop_path_rate": 0.5,
+    "hidden_dropout_prob": 0.5,
+}
+AUTOENCODER: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (4, 4, 8, 8),
+    "norm_num_groups": 2,
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+SETTINGS = (
+    "data=toytown_c",
+    "runtime=cpu",
+    "model/discriminative=local",
+    "model/generative=local",
+    "model.discriminative.checkpoint=none",
+    "model.generative.checkpoint=none",
+    "model.generative.window_px=32",
+    "model.generative.stride_px=16",
+    "data.short_side_px=32",
+    "model.loss.topk=3",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Models this small are slower on several threads, and one thread always sums in one order."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def compose_settings() -> Callable[..., config.AdaptConfig]:
+    """compose_settings(*overrides): the shipped configuration for tiny models, as `segadapt adapt` reads it."""
+
+    def build(*overrides: str) -> config.AdaptConfig:
+        with initialize_config_module("segadapt.conf", version_base="1.3"):
+            composed = compose("adapt", [*SETTINGS, *overrides])
+        plain = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
+        assert isinstance(plain, DictConfig)
+        return config.parse(plain, config.AdaptConfig)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def build_teacher() -> Callable[..., Sd3]:
+    """build_teacher(num_classes, ...): a random Sd3 with 16-channel latents; the same weights at each call."""
+
+    def build(
+        num_classes: int = len(CLASSES),
+        *,
+        dtype: torch.dtype = torch.float32,
+        precision: str = "fp32",
+        num_layers: int = 2,
+    ) -> Sd3:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            transformer, autoencoder = build_transformer(num_layers), AutoencoderKL(**AUTOENCODER)
+            embeddings = PromptEmbeddings(
+                torch.randn(num_classes, 7, 32),
+                torch.randn(num_classes, 24),
+                torch.randn(7, 32),
+                torch.randn(24),
+                source="learned",
+            )
+        if dtype == torch.float64:
+            transformer, autoencoder = transformer.double(), autoencoder.double()
+        return Sd3(transformer, autoencoder, embeddings, device=torch.device("cpu"), precision=precision)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def build_segmenter() -> Callable[..., Segmenter]:
+    """build_segmenter(num_classes, ...): a random SegFormer; the same weights at each call."""
+
+    def build(num_classes: int = len(CLASSES), *, dtype: torch.dtype = torch.float32) -> Segmenter:
+        segmenter = build_segformer(SEGFORMER, num_classes, seed=1)
+        segmenter.net.to(dtype)  # pyright: ignore[reportArgumentType]
+        return segmenter
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def build_combined(compose_settings, build_segmenter, build_teacher) -> Callable[..., Combined]:
+    """build_combined(*overrides, dtype): the two tiny models as one step; frozen or not as the settings say."""
+
+    def build(*overrides: str, dtype: torch.dtype = torch.float32, num_layers: int = 2) -> Combined:
+        settings = compose_settings(*overrides)
+        precision = settings.runtime.precision
+        return Combined(
+            build_segmenter(dtype=dtype),
+            build_teacher(dtype=dtype, precision=precision, num_layers=num_layers),
+            settings.model,
+            settings.tta.optimizer,
+            seed=settings.experiment.seed,
+            precision=precision,
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def random_image() -> Callable[..., Tensor]:
+    """random_image(height, width, seed): [3, H, W] in 0..1; the default holds two windows."""
+
+    def build(height: int = 32, width: int = 45, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+            dtype
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def saved_models(tmp_path_factory, build_segmenter, build_teacher) -> Callable[..., tuple[str, ...]]:
+    """saved_models(classes): both models on disk, with embeddings; gives the overrides that name them."""
+
+    def save(classes: tuple[str, ...]) -> tuple[str, ...]:
+        folder: Path = tmp_path_factory.mktemp("models")
+        build_segmenter(len(classes)).save(folder / "segformer")
+        teacher = build_teacher(len(classes))
+        save_generative(folder / "sd3", teacher.transformer, teacher.autoencoder)
+        beside = folder / "sd3" / "embeddings.safetensors"
+        save_embeddings(beside, teacher.embeddings, classes=classes, dataset_name="tiny", model="tiny")
+        return (
+            f"model.discriminative.checkpoint={folder / 'segformer'}",
+            f"model.generative.checkpoint={folder / 'sd3'}",
+        )
+
+    return save

@@ -1,0 +1,133 @@
+"""Candidate classes: the three cases of the budget, the keep mask, and how pairs are packed."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segadapt.models.generative.candidates import Candidates, select
+from segadapt.seeds import torch_generator
+
+
+def random_q(windows, classes, *, side=3, seed=0):
+    return torch.randn(windows, classes, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def q_with(tops_by_pixel, classes):
+    """One window of one row whose pixels rank the given classes first, in that order."""
+    q_1C1x = torch.zeros(1, classes, 1, len(tops_by_pixel))
+    for x, ranked in enumerate(tops_by_pixel):
+        for place, index in enumerate(ranked):
+            q_1C1x[0, index, 0, x] = 100 - place
+    return q_1C1x
+
+
+def choose(q_KCyx, topk, budget, *, seed=0):
+    generators = [torch_generator(seed, window) for window in range(len(q_KCyx))]
+    return select(q_KCyx, topk=topk, classes_threshold=budget, generators=generators)
+
+
+def chosen_by(candidates, window=0):
+    return set(candidates.chosen_KC[window].nonzero()[:, 0].tolist())
+
+
+@settings(max_examples=200)
+@given(
+    windows=st.integers(1, 3),
+    classes=st.integers(1, 9),
+    topk=st.integers(1, 5),
+    budget=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_selection_follows_the_three_cases(windows, classes, topk, budget, seed):
+    q_KCyx = random_q(windows, classes, seed=seed)
+    got = choose(q_KCyx, topk, budget, seed=seed)
+    for window in range(windows):
+        ranked = [sorted(range(classes), key=lambda k: -pixel[k]) for pixel in q_KCyx[window].flatten(1).T.tolist()]
+        U = {ranking[0] for ranking in ranked}
+        S = {index for ranking in ranked for index in ranking[:topk]}
+        chosen = chosen_by(got, window)
+        if len(S) <= budget:
+            assert chosen == S
+        elif len(U) <= budget:
+            assert U <= chosen <= S
+            assert len(chosen) == budget
+        else:
+            assert chosen < U
+            assert len(chosen) == budget
+        assert got.keep_Kyx[window].flatten().tolist() == [ranking[0] in chosen for ranking in ranked]
+
+
+@given(windows=st.integers(1, 4), topk=st.integers(1, 3), budget=st.integers(1, 6))
+def test_pairs_list_every_chosen_class_once_sorted(windows, topk, budget):
+    got = choose(random_q(windows, 8), topk, budget)
+    pairs = list(zip(got.pair_window_P.tolist(), got.pair_class_P.tolist(), strict=True))
+    assert pairs == [(window, index) for window in range(windows) for index in sorted(chosen_by(got, window))]
+    assert got.counts == tuple(len(chosen_by(got, window)) for window in range(windows))
+
+
+def test_few_classes_are_all_asked():
+    got = choose(q_with([[0], [3], [3]], 6), 1, 2)
+    assert chosen_by(got) == {0, 3}
+    assert got.keep_Kyx.all()
+
+
+def test_top1_classes_are_never_crowded_out_by_the_fill():
+    q_KCyx = q_with([[0, 2, 3, 4], [1, 5, 6, 7]], 10)
+    fills = [chosen_by(choose(q_KCyx, 4, 4, seed=seed)) for seed in range(60)]
+    assert all({0, 1} < chosen and len(chosen) == 4 and chosen <= set(range(8)) for chosen in fills)
+    drawn = [sum(index in chosen for chosen in fills) for index in range(2, 8)]
+    assert all(5 <= count <= 35 for count in drawn)  # 20 expected of 60; 5 standard deviations are 18
+
+
+def test_pixels_of_dropped_top1_classes_do_not_count():
+    q_KCyx = q_with([[0], [1], [2], [1]], 6)
+    masks = set()
+    for seed in range(20):
+        got = choose(q_KCyx, 1, 2, seed=seed)
+        assert chosen_by(got) < {0, 1, 2}
+        assert got.keep_Kyx.flatten().tolist() == [index in chosen_by(got) for index in (0, 1, 2, 1)]
+        masks.add(tuple(got.keep_Kyx.flatten().tolist()))
+    assert len(masks) == 3  # each class is the dropped one now and then
+
+
+def test_nothing_is_filled_in_at_k_1():
+    assert chosen_by(choose(q_with([[0], [1]], 30), 1, 20)) == {0, 1}
+
+
+@pytest.mark.parametrize(("topk", "budget"), [(5, 6), (1, 3)])
+def test_draws_depend_on_the_generator_of_the_window_alone(topk, budget):
+    q_KCyx = random_q(3, 12)
+    first, second = choose(q_KCyx, topk, budget), choose(q_KCyx, topk, budget)
+    assert torch.equal(first.chosen_KC, second.chosen_KC)
+    backwards = select(
+        q_KCyx.flip(0),
+        topk=topk,
+        classes_threshold=budget,
+        generators=[torch_generator(0, window) for window in (2, 1, 0)],
+    )
+    assert torch.equal(backwards.chosen_KC.flip(0), first.chosen_KC)
+    others = [choose(q_KCyx, topk, budget, seed=seed).chosen_KC for seed in range(1, 6)]
+    assert any(not torch.equal(other, first.chosen_KC) for other in others)
+
+
+def test_normalising_the_logits_changes_no_choice():
+    q_KCyx = random_q(2, 8)
+    raw, normalised = choose(q_KCyx, 3, 4), choose(torch.nn.functional.normalize(q_KCyx, dim=1), 3, 4)
+    assert torch.equal(raw.chosen_KC, normalised.chosen_KC)
+    assert torch.equal(raw.keep_Kyx, normalised.keep_Kyx)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 20))
+def test_groups_cover_all_pairs_once_and_are_as_full_as_fits(counts, max_pairs):
+    none = torch.empty(0)
+    groups = Candidates(none, none, none, none, tuple(counts)).groups(max_pairs)
+    assert [w for of_windows, _ in groups for w in range(len(counts))[of_windows]] == list(range(len(counts)))
+    assert [p for _, of_pairs in groups for p in range(sum(counts))[of_pairs]] == list(range(sum(counts)))
+    for of_windows, of_pairs in groups:
+        pairs = of_pairs.stop - of_pairs.start
+        assert pairs == sum(counts[of_windows])
+        assert pairs <= max_pairs or of_windows.stop - of_windows.start == 1
+        if of_windows.stop < len(counts):
+            assert pairs + counts[of_windows.stop] > max_pairs

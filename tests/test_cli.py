@@ -1,0 +1,126 @@
+"""The command line: a mistake is one line and status 2; help, composition and sweeps are Hydra's."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from segadapt.__main__ import VERBS, main
+from segadapt.datasets.toytown import CLASSES
+
+
+@pytest.fixture
+def segadapt(monkeypatch, tmp_path, capsys):
+    """segadapt(*arguments) -> (exit status, stdout, stderr), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # `main` sets it: undo that after the test
+
+    def command(*arguments: str) -> tuple[object, str, str]:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["segadapt", *arguments])
+        status: object = 0
+        try:
+            main()
+        except SystemExit as error:
+            status = error.code or 0
+        return status, *capsys.readouterr()
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("adpt", "segadapt adpt: adpt is not a verb. Did you mean adapt?"),
+        ("adapt data.severty=3", "segadapt adapt: data.severty is not a setting. Did you mean data.severity?"),
+        ("adapt +data.severty=3 data.data_root=.", "data.severty is not a setting. Did you mean data.severity?"),
+        ("adapt dta.severity=3", "dta.severity is not a setting. Did you mean data.severity?"),
+        ("adapt lr=3", "lr is not a setting. Did you mean tta.optimizer.lr?"),
+        ("adapt datta=toytown", "datta is not a setting. Did you mean data?"),
+        ("adapt data=ade20kc", "data=ade20kc is not a choice. Did you mean ade20k_c?"),
+        ("adapt model/generative=sd3_mediun", "model/generative=sd3_mediun is not a choice. Did you mean sd3_medium?"),
+        ("adapt runtime=gpu", "runtime=gpu is not a choice. Did you mean cpu?"),
+        ("adapt experiment=toytown", "experiment=toytown is not a choice. Did you mean toytown_c?"),
+        ("adapt data.severity=x", "data.severity='x'"),
+        ("adapt data=toytown_c data.severity=6", "data.severity=6: expected at least 1 and at most 5"),
+        ("adapt data.severity", "data.severity cannot be read; expected key=value."),
+        ("adapt data.corruptions=[fog", "data.corruptions=[fog cannot be read"),
+        ("adapt", "data.data_root has no value: folder of the data set. Set data.data_root=VALUE."),
+        ("adapt data=folder", "data.classes has no value"),
+        ("corrupt data.data_root=.", "corrupt.output has no value"),
+        ("adapt data.data_root=no-such-folder", "no-such-folder/ADE20K_val-c"),
+        ("evaluate data=toytown data.corruptions=[fogg]", "corruption 'fogg' is not known. Did you mean fog?"),
+        ("evaluate data=toytown model.discriminative.checkpoint=segadapt:toytown/segfomer", "is not a bundled model"),
+        ("adapt --config-dir no-such-folder", "no-such-folder' not found"),
+        ("adapt --multirun data=toytown_c data.severity=6,7", "data.severity=6: expected"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_cure_and_status_2(segadapt, arguments, expected):
+    status, _, stderr = segadapt(*arguments.split())
+    assert status == 2
+    assert stderr.startswith(f"segadapt {arguments.split()[0]}: ")
+    assert stderr.count("\n") == 1
+    assert stderr.endswith("\n")
+    assert expected in stderr
+
+
+def test_no_verb_lists_the_verbs(segadapt):
+    status, stdout, stderr = segadapt()
+    assert (status, stderr) == (0, "")
+    assert [verb for verb in VERBS if f"  {verb} " not in stdout] == []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_and_configuration_are_shown_without_a_run(segadapt, verb):
+    for arguments, word in ((("--help",), "Powered by Hydra"), (("--cfg", "job"), "data:")):
+        status, stdout, stderr = segadapt(verb, *arguments)
+        assert (status, stderr) == (0, "")
+        assert word in stdout
+    assert os.listdir() == []
+
+
+def test_help_needs_no_torch():
+    code = ("import sys; sys.argv = ['segadapt', 'adapt', '--cfg', 'job']; import segadapt.__main__ as m; m.main(); "
+            "sys.exit('torch' in sys.modules)")  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def toytown_on_cpu(saved_models) -> list[str]:
+    """Overrides for two images of ToyTown and tiny models that know its classes."""
+    return [
+        "data=toytown_c", "data.corruptions=[fog]", "data.limit=2", "data.workers=0", "runtime=cpu",
+        "data.short_side_px=32", "model.generative.window_px=32", "model.generative.stride_px=32",
+        *saved_models(CLASSES),
+    ]  # fmt: skip
+
+
+def test_a_sweep_over_two_learning_rates_leaves_two_run_folders(segadapt, toytown_on_cpu):
+    status, _, stderr = segadapt("adapt", "--multirun", *toytown_on_cpu, "tta.optimizer.lr=0.001,0.01")
+    assert status == 0, stderr
+    settings = [json.loads(path.read_text()) for path in Path("outputs/adapt").glob("*/settings.json")]
+    assert sorted(run["tta"]["optimizer"]["lr"] for run in settings) == [0.001, 0.01]
+    assert len(list(Path("outputs/adapt").glob("*/results.json"))) == 2
+
+
+def test_an_experiment_file_of_ones_own_sets_everything(segadapt, toytown_on_cpu, tmp_path):
+    folder = tmp_path / "mine" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(
+        "# @package _global_\n"
+        "defaults:\n  - override /data: toytown_c\n  - override /runtime: cpu\n"
+        "experiment: {name: mine, id: one}\n"
+        "data: {corruptions: [snow], severity: 2}\n"
+        "tta: {forward_mode: discriminative_only}\n"
+    )
+    rest = [text for text in toytown_on_cpu if not text.startswith(("data=", "data.corruptions", "runtime="))]
+    status, stdout, stderr = segadapt("adapt", "--config-dir", "mine", "experiment=mine", *rest)
+    assert status == 0, stderr
+    results = json.loads(Path("outputs/mine/one/results.json").read_text())
+    assert [task["task"] for task in results["tasks"]] == ["snow/2"]
+    assert results["method"] == "source"
+    assert "protocol: method source" in stdout
