@@ -10,22 +10,20 @@ import json
 import sys
 
 import torch
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 
 from segadapt import config, stream
 from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.models.build import build_models
 from segadapt.models.generative import windows
 from segadapt.models.generative.teacher import classify, true_classes
+from segadapt.parse import from_overrides
 
 
 def main(overrides: list[str]) -> None:
     """Compose as `segadapt adapt` does, then compare the two models without any update."""
     sigmas = [float(s) for o in overrides if o.startswith("+sigmas=") for s in o.split("[")[1].rstrip("]").split(",")]
-    with initialize_config_module("segadapt.conf", version_base="1.3"):
-        composed = compose("adapt", [override for override in overrides if not override.startswith("+sigmas=")])
-    settings = config.parse(OmegaConf.create(OmegaConf.to_container(composed, resolve=True)), config.AdaptConfig)
+    overrides = [override for override in overrides if not override.startswith("+sigmas=")]
+    settings = from_overrides("adapt", overrides, config.AdaptConfig)
     dataset, data, seed = build_dataset(settings.data), settings.data, settings.experiment.seed
     combined = build_models(settings, dataset.classes).combined
     teacher, generative = combined.generative, settings.model.generative

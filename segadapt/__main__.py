@@ -9,11 +9,12 @@ from typing import NoReturn
 
 import hydra
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from segadapt import __version__, config
 from segadapt.errors import UserError, did_you_mean
+from segadapt.parse import parse
 
 # verb: (primary config, schema, function as module:name, what it does)
 VERBS: dict[str, tuple[str, type, str, str]] = {
@@ -87,12 +88,12 @@ def _start(verb: str, arguments: list[str]) -> None:
     @hydra.main(version_base="1.3", config_path="pkg://segadapt.conf", config_name=primary)
     def job(composed: DictConfig) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours is the only bar
-        resolved = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
-        assert isinstance(resolved, DictConfig)
         try:
-            _function(path)(config.parse(resolved, schema))
+            _function(path)(parse(composed, schema))
         except UserError as error:
             _refuse(verb, error)  # here: Hydra would put a line of its own in front
+        except (HydraException, OmegaConfBaseException) as error:
+            raise RuntimeError("a run must not raise Hydra's errors") from error  # not the user's mistake
 
     try:
         job()

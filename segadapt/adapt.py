@@ -1,18 +1,14 @@
 """The loop: for each task, reset; for each image, predict, score, adapt, record. `evaluate` is the same loop."""
 
 import hashlib
-import platform
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 
-from segadapt import __version__, metrics, stream
+from segadapt import metrics, stream
 from segadapt.config import AdaptConfig, EvaluateConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks
@@ -20,24 +16,13 @@ from segadapt.errors import UserError
 from segadapt.models.build import Models, build_models
 from segadapt.models.combined import Prediction
 from segadapt.models.generative.placement import assert_placed
-from segadapt.record import JsonLines, RunFolder, write_bytes, write_json, write_png_palette
+from segadapt.protocol import identity, method_of, protocol, versions
+from segadapt.record import JsonLines, RunFolder, write_json, write_png_palette
 from segadapt.terminal import TaskProgress, copyable_line, results_table
 from segadapt.wandb_mirror import Mirror, open_mirror
 
 MEANS = ("miou", "macc", "aacc", "mf1", "mprecision", "mrecall")
 SHOWN = MEANS[:5]  # mRecall is mAcc
-PACKAGES = (
-    "torch",
-    "transformers",
-    "diffusers",
-    "accelerate",
-    "torchmetrics",
-    "numpy",
-    "opencv-python-headless",
-)
-# Settings that cannot change results; all others are part of the run's identity.
-FREE = ("experiment.name", "experiment.id", "logging", "data.workers", "data.max_pixels", "runtime.threads",
-        "model.generative.prompts.cache_dir")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,68 +35,6 @@ class TaskResult:
     scores: metrics.Scores | None
     counts_CC: np.ndarray
     steps_skipped: int  # loss or gradient was not finite
-
-
-def method_of(settings: EvaluateConfig) -> str:
-    """'generative', or 'source' where nothing is updated."""
-    return "generative" if isinstance(settings, AdaptConfig) and settings.tta.forward_mode == "tta" else "source"
-
-
-def identity(settings: EvaluateConfig) -> dict[str, Any]:
-    """All settings that can change results, as nested JSON values."""
-    values = asdict(settings)
-    for name in FREE:
-        *folders, last = name.split(".")
-        node: Any = values
-        for folder in folders:
-            node = node.get(folder, {})
-        node.pop(last, None)
-    if method_of(settings) == "source":  # what only the update reads does not make another run
-        values["model"] = {"discriminative": values["model"]["discriminative"]}
-        values.pop("tta", None)
-    return values | {"method": method_of(settings)}
-
-
-def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
-    """One sentence that says what was measured."""
-    data, runtime, seed = settings.data, settings.runtime, settings.experiment.seed
-    parts = [f"method {method_of(settings)}", f"segmenter {settings.model.discriminative.checkpoint}"]
-    if isinstance(settings, AdaptConfig) and method_of(settings) == "generative":
-        g, loss, opt, update = (
-            settings.model.generative,
-            settings.model.loss,
-            settings.tta.optimizer,
-            settings.model.update,
-        )
-        moving = [name for name in ("discriminative", "generative") if getattr(update, name)]
-        rates = {"discriminative": opt.lr_discriminative, "generative": opt.lr_generative}
-        sigma = f"{g.sigma:g}" if g.sigma_high is None else f"{g.sigma:g}..{g.sigma_high:g}"
-        parts += [
-            f"teacher {g.checkpoint}",
-            f"windows {g.window_px} px, stride {g.stride_px} px",
-            f"sigma {sigma}",
-            f"LogitNorm {'on' if loss.logit_norm else 'off'}, temperature {loss.temperature:g}",
-            f"classes top-{loss.topk}, at most {loss.classes_threshold} a window, mask {loss.mask_reduction}",
-            f"{opt.name} on " + " and ".join(f"{m} {rates[m] if rates[m] is not None else opt.lr:g}" for m in moving)
-            + (" (norms only)" if update.update_norm_only else ""),
-            "continual" if settings.tta.continual else "reset before each task",
-        ]  # fmt: skip
-    parts += [
-        "scored before the update at label size, one bilinear resize",
-        f"short side {data.short_side_px} px",
-        f"shuffle seed {seed}" if data.shuffle else "not shuffled",
-        f"{runtime.precision} {'autocast over fp32 weights' if runtime.precision == 'bf16' else ''}".strip(),
-        f"data {data.name} {data.split}, order {order_sha256[:12]}",
-    ]
-    return "; ".join(parts)
-
-
-def versions(main: torch.device) -> dict[str, str]:
-    """Python, packages and device."""
-    device = torch.cuda.get_device_name(main) if main.type == "cuda" else platform.machine() + " CPU"
-    count = torch.cuda.device_count() if main.type == "cuda" else torch.get_num_threads()
-    packages = {name: version(name) for name in PACKAGES}
-    return {"segadapt": __version__, "python": platform.python_version(), "device": f"{count} x {device}"} | packages
 
 
 def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str, Any]:
@@ -128,8 +51,8 @@ def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str
     folder = RunFolder.open(
         settings.logging.root, settings.experiment.name, run_id=settings.experiment.id, settings=identity(settings)
     )
-    write_bytes(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(settings))).encode())
     models = build_models(settings, dataset.classes)
+    folder.start_over(asdict(settings))
     sentence = protocol(settings, order_sha256=order_sha256)
     console.print(f"run folder {folder.path}", f"protocol: {sentence}", sep="\n", highlight=False, soft_wrap=True)
     if models.placement is not None:
@@ -188,13 +111,14 @@ def _all_entries(
     settings: EvaluateConfig, dataset: Dataset, tasks: list[Task], console: Console
 ) -> list[list[stream.Entry]]:
     """The whole stream, listed before anything is loaded; says which labels have no image."""
-    data, entries = settings.data, []
+    data, entries, said = settings.data, [], set()
     for task in tasks:
         entries.append(
             stream.order(dataset, task, seed=settings.experiment.seed, shuffle=data.shuffle, limit=data.limit)
         )
         missing = getattr(dataset, "missing_images", lambda _: [])(task)
-        if missing:
+        if missing and tuple(missing) not in said:
+            said.add(tuple(missing))
             console.print(f"{task.name}: {len(missing)} labels have no image (first: {missing[0]})", highlight=False)
     return entries
 

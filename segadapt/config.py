@@ -1,20 +1,15 @@
 """Every setting: its type, its meaning with unit, its choices. Values live in conf/*.yaml alone.
 
-Hydra composes the YAML; `parse` checks it against these classes and returns plain dataclasses. There is no `_target_`
-and no interpolation that computes: a config can name values, never code.
+Hydra composes the YAML; `parse.py` checks it against these classes and returns plain dataclasses. There is no
+`_target_` and no interpolation that computes: a config can name values, never code.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from segadapt.errors import UserError, did_you_mean
-
-T = TypeVar("T")
+from omegaconf import MISSING
 
 
 def setting(text: str, *, choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf) -> Any:
@@ -277,82 +272,3 @@ def fields_of(schema: type, prefix: str = "") -> dict[str, dataclasses.Field]:
         name = f"{prefix}{item.name}"
         out |= fields_of(item.type, f"{name}.") if dataclasses.is_dataclass(item.type) else {name: item}  # type: ignore
     return out
-
-
-def _flat(config: DictConfig, known: dict[str, dataclasses.Field], prefix: str = "") -> dict[str, Any]:
-    """Composed values by dotted name; a dict setting, or a dict that no setting is in, is one value."""
-    out: dict[str, Any] = {}
-    for key in config:
-        name = f"{prefix}{key}"
-        is_section = any(setting_name.startswith(f"{name}.") for setting_name in known)
-        if is_section and OmegaConf.is_dict(config._get_node(key)):
-            out |= _flat(config[key], known, f"{name}.")
-        else:
-            out[name] = "???" if OmegaConf.is_missing(config, key) else config[key]
-    return out
-
-
-def parse(config: DictConfig, schema: type[T]) -> T:
-    """Check a composed config against its schema and return it as plain dataclasses.
-
-    Raises:
-        UserError: an unknown, missing or mistyped setting, a value outside its choices or range; names the nearest.
-    """
-    known = fields_of(schema)
-    given = _flat(config, known)
-    for name in given:
-        if name not in known:
-            raise UserError(f"{name} is not a setting.{did_you_mean(name, known)}")
-    try:
-        typed = OmegaConf.merge(OmegaConf.structured(schema), config)
-        missing = sorted(OmegaConf.missing_keys(typed))
-        if missing:
-            raise UserError(f"{missing[0]} has no value: {known[missing[0]].metadata['help']}. Set {missing[0]}=VALUE.")
-        parsed = OmegaConf.to_object(typed)
-    except OmegaConfBaseException as error:
-        name = error.full_key or "?"
-        expected = f"; expected: {known[name].metadata['help']}" if name in known else ""
-        raise UserError(f"{name}={given.get(name)!r}: {str(error.msg).splitlines()[0]}{expected}.") from error
-    for name, item in known.items():
-        value = OmegaConf.select(typed, name)
-        _check_value(name, value, item.metadata)
-    _check_fields_together(parsed)
-    return parsed  # type: ignore[return-value]
-
-
-def _check_value(name: str, value: Any, rule: Any) -> None:
-    """UserError: a value outside its choices or its range."""
-    if rule["choices"] and value not in rule["choices"]:
-        raise UserError(
-            f"{name}={value!r} is not a choice ({rule['help']}).{did_you_mean(str(value), rule['choices'])}"
-        )
-    if isinstance(value, int | float) and not isinstance(value, bool) and not rule["low"] <= value <= rule["high"]:
-        top = "" if rule["high"] == math.inf else f" and at most {rule['high']:g}"
-        raise UserError(f"{name}={value}: expected at least {rule['low']:g}{top} ({rule['help']}).")
-
-
-def _check_fields_together(config: Any) -> None:
-    """UserError: two settings that contradict each other; both are named."""
-    generative = getattr(getattr(config, "model", None), "generative", None)
-    if generative is None:
-        return
-    if generative.window_px % 16:
-        raise UserError(f"model.generative.window_px={generative.window_px}: expected a multiple of 16 (latent px / 8, "
-                        f"patches of 2). Use {round(generative.window_px / 16) * 16}.")  # fmt: skip
-    if generative.stride_px > generative.window_px:
-        gap = generative.stride_px - generative.window_px
-        raise UserError(
-            f"model.generative.stride_px={generative.stride_px} is larger than model.generative.window_px="
-            f"{generative.window_px}: strips of {gap} px would never reach the generative model. Use a stride of "
-            f"{generative.window_px} px or less."
-        )
-    if config.data.short_side_px < generative.window_px:
-        raise UserError(
-            f"data.short_side_px={config.data.short_side_px} is smaller than model.generative.window_px="
-            f"{generative.window_px}: no window fits. Use the same value for both (requirement: 512)."
-        )
-    if generative.sigma_high is not None and generative.sigma_high < generative.sigma:
-        raise UserError(
-            f"model.generative.sigma_high={generative.sigma_high} is below model.generative.sigma="
-            f"{generative.sigma}: expected an upper end. Swap them, or set sigma_high=null."
-        )

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 from PIL import Image
 
 from segadapt.errors import UserError
@@ -116,7 +117,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, root: str | Path, name: str, *, run_id: str | None, settings: Mapping[str, Any]) -> "RunFolder":
-        """Make the folder, or clear the results of the same run for a new start.
+        """Make the folder, or find that of the same run; nothing in it is touched.
 
         Args:
             root: folder of all runs.
@@ -140,12 +141,16 @@ class RunFolder:
         else:
             path.mkdir(parents=True)
         write_json(path / "settings.json", settings)
-        for result in RESULTS:
-            if (path / result).is_dir():
-                shutil.rmtree(path / result)
-            else:
-                (path / result).unlink(missing_ok=True)
         return cls(path=path, id=run_id)
+
+    def start_over(self, config: Mapping[str, Any]) -> None:
+        """Remove what an earlier start of the same run left, and write config.yaml; call it once nothing can fail."""
+        for result in RESULTS:
+            if (self.path / result).is_dir():
+                shutil.rmtree(self.path / result)
+            else:
+                (self.path / result).unlink(missing_ok=True)
+        write_bytes(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
 
 
 def settings_id(settings: Mapping[str, Any]) -> str:

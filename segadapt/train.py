@@ -9,14 +9,12 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from segadapt import metrics, stream
-from segadapt.adapt import versions
 from segadapt.augment import Crops, keep_light, photometric
 from segadapt.config import TrainConfig
 from segadapt.datasets import Dataset, Task
@@ -25,7 +23,8 @@ from segadapt.datasets.cache import Cached
 from segadapt.errors import UserError
 from segadapt.models.build import build_segmenter, set_up
 from segadapt.models.discriminative.segformer import Segmenter, build_segformer
-from segadapt.record import JsonLines, RunFolder, write_bytes, write_json
+from segadapt.protocol import versions
+from segadapt.record import JsonLines, RunFolder, write_json
 from segadapt.wandb_mirror import open_mirror
 
 LOG_EVERY = 50  # steps between two lines of the record
@@ -109,7 +108,7 @@ def run(settings: TrainConfig) -> dict[str, Any]:
     folder = RunFolder.open(
         settings.logging.root, settings.experiment.name, run_id=settings.experiment.id, settings=identity
     )
-    write_bytes(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(settings))).encode())
+    folder.start_over(asdict(settings))
     crops = Crops(
         cached(dataset, settings),
         count=t.iters * t.batch_size,

@@ -7,7 +7,6 @@ z y x latent channels and grid, px / 8   L text tokens   E text width
 import copy
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,15 +14,10 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
-from segadapt import stream
-from segadapt.adapt import versions
-from segadapt.augment import Crops, broad, keep_light
 from segadapt.config import TrainGenerativeConfig, TrainGenerativeSettings
 from segadapt.datasets import Dataset
 from segadapt.errors import UserError
@@ -31,9 +25,11 @@ from segadapt.models.build import set_up
 from segadapt.models.generative.prompts import PromptEmbeddings, save_embeddings
 from segadapt.models.generative.sd3 import Sd3, add_noise, load_autoencoder, save_generative
 from segadapt.models.generative.teacher import classify, true_classes
-from segadapt.record import JsonLines, RunFolder, write_bytes, write_json
+from segadapt.protocol import versions
+from segadapt.record import JsonLines, RunFolder, write_json
 from segadapt.seeds import derive
 from segadapt.train import LOG_EVERY, cached, labelled_split
+from segadapt.train_autoencoder import batches, cosine, train_autoencoder
 
 VALIDATION_SIGMA = 0.25  # the noise level at which adaptation asks the teacher
 
@@ -95,68 +91,6 @@ def draw_prompts(classes_Byx: Tensor, num_classes: int, count: int, generator: t
     return torch.multinomial(weights_BC, count, replacement=False, generator=generator)
 
 
-def cosine(step: int, *, iters: int, warmup_iters: int) -> float:
-    """Factor on the learning rate: linear warm-up, then half a cosine to 0."""
-    if step < warmup_iters:
-        return (step + 1) / (warmup_iters + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_iters) / max(1, iters - warmup_iters)))
-
-
-def batches(
-    dataset: Dataset, settings: TrainGenerativeConfig, *, iters: int, purpose: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of windows in -1..1 and labels, on the main device."""
-    t = settings.train
-    crops = Crops(
-        dataset,
-        count=iters * t.batch_size,
-        seed=derive(settings.experiment.seed, purpose),
-        short_side_px=settings.data.short_side_px,
-        crop_px=settings.model.generative.window_px,
-        scale=(t.scale_low, t.scale_high),
-        light=broad if t.broad else keep_light,
-    )
-    loader = DataLoader(crops, t.batch_size, num_workers=settings.data.workers, worker_init_fn=stream.one_thread_each)
-    main = set_up(settings.runtime)
-    for image_B3ss, label_Bss in loader:
-        yield 2 * image_B3ss.to(main, non_blocking=True) - 1, label_Bss.to(main, non_blocking=True)
-
-
-def train_autoencoder(
-    dataset: Dataset, settings: TrainGenerativeConfig, main: torch.device, records: JsonLines, console: Console
-) -> AutoencoderKL:
-    """L1 reconstruction with a small KL term; then shift and scale make the latents standard (as in SD3's config)."""
-    t, config = settings.train, dict(settings.model.generative.autoencoder_config)
-    torch.manual_seed(derive(settings.experiment.seed, "autoencoder"))
-    levels = len(config["block_out_channels"])
-    config |= {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
-    vae = AutoencoderKL(use_quant_conv=False, use_post_quant_conv=False, **config)
-    nn.Module.to(vae, main)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=t.autoencoder_lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: cosine(step, iters=t.autoencoder_iters, warmup_iters=100)
-    )
-    batch = enumerate(batches(dataset, settings, iters=t.autoencoder_iters, purpose="autoencoder"), start=1)
-    recent: list[Tensor] = []
-    for step, (windows_B3ss, _) in batch:
-        with torch.autocast(main.type, torch.bfloat16, enabled=settings.runtime.precision == "bf16"):
-            (posterior,) = vae.encode(windows_B3ss, return_dict=False)
-            (rebuilt_B3ss,) = vae.decode(posterior.sample(), return_dict=False)  # pyright: ignore[reportArgumentType]
-        loss = F.l1_loss(rebuilt_B3ss.float(), windows_B3ss) + t.kl_weight * posterior.kl().float().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        if step % LOG_EVERY == 0:
-            records.append({"stage": "autoencoder", "step": step, "loss": loss.item()})
-        if step > t.autoencoder_iters - 20:
-            recent.append(posterior.mean.detach().float())
-    latents = torch.cat(recent)
-    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
-    console.print(f"autoencoder: {t.autoencoder_iters} steps, loss {loss.item():.4f}", highlight=False)
-    return vae.eval()
-
-
 def learning_rate_groups(transformer: nn.Module, tokens: ClassTokens, scale: nn.Parameter, t: TrainGenerativeSettings):
     """Decay for matrices alone; the class tokens and the comparing scale have none."""
     matrices = [p for p in transformer.parameters() if p.ndim > 1]
@@ -182,7 +116,7 @@ def run(settings: TrainGenerativeConfig) -> dict[str, Any]:
     folder = RunFolder.open(
         settings.logging.root, settings.experiment.name, run_id=settings.experiment.id, settings=identity
     )
-    write_bytes(folder.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(settings))).encode())
+    folder.start_over(asdict(settings))
     began = time.perf_counter()
     dataset = cached(dataset, settings)
     with JsonLines(folder.path / "records.jsonl") as records:

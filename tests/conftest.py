@@ -8,8 +8,6 @@ import hypothesis
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from hydra import compose, initialize_config_module
-from omegaconf import DictConfig, OmegaConf
 from sd3_folder import build_transformer
 from torch import Tensor
 
@@ -18,6 +16,7 @@ from segadapt.models.combined import Combined
 from segadapt.models.discriminative.segformer import Segmenter, build_segformer
 from segadapt.models.generative.prompts import PromptEmbeddings, save_embeddings
 from segadapt.models.generative.sd3 import Sd3, save_generative
+from segadapt.parse import from_overrides
 
 hypothesis.settings.register_profile("same every time", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same every time")
@@ -67,11 +66,7 @@ def compose_settings() -> Callable[..., config.AdaptConfig]:
     """compose_settings(*overrides): the shipped configuration for tiny models, as `segadapt adapt` reads it."""
 
     def build(*overrides: str) -> config.AdaptConfig:
-        with initialize_config_module("segadapt.conf", version_base="1.3"):
-            composed = compose("adapt", [*SETTINGS, *overrides])
-        plain = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
-        assert isinstance(plain, DictConfig)
-        return config.parse(plain, config.AdaptConfig)
+        return from_overrides("adapt", [*SETTINGS, *overrides], config.AdaptConfig)
 
     return build
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from segadapt import config
 from segadapt.__main__ import VERBS
 from segadapt.errors import UserError
+from segadapt.parse import parse
 
 CONF = Path(config.__file__).parent / "conf"
 ROOT = Path(__file__).parent.parent
@@ -115,7 +116,7 @@ def test_no_file_names_code():
 def test_every_group_option_composes_and_parses(primary, group, option):
     sizes = ("model.generative.window_px=240", "model.generative.stride_px=120", "data.short_side_px=352")
     has_windows = "model/generative" in USED_BY[primary]
-    parsed = config.parse(completed(primary, f"{group}={option}", *(sizes if has_windows else ())), SCHEMAS[primary])
+    parsed = parse(completed(primary, f"{group}={option}", *(sizes if has_windows else ())), SCHEMAS[primary])
     assert isinstance(parsed, SCHEMAS[primary])
 
 
@@ -123,7 +124,7 @@ def test_every_group_option_composes_and_parses(primary, group, option):
 def test_every_experiment_parses_with_the_verb_that_its_comment_names(path):
     verb = re.findall(rf"segadapt (\S+) experiment={path.stem}\b", path.read_text())[0]
     primary, schema, _, _ = VERBS[verb]
-    assert isinstance(config.parse(completed(primary, f"experiment={path.stem}"), schema), schema)
+    assert isinstance(parse(completed(primary, f"experiment={path.stem}"), schema), schema)
 
 
 def test_a_new_setting_or_default_shows_in_review():
@@ -147,7 +148,7 @@ def settings_text() -> str:
 
 def raised(whole, schema) -> str:
     with pytest.raises(UserError) as caught:
-        config.parse(whole, schema)
+        parse(whole, schema)
     message = str(caught.value)
     assert "\n" not in message
     return message

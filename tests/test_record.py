@@ -140,7 +140,9 @@ def test_same_settings_start_over_without_the_earlier_results(tmp_path):
         write_bytes(run.path / name, b"{}")
     again = RunFolder.open(tmp_path, "n", run_id=None, settings=SETTINGS)
     assert again == run
-    assert files_in(run.path) == ["notes.txt", "settings.json"]
+    assert "results.json" in files_in(run.path)
+    again.start_over({"seed": 0})
+    assert files_in(run.path) == ["config.yaml", "notes.txt", "settings.json"]
 
 
 @pytest.mark.parametrize("bad", ["../x", "a/b", "", ".hidden", "..", "a b", "a\n", "na\u00efve", "/abs"])

@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from sd3_folder import build_transformer
 from torch.nn import functional as F
@@ -22,6 +20,7 @@ from segadapt.datasets.toytown import CLASSES, PALETTE_C3, ToyTown
 from segadapt.errors import UserError
 from segadapt.models.discriminative.segformer import load_segformer
 from segadapt.models.generative.sd3 import Sd3
+from segadapt.parse import from_overrides
 from segadapt.record import JsonLines
 from segadapt.train_generative import ClassTokens
 
@@ -43,11 +42,7 @@ QUIET = Console(quiet=True)
 
 
 def settings_of(primary: str, schema: type, *overrides: str):
-    with initialize_config_module("segadapt.conf", version_base="1.3"):
-        composed = compose(primary, [*TINY, *overrides])
-    resolved = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
-    assert isinstance(resolved, DictConfig)
-    return config.parse(resolved, schema)
+    return from_overrides(primary, [*TINY, *overrides], schema)
 
 
 def training(root: Path, *overrides: str) -> config.TrainConfig:

@@ -1,0 +1,102 @@
+"""From composed YAML to checked dataclasses: unknown keys, types, choices, ranges, and settings that contradict."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from segadapt.config import fields_of
+from segadapt.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+
+
+def from_overrides(primary: str, overrides: Sequence[str], schema: type[T]) -> T:
+    """Settings as the command line would give them, for scripts: from_overrides("adapt", ["data=toytown_c"], ...)."""
+    with initialize_config_module("segadapt.conf", version_base="1.3"):
+        return parse(compose(primary, list(overrides)), schema)
+
+
+def _flat(config: DictConfig, known: dict[str, dataclasses.Field], prefix: str = "") -> dict[str, Any]:
+    """Composed values by dotted name; a dict setting, or a dict that no setting is in, is one value."""
+    out: dict[str, Any] = {}
+    for key in config:
+        name = f"{prefix}{key}"
+        is_section = any(setting_name.startswith(f"{name}.") for setting_name in known)
+        if is_section and OmegaConf.is_dict(config._get_node(key)):
+            out |= _flat(config[key], known, f"{name}.")
+        else:
+            out[name] = "???" if OmegaConf.is_missing(config, key) else config[key]
+    return out
+
+
+def parse(config: DictConfig, schema: type[T]) -> T:
+    """Check a composed config against its schema and return it as plain dataclasses.
+
+    Raises:
+        UserError: an unknown, missing or mistyped setting, a value outside its choices or range; names the nearest.
+    """
+    resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    assert isinstance(resolved, DictConfig)
+    config, known = resolved, fields_of(schema)
+    given = _flat(config, known)
+    for name in given:
+        if name not in known:
+            raise UserError(f"{name} is not a setting.{did_you_mean(name, known)}")
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(schema), config)
+        missing = sorted(OmegaConf.missing_keys(typed))
+        if missing:
+            raise UserError(f"{missing[0]} has no value: {known[missing[0]].metadata['help']}. Set {missing[0]}=VALUE.")
+        parsed = OmegaConf.to_object(typed)
+    except OmegaConfBaseException as error:
+        name = error.full_key or "?"
+        expected = f"; expected: {known[name].metadata['help']}" if name in known else ""
+        raise UserError(f"{name}={given.get(name)!r}: {str(error.msg).splitlines()[0]}{expected}.") from error
+    for name, item in known.items():
+        value = OmegaConf.select(typed, name)
+        _check_value(name, value, item.metadata)
+    _check_fields_together(parsed)
+    return parsed  # type: ignore[return-value]
+
+
+def _check_value(name: str, value: Any, rule: Any) -> None:
+    """UserError: a value outside its choices or its range."""
+    if rule["choices"] and value not in rule["choices"]:
+        raise UserError(
+            f"{name}={value!r} is not a choice ({rule['help']}).{did_you_mean(str(value), rule['choices'])}"
+        )
+    if isinstance(value, int | float) and not isinstance(value, bool) and not rule["low"] <= value <= rule["high"]:
+        top = "" if rule["high"] == math.inf else f" and at most {rule['high']:g}"
+        raise UserError(f"{name}={value}: expected at least {rule['low']:g}{top} ({rule['help']}).")
+
+
+def _check_fields_together(config: Any) -> None:
+    """UserError: two settings that contradict each other; both are named."""
+    generative = getattr(getattr(config, "model", None), "generative", None)
+    if generative is None:
+        return
+    if generative.window_px % 16:
+        raise UserError(f"model.generative.window_px={generative.window_px}: expected a multiple of 16 (latent px / 8, "
+                        f"patches of 2). Use {round(generative.window_px / 16) * 16}.")  # fmt: skip
+    if generative.stride_px > generative.window_px:
+        gap = generative.stride_px - generative.window_px
+        raise UserError(
+            f"model.generative.stride_px={generative.stride_px} is larger than model.generative.window_px="
+            f"{generative.window_px}: strips of {gap} px would never reach the generative model. Use a stride of "
+            f"{generative.window_px} px or less."
+        )
+    if config.data.short_side_px < generative.window_px:
+        raise UserError(
+            f"data.short_side_px={config.data.short_side_px} is smaller than model.generative.window_px="
+            f"{generative.window_px}: no window fits. Use the same value for both (requirement: 512)."
+        )
+    if generative.sigma_high is not None and generative.sigma_high < generative.sigma:
+        raise UserError(
+            f"model.generative.sigma_high={generative.sigma_high} is below model.generative.sigma="
+            f"{generative.sigma}: expected an upper end. Swap them, or set sigma_high=null."
+        )

@@ -1,0 +1,94 @@
+"""What was measured, in words and numbers: the run's identity, its protocol line, and the versions it ran on."""
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from segadapt import __version__
+from segadapt.config import AdaptConfig, EvaluateConfig
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "diffusers",
+    "accelerate",
+    "torchmetrics",
+    "numpy",
+    "opencv-python-headless",
+)
+# Settings that cannot change results; all others are part of the run's identity.
+FREE = (
+    "experiment.name",
+    "experiment.id",
+    "logging",
+    "data.workers",
+    "data.cache",
+    "data.max_pixels",
+    "runtime.threads",
+    "model.generative.prompts.cache_dir",
+)
+
+
+def method_of(settings: EvaluateConfig) -> str:
+    """'generative', or 'source' where nothing is updated."""
+    return "generative" if isinstance(settings, AdaptConfig) and settings.tta.forward_mode == "tta" else "source"
+
+
+def identity(settings: EvaluateConfig) -> dict[str, Any]:
+    """All settings that can change results, as nested JSON values."""
+    values = asdict(settings)
+    for name in FREE:
+        *folders, last = name.split(".")
+        node: Any = values
+        for folder in folders:
+            node = node.get(folder, {})
+        node.pop(last, None)
+    if method_of(settings) == "source":  # what only the update reads does not make another run
+        values["model"] = {"discriminative": values["model"]["discriminative"]}
+        values.pop("tta", None)
+    return values | {"method": method_of(settings)}
+
+
+def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
+    """One sentence that says what was measured."""
+    data, runtime, seed = settings.data, settings.runtime, settings.experiment.seed
+    parts = [f"method {method_of(settings)}", f"segmenter {settings.model.discriminative.checkpoint}"]
+    if isinstance(settings, AdaptConfig) and method_of(settings) == "generative":
+        g, loss, opt, update = (
+            settings.model.generative,
+            settings.model.loss,
+            settings.tta.optimizer,
+            settings.model.update,
+        )
+        moving = [name for name in ("discriminative", "generative") if getattr(update, name)]
+        rates = {"discriminative": opt.lr_discriminative, "generative": opt.lr_generative}
+        sigma = f"{g.sigma:g}" if g.sigma_high is None else f"{g.sigma:g}..{g.sigma_high:g}"
+        parts += [
+            f"teacher {g.checkpoint}",
+            f"windows {g.window_px} px, stride {g.stride_px} px",
+            f"sigma {sigma}",
+            f"LogitNorm {'on' if loss.logit_norm else 'off'}, temperature {loss.temperature:g}",
+            f"classes top-{loss.topk}, at most {loss.classes_threshold} a window, mask {loss.mask_reduction}",
+            f"{opt.name} on " + " and ".join(f"{m} {rates[m] if rates[m] is not None else opt.lr:g}" for m in moving)
+            + (" (norms only)" if update.update_norm_only else ""),
+            "continual" if settings.tta.continual else "reset before each task",
+        ]  # fmt: skip
+    parts += [
+        "scored before the update at label size, one bilinear resize",
+        f"short side {data.short_side_px} px",
+        f"shuffle seed {seed}" if data.shuffle else "not shuffled",
+        f"{runtime.precision} {'autocast over fp32 weights' if runtime.precision == 'bf16' else ''}".strip(),
+        f"data {data.name} {data.split}, order {order_sha256[:12]}",
+    ]
+    return "; ".join(parts)
+
+
+def versions(main: torch.device) -> dict[str, str]:
+    """Python, packages and device."""
+    device = torch.cuda.get_device_name(main) if main.type == "cuda" else platform.machine() + " CPU"
+    count = torch.cuda.device_count() if main.type == "cuda" else torch.get_num_threads()
+    packages = {name: version(name) for name in PACKAGES}
+    return {"segadapt": __version__, "python": platform.python_version(), "device": f"{count} x {device}"} | packages

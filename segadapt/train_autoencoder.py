@@ -1,0 +1,85 @@
+"""The small autoencoder of a bundled world, and the batches of windows that both stages of a teacher train on.
+
+B windows of a batch   s window px   z y x latent channels and grid, px / 8
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from segadapt import stream
+from segadapt.augment import Crops, broad, keep_light
+from segadapt.config import TrainGenerativeConfig
+from segadapt.datasets import Dataset
+from segadapt.models.build import set_up
+from segadapt.record import JsonLines
+from segadapt.seeds import derive
+from segadapt.train import LOG_EVERY
+
+
+def cosine(step: int, *, iters: int, warmup_iters: int) -> float:
+    """Factor on the learning rate: linear warm-up, then half a cosine to 0."""
+    if step < warmup_iters:
+        return (step + 1) / (warmup_iters + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_iters) / max(1, iters - warmup_iters)))
+
+
+def batches(
+    dataset: Dataset, settings: TrainGenerativeConfig, *, iters: int, purpose: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of windows in -1..1 and labels, on the main device."""
+    t = settings.train
+    crops = Crops(
+        dataset,
+        count=iters * t.batch_size,
+        seed=derive(settings.experiment.seed, purpose),
+        short_side_px=settings.data.short_side_px,
+        crop_px=settings.model.generative.window_px,
+        scale=(t.scale_low, t.scale_high),
+        light=broad if t.broad else keep_light,
+    )
+    loader = DataLoader(crops, t.batch_size, num_workers=settings.data.workers, worker_init_fn=stream.one_thread_each)
+    main = set_up(settings.runtime)
+    for image_B3ss, label_Bss in loader:
+        yield 2 * image_B3ss.to(main, non_blocking=True) - 1, label_Bss.to(main, non_blocking=True)
+
+
+def train_autoencoder(
+    dataset: Dataset, settings: TrainGenerativeConfig, main: torch.device, records: JsonLines, console: Console
+) -> AutoencoderKL:
+    """L1 reconstruction with a small KL term; then shift and scale make the latents standard (as in SD3's config)."""
+    t, config = settings.train, dict(settings.model.generative.autoencoder_config)
+    torch.manual_seed(derive(settings.experiment.seed, "autoencoder"))
+    levels = len(config["block_out_channels"])
+    config |= {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    vae = AutoencoderKL(use_quant_conv=False, use_post_quant_conv=False, **config)
+    nn.Module.to(vae, main)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=t.autoencoder_lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: cosine(step, iters=t.autoencoder_iters, warmup_iters=100)
+    )
+    batch = enumerate(batches(dataset, settings, iters=t.autoencoder_iters, purpose="autoencoder"), start=1)
+    recent: list[Tensor] = []
+    for step, (windows_B3ss, _) in batch:
+        with torch.autocast(main.type, torch.bfloat16, enabled=settings.runtime.precision == "bf16"):
+            (posterior,) = vae.encode(windows_B3ss, return_dict=False)
+            (rebuilt_B3ss,) = vae.decode(posterior.sample(), return_dict=False)  # pyright: ignore[reportArgumentType]
+        loss = F.l1_loss(rebuilt_B3ss.float(), windows_B3ss) + t.kl_weight * posterior.kl().float().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if step % LOG_EVERY == 0:
+            records.append({"stage": "autoencoder", "step": step, "loss": loss.item()})
+        if step > t.autoencoder_iters - 20:
+            recent.append(posterior.mean.detach().float())
+    latents = torch.cat(recent)
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    console.print(f"autoencoder: {t.autoencoder_iters} steps, loss {loss.item():.4f}", highlight=False)
+    return vae.eval()
