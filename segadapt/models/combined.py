@@ -234,7 +234,7 @@ class Combined:
         """One optimizer step if loss and gradients are finite; one host read for all numbers of the image."""
         grads = [parameter.grad for parameter in self.parameters().values() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads).to(self.device)
-        kept = candidates.keep_Kyx.float().mean()
+        kept = candidates.keep_Kyx.double().mean().float()
         loss_value, norm_value, kept_value = torch.stack([loss.float(), norm.float(), kept]).tolist()
         is_finite = torch.tensor([loss_value, norm_value]).isfinite().all().item()
         if is_finite:
