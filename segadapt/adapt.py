@@ -16,7 +16,7 @@ from segadapt.errors import UserError
 from segadapt.models.build import Models, build_models
 from segadapt.models.combined import Prediction
 from segadapt.models.generative.placement import assert_placed
-from segadapt.protocol import identity, method_of, protocol, versions
+from segadapt.protocol import identity, method_of, peak_memory_gib, protocol, versions
 from segadapt.record import JsonLines, RunFolder, write_json, write_png_palette
 from segadapt.terminal import TaskProgress, copyable_line, results_table
 from segadapt.wandb_mirror import Mirror, open_mirror
@@ -88,6 +88,7 @@ def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str
             "order_sha256": order_sha256,
             "data_sha256": data_digest.hexdigest(),
             "weights_sha256": models.fingerprints,
+            "peak_memory_gib": peak_memory_gib(),
             "versions": versions(models.combined.device),
         }
         write_json(folder.path / "results.json", summary)

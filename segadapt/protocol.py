@@ -92,3 +92,8 @@ def versions(main: torch.device) -> dict[str, str]:
     count = torch.cuda.device_count() if main.type == "cuda" else torch.get_num_threads()
     packages = {name: version(name) for name in PACKAGES}
     return {"segadapt": __version__, "python": platform.python_version(), "device": f"{count} x {device}"} | packages
+
+
+def peak_memory_gib() -> list[float]:
+    """Peak of allocated memory of each visible GPU since the process began, GiB; empty without GPUs."""
+    return [round(torch.cuda.max_memory_allocated(gpu) / 2**30, 3) for gpu in range(torch.cuda.device_count())]

@@ -18,12 +18,13 @@ def class_names(classes: str) -> tuple[str, ...]:
     Raises:
         UserError: neither; or an empty or repeated name.
     """
-    if classes in CLASS_SETS:
-        return CLASS_SETS[classes]
+    known = CLASS_SETS | {"toytown": ToyTown.classes}
+    if classes in known:
+        return known[classes]
     path = Path(classes).expanduser()
     if not path.is_file():
         raise UserError(f"data.classes={classes} is neither a known class list nor a file with one name a line."
-                        f"{did_you_mean(classes, CLASS_SETS)}")  # fmt: skip
+                        f"{did_you_mean(classes, known)}")  # fmt: skip
     names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     if not names or len(set(names)) != len(names):
         raise UserError(f"data.classes={classes}: {len(names)} names, {len(set(names))} different; expected one name a "
