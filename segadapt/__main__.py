@@ -7,7 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin stall a busy machine
+
 import hydra
+import yaml
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -27,6 +30,8 @@ VERBS: dict[str, tuple[str, type, str, str]] = {
     "check": ("check", config.CheckConfig, "segadapt.check:run", "read data and models before a run"),
     "demo": ("demo", config.AdaptConfig, "segadapt.demo:demo", "source against adapted on the bundled world"),
 }  # fmt: skip
+# Options of Hydra that are followed by a value.
+TAKE_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
 USAGE = "usage: segadapt VERB [key=value ...]   (segadapt VERB --help; --cfg job; --multirun; --config-dir DIR)\n"
 
 
@@ -57,6 +62,18 @@ def _explain(error: Exception, schema: type, arguments: list[str]) -> str:
     return text
 
 
+def options_first(arguments: list[str]) -> list[str]:
+    """Hydra's parser takes overrides in one block only: `experiment=mine --multirun lr=1,2` needs its options first."""
+    options, overrides, rest = [], [], iter(arguments)
+    for argument in rest:
+        if argument.startswith("-"):
+            options.append(argument)
+            options += [value for value in [next(rest, None)] if value is not None] if argument in TAKE_VALUE else []
+        else:
+            overrides.append(argument)
+    return options + overrides
+
+
 def _refuse(verb: str, error: UserError) -> NoReturn:
     sys.stderr.write(f"segadapt {verb}: {error}\n")
     sys.exit(2)
@@ -77,19 +94,22 @@ def main() -> None:
         _start(verb, arguments)
     except UserError as error:
         _refuse(verb, error)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"segadapt {verb}: interrupted; the same command starts the run anew\n")
+        sys.exit(130)
 
 
 def _start(verb: str, arguments: list[str]) -> None:
     """Hand over to Hydra; its errors about the command line become UserErrors."""
     primary, schema, path, _ = VERBS[verb]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing and exiting with 1
-    sys.argv = [f"segadapt {verb}", *arguments]
+    sys.argv = [f"segadapt {verb}", *options_first(arguments)]
 
     @hydra.main(version_base="1.3", config_path="pkg://segadapt.conf", config_name=primary)
     def job(composed: DictConfig) -> None:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours is the only bar
         try:
-            _function(path)(parse(composed, schema))
+            settings = parse(composed, schema)  # before torch is imported
+            _function(path)(settings)
         except UserError as error:
             _refuse(verb, error)  # here: Hydra would put a line of its own in front
         except (HydraException, OmegaConfBaseException) as error:
@@ -97,6 +117,9 @@ def _start(verb: str, arguments: list[str]) -> None:
 
     try:
         job()
+    except yaml.MarkedYAMLError as error:
+        place = f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(f"{place}{error.problem}. Correct the YAML.") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, schema, arguments)) from error
 

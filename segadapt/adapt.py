@@ -1,6 +1,7 @@
 """The loop: for each task, reset; for each image, predict, score, adapt, record. `evaluate` is the same loop."""
 
 import hashlib
+import json
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -35,6 +36,7 @@ class TaskResult:
     scores: metrics.Scores | None
     counts_CC: np.ndarray
     steps_skipped: int  # loss or gradient was not finite
+    predictions_not_finite: int  # scored all the same: their argmax is class 0
 
 
 def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str, Any]:
@@ -47,11 +49,14 @@ def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str
     _check_leaves_something(settings)
     dataset, tasks = build_dataset(settings.data), build_tasks(settings.data)
     entries = _all_entries(settings, dataset, tasks, console)
-    order_sha256 = stream.order_hash([entry for task_entries in entries for entry in task_entries])
+    flat = [entry for task_entries in entries for entry in task_entries]
+    stream.verify(dataset, flat, workers=settings.data.workers)
+    order_sha256 = stream.order_hash(flat)
     folder = RunFolder.open(
         settings.logging.root, settings.experiment.name, run_id=settings.experiment.id, settings=identity(settings)
     )
     models = build_models(settings, dataset.classes)
+    _refuse_other_weights(folder, models)
     folder.start_over(asdict(settings))
     sentence = protocol(settings, order_sha256=order_sha256)
     console.print(f"run folder {folder.path}", f"protocol: {sentence}", sep="\n", highlight=False, soft_wrap=True)
@@ -69,7 +74,6 @@ def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str
     )
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     results = []
-    flat = [entry for task_entries in entries for entry in task_entries]
     samples = stream.read(dataset, flat, short_side_px=settings.data.short_side_px, workers=settings.data.workers)
     data_digest = hashlib.sha256()
     try:
@@ -108,6 +112,19 @@ def _check_leaves_something(settings: EvaluateConfig) -> None:
                         "logging.predictions=all, or give labels.")  # fmt: skip
 
 
+def _refuse_other_weights(folder: RunFolder, models: Models) -> None:
+    """UserError: the folder holds finished results of other weights, which a new start would delete."""
+    path = folder.path / "results.json"
+    if not path.is_file():
+        return
+    for model, expected in json.loads(path.read_text())["weights_sha256"].items():
+        if (got := models.fingerprints.get(model)) != expected:
+            raise UserError(
+                f"Run folder {folder.path} holds results of other weights ({model}: {expected[:12]}; now "
+                f"{str(got)[:12]}). Choose another experiment.name or experiment.id, or move the folder away."
+            )
+
+
 def _all_entries(
     settings: EvaluateConfig, dataset: Dataset, tasks: list[Task], console: Console
 ) -> list[list[stream.Entry]]:
@@ -141,7 +158,7 @@ class _TaskLoop:
         self.settings, self.dataset, self.models, self.folder = settings, dataset, models, folder
         self.mirror, self.console, self.records, self.timings = mirror, console, records, timings
         self.matrix = metrics.ConfusionMatrix(len(dataset.classes), models.combined.device)
-        self.labelled = self.skipped = 0
+        self.labelled = self.skipped = self.broken = 0
 
     def run(self, task: Task, images: int, num_tasks: int, samples: Any, data_digest: Any) -> TaskResult:
         """Reset unless continual, then predict, score, adapt and record each image."""
@@ -169,14 +186,17 @@ class _TaskLoop:
                 progress.advance(float("nan") if miou is None else miou)
         counts_CC = self.matrix.counts()
         scores = metrics.scores(counts_CC) if self.labelled else None
-        result = TaskResult(task, images, time.perf_counter() - start, scores, counts_CC, self.skipped)
+        result = TaskResult(task, images, time.perf_counter() - start, scores, counts_CC, self.skipped, self.broken)
         row = _row(result, self.dataset.classes)
         write_json(self.folder.path / "tasks" / f"{slug}.json", row | {"confusion_matrix": counts_CC})
         self.mirror.summary({f"{slug}/{name}": row[name] for name in MEANS})
         if isinstance(self.settings, AdaptConfig) and self.settings.tta.save_adapted:
             combined.segmenter.save(self.folder.path / "adapted" / slug)
-        if self.skipped:
-            self.console.print(f"{task.name}: {self.skipped} steps skipped, loss or gradient was not finite")
+        if self.skipped or self.broken:
+            self.console.print(
+                f"{task.name}: {self.skipped} steps skipped, loss or gradient was not finite; "
+                f"{self.broken} predictions from logits that were not finite"
+            )
         return result
 
     def _score_and_save(self, slug: str, index: int, sample: stream.Prepared, prediction: Prediction) -> float | None:
@@ -201,6 +221,7 @@ class _TaskLoop:
         """One line of the record of truth, and its copy."""
         line: dict[str, Any] = {"task": task.name, "index": index, "key": sample.entry.key, "data": sample.digest,
                                 "running_miou": miou}  # fmt: skip
+        self.broken += not prediction.is_finite
         if prediction.loss is not None:
             self.skipped += not prediction.is_updated
             line |= {
@@ -231,6 +252,7 @@ def _row(result: TaskResult, classes: tuple[str, ...]) -> dict[str, Any]:
     return row | {
         "per_class": dict(zip(classes, per_class, strict=True)),
         "steps_skipped": result.steps_skipped,
+        "predictions_not_finite": result.predictions_not_finite,
         "seconds": round(result.seconds, 3),
     }
 

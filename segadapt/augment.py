@@ -78,9 +78,10 @@ def _smooth_field(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarra
 def broad(image_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Wide generic changes of light, colour, blur, grain and haze, for the teacher's source training alone.
 
-    A stand-in for a teacher that has seen the world. No function of `corruptions.py` is used or imitated: light is a
-    gamma curve under a smooth field, colour a random 3x3 mix, blur an oriented Gaussian, grain band-limited noise,
-    haze a blend towards one airlight along a smooth field. Each with probability 1/2.
+    A stand-in for a teacher that has seen the world; no function of `corruptions.py` is called. Light is a gamma curve
+    under a smooth field, colour a random 3x3 mix, blur an oriented Gaussian, haze a blend towards one airlight along a
+    smooth field, grain Gaussian noise in cells of 1 to 3 px, stronger in the light. Each with probability 1/2. Grain of
+    1 px is close in kind to gaussian and shot noise: say so beside any figure on these corruptions.
     """
     pixels = image_HW3.astype(np.float32) / 255
     height, width = pixels.shape[:2]

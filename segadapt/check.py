@@ -108,7 +108,9 @@ def run(settings: CheckConfig) -> None:
     if problems:
         console.print(*(f"problem: {problem}" for problem in problems[:MOST_PROBLEMS]), sep="\n")
         shown = min(len(problems), MOST_PROBLEMS)
-        raise UserError(f"{len(problems)} problems found, {shown} shown; expected none. Correct them and check again.")
+        raise UserError(
+            f"problems found: {len(problems)}, shown: {shown}; expected none. Correct them and check again."
+        )
     console.print("\nno problem found")
 
 
@@ -141,8 +143,11 @@ def sizes_table(facts: Sequence[ImageFacts], settings: CheckConfig) -> Table:
     g, count = settings.model.generative, Counter((item.size_px, item.resized_px) for item in facts)
     rows: list[list[str | int]] = []
     for ((height, width), (new_height, new_width)), images in count.most_common(MOST_SIZES):
-        boxes_K2 = windows.plan(new_height, new_width, window_px=g.window_px, stride_px=g.stride_px)
-        rows.append([f"{height} x {width}", f"{new_height} x {new_width}", len(boxes_K2), images])
+        count_windows: str | int = "none"
+        if settings.tta.forward_mode == "tta":
+            plan_K2 = windows.plan(new_height, new_width, window_px=g.window_px, stride_px=g.stride_px)
+            count_windows = len(plan_K2)
+        rows.append([f"{height} x {width}", f"{new_height} x {new_width}", count_windows, images])
     if others := count.total() - sum(int(row[3]) for row in rows):
         rows.append([f"{len(count) - len(rows)} other sizes", "", "", others])
     portrait = sum(item.size_px[0] > item.size_px[1] for item in facts)

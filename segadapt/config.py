@@ -11,6 +11,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+BELOW_ONE = 0.999999  # AdamW divides by 1 - beta^step
+
 
 def setting(text: str, *, choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf) -> Any:
     """A field without default: what it means, its choices, its closed range."""
@@ -123,8 +125,8 @@ class OptimizerSettings:
     lr_discriminative: float | None = setting("learning rate of the segmenter; null: lr", low=0)
     lr_generative: float | None = setting("learning rate of the teacher; null: lr", low=0)
     weight_decay: float = setting("decoupled for adamw", low=0)
-    beta1: float = setting("adamw", low=0, high=1)
-    beta2: float = setting("adamw", low=0, high=1)
+    beta1: float = setting("adamw", low=0, high=BELOW_ONE)
+    beta2: float = setting("adamw", low=0, high=BELOW_ONE)
     eps: float = setting("adamw", low=0)
     momentum: float = setting("sgd", low=0)
 
@@ -261,7 +263,9 @@ class TrainGenerativeConfig:
 
 @dataclass
 class CorruptConfig:
-    data: DataSettings = setting("the clean set; data.corruptions and data.severity say what is made")
+    data: DataSettings = setting(
+        "the clean set; corruptions and severity say what is made, limit takes the first sorted keys"
+    )
     corrupt: CorruptSettings = setting("what is written")
 
 

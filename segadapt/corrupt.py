@@ -10,7 +10,7 @@ import io
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from segadapt import __version__
-from segadapt.config import CorruptConfig
+from segadapt.config import CorruptConfig, DataSettings
 from segadapt.corruptions import check_corruption, corrupt
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks
@@ -38,6 +38,7 @@ class Settings:
     """Everything that decides the bytes of an image, besides its task and key."""
 
     dataset: str
+    classes: str
     seed: int
     image_format: str  # a name of FORMATS
     quality: int | None  # of JPEG, 1..95; None for PNG
@@ -64,6 +65,7 @@ def write_set(
     quality: int = 75,
     workers: int,
     limit: int | None = None,
+    origin: Mapping[str, str | int | None] | None = None,
     progress: bool = True,
 ) -> Path:
     """Corrupt every clean image for every task; PNG files hold exactly what `corrupt` gives for (seed, task, key).
@@ -77,7 +79,8 @@ def write_set(
         output: folder, made if missing.
         quality: of JPEG, 1..95; 75, Pillow's default, imitates the published ADE20K-C. Without effect on PNG.
         workers: processes, spawned (so scripts need a __main__ guard); 1 works in this process.
-        limit: take the first keys only; None for all.
+        limit: take the first of the sorted keys only; None for all.
+        origin: by name, what else decides the clean pixels (see `origin_of`); stored and compared with the settings.
         progress: show a bar.
     Returns:
         Path of the manifest.
@@ -92,19 +95,21 @@ def write_set(
     keys = all_keys[:limit]
     settings = Settings(
         dataset=_identity(dataset, all_keys),
+        classes=f"{len(dataset.classes)} names, {_hash(dataset.classes)}",
         seed=seed,
         image_format=image_format,
         quality=quality if image_format == "jpg" else None,
         version=__version__,
     )
-    _claim(output, settings)
+    identity = {**(origin or {}), **asdict(settings)}
+    _claim(output, identity)
 
     sha256_of = _earlier_images(output)
     work = _Work(dataset, tuple(tasks), output, settings)
     with _progress_bar(shown=progress) as bar:
         for hashes in bar.track(_run(work, keys, workers=workers), total=len(keys), description="corrupting images"):
             sha256_of |= hashes
-    manifest = {"settings": asdict(settings), "count": len(sha256_of), "sha256": dict(sorted(sha256_of.items()))}
+    manifest = {"settings": identity, "count": len(sha256_of), "sha256": dict(sorted(sha256_of.items()))}
     path = output / "manifest.json"
     _write_whole(path, _json(manifest))
     return path
@@ -173,7 +178,7 @@ def _write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _claim(output: Path, settings: Settings) -> None:
+def _claim(output: Path, identity: Mapping[str, str | int | None]) -> None:
     """Store the settings in a new set; compare them with those of an existing one."""
     path = output / "settings.json"
     if output.is_file():
@@ -186,11 +191,11 @@ def _claim(output: Path, settings: Settings) -> None:
                 f"{output}: holds {foreign!r} but no settings.json, so it was not started by this command. "
                 "Choose a new or empty folder."
             )
-        _write_whole(path, _json(asdict(settings)))
+        _write_whole(path, _json(dict(identity)))
         return
     stored = _read_json(path)
-    for field, new in asdict(settings).items():
-        old = stored.get(field)
+    for field in [*identity, *(field for field in stored if field not in identity)]:
+        old, new = stored.get(field), identity.get(field)
         if old != new:
             raise UserError(
                 f"{output} was started with {field}={old!r}; now {new!r}. A set is continued only unchanged. "
@@ -207,9 +212,12 @@ def _earlier_images(output: Path) -> dict[str, str]:
 
 
 def _identity(dataset: Dataset, keys: list[str]) -> str:
-    """Kind, size and a hash of classes and keys; not the folder, so that a set may be moved."""
-    text = "\x1f".join([*dataset.classes, "", *keys])
-    return f"{type(dataset).__name__}, {len(keys)} images, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    """Kind, size and a hash of the keys; not the folder, so that a set may be moved."""
+    return f"{type(dataset).__name__}, {len(keys)} images, {_hash(keys)}"
+
+
+def _hash(names: Sequence[str]) -> str:
+    return hashlib.sha256("\x1f".join(names).encode()).hexdigest()[:16]
 
 
 def _check_arguments(
@@ -264,8 +272,28 @@ def _read_json(path: Path) -> dict:
         raise UserError(f"{path}: expected JSON, got {error}. Delete the whole set and write it again.") from error
 
 
+def origin_of(data: DataSettings) -> dict[str, str | int | None]:
+    """The settings that decide which clean pixels a key has; None for one that this kind does not read.
+
+    Without data_root: a set may be continued from a copy of the data elsewhere.
+    """
+    is_drawn = data.kind == "toytown"
+    return {
+        "kind": data.kind,
+        "name": data.name,
+        "split": data.split,
+        "world_seed": data.world_seed if is_drawn else None,
+        "weather": data.weather if is_drawn else None,
+        "image_path": None if is_drawn else data.image_path,
+    }
+
+
 def run(settings: CorruptConfig) -> None:
-    """The verb: every corruption of data.corruptions over the clean set of data."""
+    """The verb: every corruption of data.corruptions over the clean set of data; data.limit: its first sorted keys.
+
+    Raises:
+        UserError: no corruption named, or as `write_set` does.
+    """
     data, written = settings.data, settings.corrupt
     tasks = build_tasks(data)
     if not data.corruptions:
@@ -280,5 +308,6 @@ def run(settings: CorruptConfig) -> None:
         quality=written.quality,
         workers=max(1, data.workers),
         limit=data.limit,
+        origin=origin_of(data),
     )
     print(f"wrote {manifest}")

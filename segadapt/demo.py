@@ -18,6 +18,8 @@ def demo(settings: AdaptConfig) -> None:
     for mode in ("discriminative_only", "tta"):
         chosen = copy.deepcopy(settings)
         chosen.tta.forward_mode = mode
+        if chosen.experiment.id is not None:
+            chosen.experiment.id += f"-{mode}"
         modes[mode] = run(chosen, console=console)
     tasks = [
         {"task": source["task"], "source_miou": source["miou"], "adapted_miou": adapted["miou"]}

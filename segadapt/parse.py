@@ -78,8 +78,14 @@ def _check_value(name: str, value: Any, rule: Any) -> None:
 def _check_fields_together(config: Any) -> None:
     """UserError: two settings that contradict each other; both are named."""
     generative = getattr(getattr(config, "model", None), "generative", None)
-    if generative is None:
+    if generative is None or getattr(getattr(config, "tta", None), "forward_mode", "tta") == "discriminative_only":
         return
+    update = getattr(config.model, "update", None)
+    if update is not None and not (update.discriminative or update.generative):
+        raise UserError(
+            "model.update.discriminative=false and model.update.generative=false: nothing would move. Switch one on, "
+            "or set tta.forward_mode=discriminative_only."
+        )
     if generative.window_px % 16:
         raise UserError(f"model.generative.window_px={generative.window_px}: expected a multiple of 16 (latent px / 8, "
                         f"patches of 2). Use {round(generative.window_px / 16) * 16}.")  # fmt: skip
@@ -93,7 +99,7 @@ def _check_fields_together(config: Any) -> None:
     if config.data.short_side_px < generative.window_px:
         raise UserError(
             f"data.short_side_px={config.data.short_side_px} is smaller than model.generative.window_px="
-            f"{generative.window_px}: no window fits. Use the same value for both (requirement: 512)."
+            f"{generative.window_px}: no window fits. Use the same value for both, a multiple of 16."
         )
     if generative.sigma_high is not None and generative.sigma_high < generative.sigma:
         raise UserError(

@@ -1,6 +1,7 @@
 """What was measured, in words and numbers: the run's identity, its protocol line, and the versions it ran on."""
 
 import platform
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from segadapt import __version__
-from segadapt.config import AdaptConfig, EvaluateConfig
+from segadapt.config import AdaptConfig, DataSettings, EvaluateConfig
 
 PACKAGES = (
     "torch",
@@ -37,15 +38,20 @@ def method_of(settings: EvaluateConfig) -> str:
     return "generative" if isinstance(settings, AdaptConfig) and settings.tta.forward_mode == "tta" else "source"
 
 
+def without(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Nested settings less those of dotted names, or less whole sections; a name that is not there is passed over."""
+    heads = [name.partition(".") for name in names]
+    dropped = {head for head, _, rest in heads if not rest}
+    return {
+        key: without(value, [rest for head, _, rest in heads if head == key]) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if key not in dropped
+    }
+
+
 def identity(settings: EvaluateConfig) -> dict[str, Any]:
     """All settings that can change results, as nested JSON values."""
-    values = asdict(settings)
-    for name in FREE:
-        *folders, last = name.split(".")
-        node: Any = values
-        for folder in folders:
-            node = node.get(folder, {})
-        node.pop(last, None)
+    values = without(asdict(settings), FREE)
     if method_of(settings) == "source":  # what only the update reads does not make another run
         values["model"] = {"discriminative": values["model"]["discriminative"]}
         values.pop("tta", None)
@@ -81,9 +87,18 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
         f"short side {data.short_side_px} px",
         f"shuffle seed {seed}" if data.shuffle else "not shuffled",
         f"{runtime.precision} {'autocast over fp32 weights' if runtime.precision == 'bf16' else ''}".strip(),
-        f"data {data.name} {data.split}, order {order_sha256[:12]}",
+        f"data {data.name} {data.split}, {_shift(data)}, order {order_sha256[:12]}",
     ]
     return "; ".join(parts)
+
+
+def _shift(data: DataSettings) -> str:
+    """What was done to the images: '15 corruptions severity 5 made with seed 0', '... from disk', or 'clean'."""
+    if not data.corruptions:
+        return "as they are"
+    made = "from disk" if "{corruption}" in str(data.image_path) else f"made with seed {data.corruption_seed}"
+    limit = "" if data.limit is None else f", {data.limit} images each"
+    return f"{len(data.corruptions)} corruptions severity {data.severity} {made}{limit}"
 
 
 def versions(main: torch.device) -> dict[str, str]:
@@ -95,5 +110,5 @@ def versions(main: torch.device) -> dict[str, str]:
 
 
 def peak_memory_gib() -> list[float]:
-    """Peak of allocated memory of each visible GPU since the process began, GiB; empty without GPUs."""
+    """Peak of allocated memory of each visible GPU since the run began, GiB; empty without GPUs."""
     return [round(torch.cuda.max_memory_allocated(gpu) / 2**30, 3) for gpu in range(torch.cuda.device_count())]

@@ -125,7 +125,7 @@ class RunFolder:
             run_id: None: the first 10 hex digits of the SHA-256 of the settings as canonical JSON.
             settings: all that can change results; JSON values.
         Raises:
-            UserError: a name or id of other characters, or a folder that is another run's or no run's.
+            UserError: a name or id of other characters; a folder of another run or of none, or one not writable.
         """
         settings = plain(settings)
         run_id = settings_id(settings) if run_id is None else run_id
@@ -135,12 +135,16 @@ class RunFolder:
                     f"{setting}={value!r}: expected letters, digits, '.', '_' and '-', not starting with '.', as it "
                     f"names a folder. Choose another {setting}."
                 )
-        path = Path(root, name, run_id)
-        if path.exists():
-            _check_same_run(path, settings)
-        else:
-            path.mkdir(parents=True)
-        write_json(path / "settings.json", settings)
+        path = Path(root, name, run_id).expanduser()
+        try:
+            if path.exists():
+                _check_same_run(path, settings)
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / "settings.json", settings)
+        except OSError as error:
+            raise UserError(
+                f"logging.root={root}: {path} cannot be written ({error.strerror}). Choose a folder of your own."
+            ) from error
         return cls(path=path, id=run_id)
 
     def start_over(self, config: Mapping[str, Any]) -> None:

@@ -1,12 +1,13 @@
-"""The order of the test images, and reading them ahead: a seeded, recorded list of (task, key) entries.
+"""The test images: their order (a seeded, recorded list of (task, key) entries), their check, reading them ahead.
 
 3 RGB   H W image px after the shared resize   H0 W0 image px on disk
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from segadapt.datasets import Dataset, Task
+from segadapt.datasets import Dataset, Source, Task
 from segadapt.datasets.resize import resize_short_side
 from segadapt.errors import UserError
 from segadapt.seeds import numpy_generator
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -52,35 +56,44 @@ def order_hash(entries: Sequence[Entry]) -> str:
     return hashlib.sha256("\n".join(f"{entry.task.name}\t{entry.key}" for entry in entries).encode()).hexdigest()
 
 
-class _Reader(torch.utils.data.Dataset):
-    """The entries of a stream as a map-style data set, for torch's worker processes."""
-
-    def __init__(self, dataset: Dataset, entries: Sequence[Entry], short_side_px: int):
-        self.dataset, self.entries, self.short_side_px = dataset, entries, short_side_px
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> Prepared | UserError:
-        entry = self.entries[index]
-        try:
-            sample = self.dataset.load(entry.task, entry.key)
-        except UserError as error:  # raised again by `read`: torch would wrap it in a worker's traceback
-            return error
-        digest = hashlib.blake2b(np.ascontiguousarray(sample.image_HW3).data, digest_size=8)
-        if sample.label_HW is not None:
-            digest.update(np.ascontiguousarray(sample.label_HW).data)
-        return Prepared(
-            entry,
-            resize_short_side(sample.image_HW3, self.short_side_px),
-            None if sample.label_HW is None else torch.from_numpy(np.ascontiguousarray(sample.label_HW)),
-            (sample.image_HW3.shape[0], sample.image_HW3.shape[1]),
-            digest.hexdigest(),
-        )
+def read(dataset: Dataset, entries: Sequence[Entry], *, short_side_px: int, workers: int) -> Iterator[Prepared]:
+    """Yield the samples in order, `workers` processes reading ahead; the values do not depend on their number."""
+    return ahead(partial(_prepare, dataset, short_side_px), entries, workers=workers)
 
 
-def _as_it_is(prepared: Any) -> Any:
-    return prepared
+def verify(dataset: Dataset, entries: Sequence[Entry], *, workers: int) -> None:
+    """Look at every file of a stream before its first step: each pair of image and label once, each label's ids once.
+
+    A file that is cut, empty, of a wrong kind or size is found; bytes changed inside an image that keeps its end are
+    not, since images are not decoded. Tasks made on the fly share their files, and cost what one of them costs.
+
+    Raises:
+        UserError: the first in stream order, as `read` would raise it in the middle of the run.
+    """
+    checks: dict[Source, tuple[Entry, bool]] = {}
+    labels: set[str | None] = set()
+    for entry in entries:
+        source = dataset.source(entry.task, entry.key)
+        if source not in checks:
+            checks[source] = entry, source.label not in labels
+            labels.add(source.label)
+    for _ in ahead(partial(_verify, dataset), list(checks.values()), workers=workers):
+        pass
+
+
+def ahead(function: Callable[[Item], Result], items: Sequence[Item], *, workers: int) -> Iterator[Result]:
+    """Yield function(item) in order, `workers` processes ahead. A UserError arrives as it was raised, at its place."""
+    loader = DataLoader(
+        _Results(function, items),
+        batch_size=None,
+        num_workers=min(workers, len(items)),
+        worker_init_fn=one_thread_each,
+        collate_fn=_as_it_is,
+    )
+    for result in loader:
+        if isinstance(result, UserError):
+            raise result
+        yield result
 
 
 def one_thread_each(_: int) -> None:
@@ -88,16 +101,40 @@ def one_thread_each(_: int) -> None:
     cv2.setNumThreads(0)
 
 
-def read(dataset: Dataset, entries: Sequence[Entry], *, short_side_px: int, workers: int) -> Iterator[Prepared]:
-    """Yield the samples in order, `workers` processes reading ahead; the values do not depend on their number."""
-    loader = DataLoader(
-        _Reader(dataset, entries, short_side_px),
-        batch_size=None,
-        num_workers=min(workers, len(entries)),
-        worker_init_fn=one_thread_each,
-        collate_fn=_as_it_is,
+class _Results(torch.utils.data.Dataset):
+    """function(item) as a map-style data set, for torch's worker processes."""
+
+    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]):
+        self.function, self.items = function, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.function(self.items[index])
+        except UserError as error:  # raised again by `ahead`: torch would wrap it in a worker's traceback
+            return error
+
+
+def _as_it_is(result: Any) -> Any:
+    return result
+
+
+def _prepare(dataset: Dataset, short_side_px: int, entry: Entry) -> Prepared:
+    sample = dataset.load(entry.task, entry.key)
+    digest = hashlib.blake2b(np.ascontiguousarray(sample.image_HW3).data, digest_size=8)
+    if sample.label_HW is not None:
+        digest.update(np.ascontiguousarray(sample.label_HW).data)
+    return Prepared(
+        entry,
+        resize_short_side(sample.image_HW3, short_side_px),
+        None if sample.label_HW is None else torch.from_numpy(np.ascontiguousarray(sample.label_HW)),
+        (sample.image_HW3.shape[0], sample.image_HW3.shape[1]),
+        digest.hexdigest(),
     )
-    for prepared in loader:
-        if isinstance(prepared, UserError):
-            raise prepared
-        yield prepared
+
+
+def _verify(dataset: Dataset, check: tuple[Entry, bool]) -> None:
+    entry, label = check
+    dataset.verify(entry.task, entry.key, label=label)

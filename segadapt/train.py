@@ -5,6 +5,8 @@ B images of a batch   C classes   s crop px   h w logits, ceil(px / 4)
 
 import copy
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -16,16 +18,16 @@ from torch.utils.data import DataLoader
 
 from segadapt import metrics, stream
 from segadapt.augment import Crops, keep_light, photometric
-from segadapt.config import TrainConfig
+from segadapt.config import TrainConfig, TrainGenerativeConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset
 from segadapt.datasets.cache import Cached
 from segadapt.errors import UserError
 from segadapt.models.build import build_segmenter, set_up
 from segadapt.models.discriminative.segformer import Segmenter, build_segformer
-from segadapt.protocol import versions
+from segadapt.protocol import FREE, versions, without
 from segadapt.record import JsonLines, RunFolder, write_json
-from segadapt.wandb_mirror import open_mirror
+from segadapt.wandb_mirror import Mirror, open_mirror
 
 LOG_EVERY = 50  # steps between two lines of the record
 
@@ -37,11 +39,24 @@ def poly(step: int, *, iters: int, warmup_iters: int, power: float) -> float:
     return (1 - (step - warmup_iters) / max(1, iters - warmup_iters)) ** power
 
 
+def cross_entropy(logits_BCss: Tensor, label_Bss: Tensor, is_counted_Bss: Tensor) -> Tensor:
+    """Mean of -log softmax(logits)[label] over the pixels that count; 0 where there are none.
+
+    As F.cross_entropy, which refuses images on CUDA under deterministic algorithms.
+
+    Args:
+        label_Bss: int64, 0..C-1 where a pixel counts, anything elsewhere.
+        is_counted_Bss: bool.
+    """
+    index_B1ss = label_Bss.masked_fill(~is_counted_Bss, 0)[:, None]
+    own_Bss = logits_BCss.log_softmax(dim=1).gather(1, index_B1ss)[:, 0]
+    return -own_Bss.masked_fill(~is_counted_Bss, 0).sum() / is_counted_Bss.sum().clamp(min=1)
+
+
 def segmentation_loss(logits_BChw: Tensor, label_Bss: Tensor) -> Tensor:
     """Cross-entropy of logits resized to the label, mean over pixels that are not 255; 0 where there are none."""
     logits_BCss = F.interpolate(logits_BChw, size=label_Bss.shape[1:], mode="bilinear", align_corners=False)
-    summed = F.cross_entropy(logits_BCss, label_Bss, ignore_index=255, reduction="sum")
-    return summed / (label_Bss != 255).sum().clamp(min=1)
+    return cross_entropy(logits_BCss, label_Bss, label_Bss != 255)
 
 
 def parameter_groups(segmenter: Segmenter, *, lr: float, head_lr_factor: float, weight_decay: float) -> list[dict]:
@@ -63,14 +78,15 @@ def parameter_groups(segmenter: Segmenter, *, lr: float, head_lr_factor: float, 
 
 @torch.no_grad()
 def validate(segmenter: Segmenter, dataset: Dataset, entries: list, *, settings: TrainConfig) -> metrics.Scores:
-    """Score the segmenter in eval mode, as `evaluate` does."""
+    """Score the segmenter in eval mode and the run's precision, as `evaluate` does."""
     segmenter.eval()
     device = next(segmenter.net.parameters()).device
     matrix = metrics.ConfusionMatrix(len(dataset.classes), device)
     data = settings.data
     for sample in stream.read(dataset, entries, short_side_px=data.short_side_px, workers=data.workers):
         assert sample.label_HW is not None
-        logits_Chw = segmenter.logits(sample.image_3HW[None].to(device))[0]
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.runtime.precision == "bf16"):
+            logits_Chw = segmenter.logits(sample.image_3HW[None].to(device))[0]
         matrix.update(metrics.predict_at_label_size(logits_Chw, sample.size_px), sample.label_HW.to(device))
     segmenter.net.train()
     return metrics.scores(matrix.counts())
@@ -90,86 +106,151 @@ def cached(dataset: Dataset, settings: Any) -> Dataset:
     return Cached(dataset, workers=settings.data.workers) if settings.data.cache else dataset
 
 
-def run(settings: TrainConfig) -> dict[str, Any]:
-    """Train and save `model/` (a folder that from_pretrained reads) in the run folder; returns results.json's content.
+def check_settings(settings: TrainConfig | TrainGenerativeConfig) -> None:
+    """UserError: a setting that training would pass over in silence, or a range upside down."""
+    data, t = settings.data, settings.train
+    if data.corruptions:
+        raise UserError(f"data.corruptions={data.corruptions}: training reads the clean images, so it would have no "
+                        "effect. Set data.corruptions=[].")  # fmt: skip
+    if data.limit is not None:
+        raise UserError(f"data.limit={data.limit}: training draws from all images, so it would have no effect. Set "
+                        "data.limit=null; train.iters and train.validation_images set the amount.")  # fmt: skip
+    if settings.logging.predictions != "none":
+        raise UserError(f"logging.predictions={settings.logging.predictions}: training writes no predictions. Set "
+                        "logging.predictions=none, and `evaluate` the trained model.")  # fmt: skip
+    for name in ("scale", "sigma"):
+        low, high = getattr(t, f"{name}_low", 0), getattr(t, f"{name}_high", 0)  # `train` has no sigma
+        if low > high:
+            raise UserError(f"train.{name}_low={low} is above train.{name}_high={high}: expected the lower end of a "
+                            "range and its upper end. Swap them.")  # fmt: skip
 
-    Raises:
-        UserError: no labels, an unknown setting of the architecture, or a checkpoint that does not fit.
-    """
-    t, data, console, main = settings.train, settings.data, Console(), set_up(settings.runtime)
-    dataset, held_out = labelled_split(settings, data.split), labelled_split(settings, t.validation_split)
-    entries = stream.order(held_out, Task(0), seed=settings.experiment.seed, shuffle=True, limit=t.validation_images)
-    if settings.model.discriminative.config:
-        config = dict(settings.model.discriminative.config) | {"id2label": dict(enumerate(dataset.classes))}
-        segmenter = build_segformer(config, len(dataset.classes), seed=settings.experiment.seed, device=main)
-    else:
-        segmenter = build_segmenter(settings.model.discriminative, len(dataset.classes), main)
-    identity = {name: value for name, value in asdict(settings).items() if name != "logging"}
+
+def open_folder(settings: TrainConfig | TrainGenerativeConfig) -> RunFolder:
+    """The run's folder, cleared of what an earlier start left. UserError: it is another run's."""
     folder = RunFolder.open(
-        settings.logging.root, settings.experiment.name, run_id=settings.experiment.id, settings=identity
+        settings.logging.root,
+        settings.experiment.name,
+        run_id=settings.experiment.id,
+        settings=without(asdict(settings), FREE),
     )
     folder.start_over(asdict(settings))
-    crops = Crops(
-        cached(dataset, settings),
-        count=t.iters * t.batch_size,
-        seed=settings.experiment.seed,
-        short_side_px=data.short_side_px,
-        crop_px=t.crop_px,
-        scale=(t.scale_low, t.scale_high),
-        light=photometric if t.photometric else keep_light,
-    )
-    loader = DataLoader(crops, t.batch_size, num_workers=data.workers, worker_init_fn=stream.one_thread_each)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(segmenter, lr=t.lr, head_lr_factor=t.head_lr_factor, weight_decay=t.weight_decay)
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: poly(step, iters=t.iters, warmup_iters=t.warmup_iters, power=t.power)
-    )
+    return folder
+
+
+@contextmanager
+def mirrored(settings: TrainConfig | TrainGenerativeConfig, folder: RunFolder, *, job_type: str) -> Iterator[Mirror]:
+    """The W&B copy of a run; finished however the run ends."""
     mirror = open_mirror(
         settings.logging.wandb.mode,
         entity=settings.logging.wandb.entity,
         project=settings.logging.wandb.project,
         name=f"{folder.id}-{settings.experiment.name}",
         group=settings.experiment.name,
-        job_type="train",
+        job_type=job_type,
         config=asdict(settings),
         folder=folder.path,
+    )
+    try:
+        yield mirror
+    finally:
+        mirror.finish()
+
+
+def build(settings: TrainConfig, classes: tuple[str, ...], main: torch.device) -> Segmenter:
+    """The segmenter to train: random weights of model.discriminative.config, or the checkpoint where that is empty."""
+    chosen = settings.model.discriminative
+    if not chosen.config:
+        return build_segmenter(chosen, len(classes), main)
+    return build_segformer(
+        dict(chosen.config) | {"id2label": dict(enumerate(classes))},
+        len(classes),
+        seed=settings.experiment.seed,
+        device=main,
+        gradient_checkpointing=chosen.gradient_checkpointing,
+    )
+
+
+def run(settings: TrainConfig) -> dict[str, Any]:
+    """Train and save `model/` (a folder that from_pretrained reads) in the run folder; returns results.json's content.
+
+    Raises:
+        UserError: no labels, a setting without effect, an unknown one of the architecture, or a checkpoint that does
+            not fit.
+    """
+    check_settings(settings)
+    t, console, main = settings.train, Console(), set_up(settings.runtime)
+    dataset, held_out = labelled_split(settings, settings.data.split), labelled_split(settings, t.validation_split)
+    entries = stream.order(held_out, Task(0), seed=settings.experiment.seed, shuffle=True, limit=t.validation_images)
+    segmenter = build(settings, dataset.classes, main)
+    folder = open_folder(settings)
+    began = time.perf_counter()
+    with mirrored(settings, folder, job_type="train") as mirror:
+        with JsonLines(folder.path / "records.jsonl") as records:
+            scores = fit(segmenter, cached(dataset, settings), held_out, entries, settings, records, mirror, console)
+        segmenter.eval()
+        segmenter.net.to(getattr(torch, t.save_dtype)).save_pretrained(folder.path / "model")
+        results = {"steps": t.iters, "validation": {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc},
+                   "per_class": dict(zip(dataset.classes, scores.iou_C.tolist(), strict=True)),
+                   "seconds": round(time.perf_counter() - began, 1), "seed": settings.experiment.seed,
+                   "versions": versions(main)}  # fmt: skip
+        write_json(folder.path / "results.json", results)
+        mirror.summary({"validation/miou": scores.miou})
+    console.print(f"saved {folder.path / 'model'}", highlight=False, soft_wrap=True)
+    return results | {"folder": str(folder.path)}
+
+
+def fit(
+    segmenter: Segmenter,
+    dataset: Dataset,
+    held_out: Dataset,
+    entries: list,
+    settings: TrainConfig,
+    records: JsonLines,
+    mirror: Mirror,
+    console: Console,
+) -> metrics.Scores:
+    """The loop over random crops; returns the scores of the last validation."""
+    t, main = settings.train, next(segmenter.net.parameters()).device
+    crops = Crops(
+        dataset,
+        count=t.iters * t.batch_size,
+        seed=settings.experiment.seed,
+        short_side_px=settings.data.short_side_px,
+        crop_px=t.crop_px,
+        scale=(t.scale_low, t.scale_high),
+        light=photometric if t.photometric else keep_light,
+    )
+    loader = DataLoader(crops, t.batch_size, num_workers=settings.data.workers, worker_init_fn=stream.one_thread_each)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(segmenter, lr=t.lr, head_lr_factor=t.head_lr_factor, weight_decay=t.weight_decay)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: poly(step, iters=t.iters, warmup_iters=t.warmup_iters, power=t.power)
     )
     segmenter.net.train()
     torch.manual_seed(settings.experiment.seed)  # dropout and drop path draw from the global generator
     began, scores = time.perf_counter(), None
-    with JsonLines(folder.path / "records.jsonl") as records:
-        for step, (image_B3ss, label_Bss) in enumerate(loader, start=1):
-            with torch.autocast(main.type, torch.bfloat16, enabled=settings.runtime.precision == "bf16"):
-                logits_BChw = segmenter.logits(image_B3ss.to(main, non_blocking=True))
-            loss = segmentation_loss(logits_BChw, label_Bss.to(main, non_blocking=True))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-            # once in a while: read the loss (a CPU-GPU sync), stop before a broken model is saved
-            if step % LOG_EVERY == 0 or step == t.iters:
-                value = loss.item()
-                if not torch.isfinite(loss):
-                    raise UserError(f"train.lr={t.lr}: the loss is {value} at step {step}; expected a finite number. "
-                                    "Lower train.lr or set runtime.precision=fp32.")  # fmt: skip
-                records.append({"step": step, "loss": value, "lr": schedule.get_last_lr()[0]})
-                mirror.log({"train/loss": value}, step=step)
-            if step % t.validate_every == 0 or step == t.iters:
-                scores = validate(segmenter, held_out, entries, settings=settings)
-                records.append({"step": step, "miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc})
-                mirror.log({"validation/miou": scores.miou}, step=step)
-                said = f"step {step}/{t.iters}: loss {loss.item():.4f}, validation mIoU {100 * scores.miou:.2f} %"
-                console.print(f"{said}, {time.perf_counter() - began:.0f} s", highlight=False)
+    for step, (image_B3ss, label_Bss) in enumerate(loader, start=1):
+        with torch.autocast(main.type, torch.bfloat16, enabled=settings.runtime.precision == "bf16"):
+            logits_BChw = segmenter.logits(image_B3ss.to(main, non_blocking=True))
+        loss = segmentation_loss(logits_BChw, label_Bss.to(main, non_blocking=True))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        # once in a while: read the loss (a CPU-GPU sync), stop before a broken model is saved
+        if step % LOG_EVERY == 0 or step == t.iters:
+            value = loss.item()
+            if not torch.isfinite(loss):
+                raise UserError(f"train.lr={t.lr}: the loss is {value} at step {step}; expected a finite number. "
+                                "Lower train.lr or set runtime.precision=fp32.")  # fmt: skip
+            records.append({"step": step, "loss": value, "lr": schedule.get_last_lr()[0]})
+            mirror.log({"train/loss": value}, step=step)
+        if step % t.validate_every == 0 or step == t.iters:
+            scores = validate(segmenter, held_out, entries, settings=settings)
+            records.append({"step": step, "miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc})
+            mirror.log({"validation/miou": scores.miou}, step=step)
+            said = f"step {step}/{t.iters}: loss {loss.item():.4f}, validation mIoU {100 * scores.miou:.2f} %"
+            console.print(f"{said}, {time.perf_counter() - began:.0f} s", highlight=False)
     assert scores is not None
-    segmenter.eval()
-    segmenter.net.to(getattr(torch, t.save_dtype)).save_pretrained(folder.path / "model")
-    results = {"steps": t.iters, "validation": {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc},
-               "per_class": dict(zip(dataset.classes, scores.iou_C.tolist(), strict=True)),
-               "seconds": round(time.perf_counter() - began, 1), "seed": settings.experiment.seed,
-               "versions": versions(main)}  # fmt: skip
-    write_json(folder.path / "results.json", results)
-    mirror.summary({"validation/miou": scores.miou})
-    mirror.finish()
-    console.print(f"saved {folder.path / 'model'}", highlight=False, soft_wrap=True)
-    return results | {"folder": str(folder.path)}
+    return scores

@@ -22,6 +22,9 @@ from segadapt.record import JsonLines
 from segadapt.seeds import derive
 from segadapt.train import LOG_EVERY
 
+# Of AutoencoderKL's settings, those that `train_autoencoder` decides itself.
+DECIDED = ("down_block_types", "up_block_types", "use_quant_conv", "use_post_quant_conv")
+
 
 def cosine(step: int, *, iters: int, warmup_iters: int) -> float:
     """Factor on the learning rate: linear warm-up, then half a cosine to 0."""

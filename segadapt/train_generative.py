@@ -5,9 +5,11 @@ z y x latent channels and grid, px / 8   L text tokens   E text width
 """
 
 import copy
+import inspect
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,16 +22,17 @@ from torch.nn import functional as F
 
 from segadapt.config import TrainGenerativeConfig, TrainGenerativeSettings
 from segadapt.datasets import Dataset
-from segadapt.errors import UserError
+from segadapt.errors import UserError, did_you_mean
 from segadapt.models.build import set_up
 from segadapt.models.generative.prompts import PromptEmbeddings, save_embeddings
 from segadapt.models.generative.sd3 import Sd3, add_noise, load_autoencoder, save_generative
 from segadapt.models.generative.teacher import classify, true_classes
 from segadapt.protocol import versions
-from segadapt.record import JsonLines, RunFolder, write_json
+from segadapt.record import JsonLines, write_json
 from segadapt.seeds import derive
-from segadapt.train import LOG_EVERY, cached, labelled_split
-from segadapt.train_autoencoder import batches, cosine, train_autoencoder
+from segadapt.train import LOG_EVERY, cached, check_settings, cross_entropy, labelled_split, mirrored, open_folder
+from segadapt.train_autoencoder import DECIDED, batches, cosine, train_autoencoder
+from segadapt.wandb_mirror import Mirror
 
 VALIDATION_SIGMA = 0.25  # the noise level at which adaptation asks the teacher
 
@@ -76,12 +79,11 @@ def teacher_loss(error_BNyx: Tensor, prompts_BN: Tensor, classes_Byx: Tensor, sc
     is_own_BNyx = prompts_BN[:, :, None, None] == classes_Byx[:, None]
     flow = (error_BNyx * is_own_BNyx).sum() / is_own_BNyx.sum().clamp(min=1)
     is_asked_Byx = is_own_BNyx.any(dim=1)
-    own_Byx = torch.where(is_asked_Byx, is_own_BNyx.int().argmax(dim=1), -100)
+    own_Byx = is_own_BNyx.int().argmax(dim=1)
     logits_BNyx = -scale * error_BNyx
-    comparing = F.cross_entropy(logits_BNyx, own_Byx, ignore_index=-100, reduction="sum")
-    pixels = is_asked_Byx.sum().clamp(min=1)
-    accuracy = (logits_BNyx.argmax(dim=1) == own_Byx).sum() / pixels
-    return TeacherLoss(flow, comparing / pixels, accuracy)
+    is_hit_Byx = (logits_BNyx.argmax(dim=1) == own_Byx) & is_asked_Byx
+    accuracy = is_hit_Byx.sum() / is_asked_Byx.sum().clamp(min=1)
+    return TeacherLoss(flow, cross_entropy(logits_BNyx, own_Byx, is_asked_Byx), accuracy)
 
 
 def draw_prompts(classes_Byx: Tensor, num_classes: int, count: int, generator: torch.Generator) -> Tensor:
@@ -101,45 +103,80 @@ def learning_rate_groups(transformer: nn.Module, tokens: ClassTokens, scale: nn.
     ]
 
 
+def check_keys(section: str, config: Mapping[str, Any], architecture: type, *, decided: tuple[str, ...] = ()) -> None:
+    """UserError: a key that the architecture's constructor does not take, or that is decided for it."""
+    known = set(inspect.signature(architecture).parameters) - set(decided)
+    for key in config:
+        if key not in known:
+            raise UserError(f"model.generative.{section}.{key} is not a setting of {architecture.__name__} here."
+                            f"{did_you_mean(key, known)}")  # fmt: skip
+
+
+def check_model(settings: TrainGenerativeConfig) -> None:
+    """UserError: no architecture, an unknown key of one, or a checkpoint or autoencoder that would not be used."""
+    g, iters = settings.model.generative, settings.train.autoencoder_iters
+    if not g.config:
+        raise UserError("model.generative.config={}: train-generative makes its transformer from scratch; expected an "
+                        "architecture. Use model/generative=toytown_scratch, or set its keys.")  # fmt: skip
+    if g.checkpoint is not None:
+        raise UserError(f"model.generative.checkpoint={g.checkpoint} beside model.generative.config: the transformer "
+                        "is made from scratch and the checkpoint would be ignored. Set it to null; "
+                        "give an autoencoder as model.generative.autoencoder=FOLDER.")  # fmt: skip
+    check_keys("config", g.config, SD3Transformer2DModel)
+    check_keys("autoencoder_config", g.autoencoder_config, AutoencoderKL, decided=DECIDED)
+    if g.autoencoder_config and not iters:
+        raise UserError("train.autoencoder_iters=0 beside model.generative.autoencoder_config: the autoencoder would "
+                        "stay random. Train it for 1 step or more, or give one: "
+                        "model.generative.autoencoder_config={} and model.generative.autoencoder=FOLDER.")  # fmt: skip
+    if iters and not g.autoencoder_config:
+        raise UserError(f"train.autoencoder_iters={iters} beside model.generative.autoencoder_config={{}}: there is no "
+                        "autoencoder to train. Set train.autoencoder_iters=0, or the architecture's keys.")  # fmt: skip
+    if bool(g.autoencoder_config) == (g.autoencoder is not None):
+        raise UserError(f"model.generative.autoencoder={g.autoencoder or 'null'} beside model.generative."
+                        f"autoencoder_config={g.autoencoder_config}: expected one of the two, a given autoencoder or "
+                        "one made from scratch. Set one and empty the other.")  # fmt: skip
+
+
 def run(settings: TrainGenerativeConfig) -> dict[str, Any]:
     """Train and save `model/` (transformer, vae, embeddings) in the run folder; returns results.json's content.
 
     Raises:
-        UserError: no labels, settings of the architecture that do not fit, or an autoencoder that cannot be loaded.
+        UserError: no labels, settings that contradict each other or have no effect, an unknown one of the architecture,
+            or an autoencoder that cannot be loaded.
     """
+    check_settings(settings)
+    check_model(settings)
     t, console, main = settings.train, Console(), set_up(settings.runtime)
     dataset, held_out = labelled_split(settings, settings.data.split), labelled_split(settings, t.validation_split)
     if t.prompts_per_window > len(dataset.classes):
         raise UserError(f"train.prompts_per_window={t.prompts_per_window}, but the data set has {len(dataset.classes)} "
                         "classes. Use at most that many.")  # fmt: skip
-    identity = {name: value for name, value in asdict(settings).items() if name != "logging"}
-    folder = RunFolder.open(
-        settings.logging.root, settings.experiment.name, run_id=settings.experiment.id, settings=identity
-    )
-    folder.start_over(asdict(settings))
+    given = None
+    if settings.model.generative.autoencoder is not None:
+        given = load_autoencoder("", revision=None, folder=settings.model.generative.autoencoder)
+    folder = open_folder(settings)
     began = time.perf_counter()
     dataset = cached(dataset, settings)
-    with JsonLines(folder.path / "records.jsonl") as records:
-        if settings.model.generative.autoencoder_config:
-            vae = train_autoencoder(dataset, settings, main, records, console)
-        else:
-            vae = load_autoencoder(
-                settings.model.generative.checkpoint or "", revision=None, folder=settings.model.generative.autoencoder
+    with mirrored(settings, folder, job_type="train-generative") as mirror:
+        with JsonLines(folder.path / "records.jsonl") as records:
+            vae = given or train_autoencoder(dataset, settings, main, records, console)
+            teacher, tokens, accuracy = train_transformer(
+                dataset, held_out, vae, settings, main, records, mirror, console
             )
-        teacher, tokens, accuracy = train_transformer(dataset, held_out, vae, settings, main, records, console)
-    dtype = getattr(torch, t.save_dtype)
-    save_generative(folder.path / "model", stored(teacher.transformer, dtype), stored(teacher.autoencoder, dtype))
-    save_embeddings(
-        folder.path / "model" / "embeddings.safetensors",
-        tokens.frozen(),
-        classes=dataset.classes,
-        dataset_name=settings.data.name,
-        model=settings.experiment.name,
-    )
-    results = {"steps": t.iters, "validation": {"pixel_accuracy": accuracy, "sigma": VALIDATION_SIGMA},
-               "seconds": round(time.perf_counter() - began, 1), "seed": settings.experiment.seed,
-               "versions": versions(main)}  # fmt: skip
-    write_json(folder.path / "results.json", results)
+        dtype = getattr(torch, t.save_dtype)
+        save_generative(folder.path / "model", stored(teacher.transformer, dtype), stored(teacher.autoencoder, dtype))
+        save_embeddings(
+            folder.path / "model" / "embeddings.safetensors",
+            tokens.frozen(),
+            classes=dataset.classes,
+            dataset_name=settings.data.name,
+            model=settings.experiment.name,
+        )
+        results = {"steps": t.iters, "validation": {"pixel_accuracy": accuracy, "sigma": VALIDATION_SIGMA},
+                   "seconds": round(time.perf_counter() - began, 1), "seed": settings.experiment.seed,
+                   "versions": versions(main)}  # fmt: skip
+        write_json(folder.path / "results.json", results)
+        mirror.summary({"validation/accuracy": accuracy})
     console.print(f"saved {folder.path / 'model'}", highlight=False, soft_wrap=True)
     return results | {"folder": str(folder.path)}
 
@@ -156,6 +193,7 @@ def train_transformer(
     settings: TrainGenerativeConfig,
     main: torch.device,
     records: JsonLines,
+    mirror: Mirror,
     console: Console,
 ) -> tuple[Sd3, ClassTokens, float]:
     """Flow matching on the latents of random windows; returns the averaged teacher and its validation accuracy."""
@@ -177,6 +215,7 @@ def train_transformer(
     encoder = Sd3(transformer, vae, tokens.frozen(), device=main, precision=settings.runtime.precision)
     transformer.train()
     generator = torch.Generator(main).manual_seed(derive(seed, "training noise"))
+    nulls = max(1, round(t.null_share * t.batch_size)) if t.null_share else 0
     accuracy = 0.0
     loader = enumerate(batches(dataset, settings, iters=t.iters, purpose="transformer"), start=1)
     for step, (windows_B3ss, label_Bss) in loader:
@@ -187,7 +226,6 @@ def train_transformer(
         noise_Bzyx = torch.randn(latent_Bzyx.shape, device=main, generator=generator)
         noisy = add_noise(latent_Bzyx, noise_Bzyx, sigma_B)
         prompts_BN = draw_prompts(classes_Byx, len(dataset.classes), t.prompts_per_window, generator)
-        nulls = round(t.null_share * len(latent_Bzyx))
         window_P = torch.arange(len(latent_Bzyx), device=main).repeat_interleave(t.prompts_per_window)
         window_P = torch.cat([window_P, torch.arange(nulls, device=main)])
         class_P = F.pad(prompts_BN.flatten(), (0, nulls), value=len(dataset.classes))
@@ -217,6 +255,7 @@ def train_transformer(
                 raise UserError(f"train.lr={t.lr}: the flow loss is {line['flow']} at step {step}; expected a finite "
                                 "number. Lower train.lr.")  # fmt: skip
             records.append(line)
+            mirror.log({f"train/{name}": line[name] for name in ("flow", "comparing", "accuracy")}, step=step)
         if step % t.validate_every == 0 or step == t.iters:
             best, best_tokens = copy.deepcopy(average.module).children()
             assert isinstance(best, SD3Transformer2DModel)
@@ -224,6 +263,7 @@ def train_transformer(
             teacher = Sd3(best, vae, best_tokens.frozen(), device=main, precision=settings.runtime.precision)
             accuracy = validation_accuracy(teacher, held_out, settings)
             records.append({"stage": "transformer", "step": step, "validation_accuracy": accuracy})
+            mirror.log({"validation/accuracy": accuracy}, step=step)
             console.print(f"step {step}/{t.iters}: flow {loss.flow.item():.4f}, accuracy among "
                           f"{t.prompts_per_window} prompts {100 * loss.accuracy.item():.1f} %, validation accuracy "
                           f"among all {100 * accuracy:.1f} %", highlight=False)  # fmt: skip

@@ -107,7 +107,9 @@ def test_all_problems_are_listed_before_the_one_error(settings_of, folder, capsy
     (folder / "images" / "a.png").write_bytes(b"no image")
     draw(folder / "labels" / "b.png", np.full((64, 32), 7, np.uint8))
     draw(folder / "labels" / "c.png", np.zeros((8, 8), np.uint8))
-    with pytest.raises(UserError, match=r"^3 problems found, 3 shown; expected none\. Correct them and check again\.$"):
+    with pytest.raises(
+        UserError, match=r"^problems found: 3, shown: 3; expected none\. Correct them and check again\.$"
+    ):
         check.run(settings_of("data.shuffle=false"))
     problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: clean: ")]
     assert len(problems) == 3
@@ -119,7 +121,7 @@ def test_twenty_problems_are_shown_and_all_are_counted(settings_of, folder, caps
     for index in range(25):
         draw(folder / "labels" / f"{index}.png", np.zeros((32, 32), np.uint8))
         (folder / "images" / f"{index}.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"^25 problems found, 20 shown"):
+    with pytest.raises(UserError, match=r"^problems found: 25, shown: 20"):
         check.run(settings_of())
     assert capsys.readouterr().out.count("problem: ") == 20
 
@@ -129,7 +131,7 @@ def test_images_without_labels_are_a_problem_and_labels_without_images_a_note(se
     check.run(settings_of())
     assert "1 labels have no image (first: a)" in capsys.readouterr().out
     (folder / "labels" / "b.png").unlink()
-    with pytest.raises(UserError, match=r"^1 problems found"):
+    with pytest.raises(UserError, match=r"^problems found: 1"):
         check.run(settings_of())
     assert "no label for 1 of 2 images (b)" in capsys.readouterr().out
 
@@ -162,6 +164,6 @@ def test_models_are_loaded_described_and_take_one_step(settings_of, saved_models
 
 
 def test_a_model_that_cannot_be_loaded_is_a_problem(settings_of, capsys):
-    with pytest.raises(UserError, match=r"^1 problems found"):
+    with pytest.raises(UserError, match=r"^problems found: 1"):
         check.run(settings_of("model.discriminative.checkpoint=/no/such/folder", load_models=True))
     assert "problem: model.discriminative.checkpoint=/no/such/folder" in capsys.readouterr().out

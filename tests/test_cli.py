@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from segadapt.__main__ import VERBS, main
+from segadapt.__main__ import VERBS, main, options_first
 from segadapt.datasets.toytown import CLASSES
 
 
@@ -55,6 +55,8 @@ def segadapt(monkeypatch, tmp_path, capsys):
         ("adapt data.data_root=no-such-folder", "no-such-folder/ADE20K_val-c"),
         ("evaluate data=toytown data.corruptions=[fogg]", "corruption 'fogg' is not known. Did you mean fog?"),
         ("evaluate data=toytown model.discriminative.checkpoint=segadapt:toytown/segfomer", "is not a bundled model"),
+        ("train data=toytown_c", "data.corruptions=['gaussian_noise',"),
+        ("train-generative model/generative=toytown", "model.generative.config={}: train-generative makes"),
         ("adapt --config-dir no-such-folder", "no-such-folder' not found"),
         ("adapt --multirun data=toytown_c data.severity=6,7", "data.severity=6: expected"),
     ],
@@ -124,3 +126,33 @@ def test_an_experiment_file_of_ones_own_sets_everything(segadapt, toytown_on_cpu
     assert [task["task"] for task in results["tasks"]] == ["snow/2"]
     assert results["method"] == "source"
     assert "protocol: method source" in stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "ordered"),
+    [
+        (["a=1", "--multirun", "b=1,2"], ["--multirun", "a=1", "b=1,2"]),
+        (["experiment=x", "--config-dir", "d", "b=1"], ["--config-dir", "d", "experiment=x", "b=1"]),
+        (["a=1", "--cfg", "job", "~b"], ["--cfg", "job", "a=1", "~b"]),
+        (["a=1", "--config-dir=d", "b=1"], ["--config-dir=d", "a=1", "b=1"]),
+        (["a=1", "--config-dir"], ["--config-dir", "a=1"]),
+    ],
+)
+def test_options_may_stand_between_overrides(given, ordered):
+    assert options_first(given) == ordered
+
+
+def test_yaml_slip_in_an_experiment_file_is_one_line_with_its_place(tmp_path, segadapt):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "bad.yaml").write_text("# @package _global_\ndata:\n  corruptions: [fog\n")
+    status, _, stderr = segadapt("demo", "--config-dir", str(tmp_path), "experiment=bad")
+    assert (status, stderr.count("\n")) == (2, 1)
+    assert "bad.yaml, line" in stderr
+    assert stderr.endswith("Correct the YAML.\n")
+
+
+def test_output_folder_that_cannot_be_written_is_one_line(tmp_path, segadapt):
+    (tmp_path / "file").write_text("")
+    status, _, stderr = segadapt("demo", f"logging.root={tmp_path / 'file'}", "data.limit=1", "data.corruptions=[fog]")
+    assert (status, stderr.count("\n")) == (2, 1)
+    assert "cannot be written (Not a directory). Choose a folder of your own." in stderr

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from segadapt import config
 from segadapt.__main__ import VERBS
+from segadapt.datasets.build import build_files, class_names
 from segadapt.errors import UserError
 from segadapt.parse import parse
 
@@ -223,6 +224,38 @@ def test_two_settings_that_contradict_each_other_are_both_named(overrides, named
         OmegaConf.update(whole, name, value)
     message = raised(whole, config.AdaptConfig)
     assert [part for part in named if part not in message] == []
+
+
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+def test_a_beta_of_one_is_refused(name):
+    """AdamW would divide by 1 - beta = 0."""
+    whole = completed("adapt")
+    OmegaConf.update(whole, f"tta.optimizer.{name}", 1.0)
+    assert f"tta.optimizer.{name}=1.0: expected at least 0 and at most 0.999999" in raised(whole, config.AdaptConfig)
+
+
+@pytest.fixture
+def class_file(tmp_path):
+    def write(count: int) -> str:
+        path = tmp_path / "classes.txt"
+        path.write_text("".join(f"class {index}\n" for index in range(count)))
+        return str(path)
+
+    return write
+
+
+def test_a_class_file_holds_as_many_names_as_a_label_byte(class_file):
+    assert len(class_names(class_file(254))) == 254
+    with pytest.raises(UserError, match=r"data\.classes=.*classes\.txt: 255 names; expected at most 254"):
+        class_names(class_file(255))
+
+
+def test_a_list_of_too_many_classes_is_the_users_mistake_in_a_data_set_too(class_file):
+    """The palette of 256 classes once failed first, with our own traceback."""
+    overrides = ("data=folder", "data.data_root=.", f"data.classes={class_file(300)}")
+    settings = parse(completed("evaluate", *overrides), config.EvaluateConfig)
+    with pytest.raises(UserError, match="300 names; expected at most 254"):
+        build_files(settings.data)
 
 
 if __name__ == "__main__":

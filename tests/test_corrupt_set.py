@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segadapt.corrupt import write_set
+from segadapt import config
+from segadapt.corrupt import run, write_set
 from segadapt.corruptions import corrupt
-from segadapt.datasets import Sample, Task
+from segadapt.datasets import Sample, Source, Task
 from segadapt.errors import UserError
+from segadapt.parse import from_overrides
 
 TASKS = [Task(0, "shot_noise", 2), Task(1, "glass_blur", 5), Task(2, "contrast", 3)]
 
@@ -35,6 +37,13 @@ class Drawn:
         assert task.corruption is None
         rng = np.random.default_rng(sum(key.encode()))
         return Sample(key, rng.integers(0, 256, (self.side_px, self.side_px + 8, 3), np.uint8), None)
+
+    def source(self, task: Task, key: str) -> Source:
+        """The key: nothing is on disk."""
+        return Source(key, None)
+
+    def verify(self, task: Task, key: str, *, label: bool) -> None:
+        """Nothing can be broken."""
 
 
 def _write(dataset: Drawn, output: Path, **changed) -> Path:
@@ -112,6 +121,70 @@ def test_other_settings_are_refused_with_old_and_new_value(tmp_path, changed, me
     with pytest.raises(UserError, match=message):
         _write(dataset, tmp_path, **changed)
     assert _contents(tmp_path) == before
+
+
+def _run_verb(output: Path, *overrides: str) -> None:
+    run(from_overrides("corrupt", [*overrides, "data.corruptions=[fog]", f"corrupt.output={output}",
+                                   "data.workers=0", "data.limit=1"], config.CorruptConfig))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.split=validation", "split='test'; now 'validation'"),
+        ("data.world_seed=1", "world_seed=0; now 1"),
+        ("data.weather=all", "weather='clear'; now 'all'"),
+        ("data.name=mine", "name='toytown'; now 'mine'"),
+        ("data.count=4", "dataset='ToyTown, 3 images"),
+    ],
+)
+def test_another_world_into_the_same_set_is_refused(tmp_path, override, said):
+    """The keys of two splits or worlds can be equal, so that a set was once continued with other pictures."""
+    _run_verb(tmp_path, "data=toytown", "data.count=3")
+    before = _contents(tmp_path)
+    with pytest.raises(UserError, match=said):
+        _run_verb(tmp_path, "data=toytown", "data.count=3", override)
+    assert _contents(tmp_path) == before
+
+
+@pytest.fixture
+def folder_of_two(tmp_path):
+    for name in ("a", "b"):
+        path = tmp_path / "data" / "images" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(Drawn().load(Task(0), name).image_HW3).save(path)
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.image_path='{data_root}/images/{key}.png'", r"image_path='\{data_root\}/images/\{key\}\.\*'; now"),
+        ("data.classes=camvid", "classes='12 names, [0-9a-f]{16}'; now '11 names,"),
+        ("data.split=training", "split='validation'; now 'training'"),
+    ],
+)
+def test_another_template_or_class_list_is_refused(tmp_path, folder_of_two, override, said):
+    common = ("data=folder", "data.classes=toytown", f"data.data_root={folder_of_two}")
+    _run_verb(tmp_path / "set", *common)
+    with pytest.raises(UserError, match=said):
+        _run_verb(tmp_path / "set", *common, override)
+
+
+def test_a_set_is_continued_from_a_copy_of_its_data_and_takes_sorted_keys_first(tmp_path, folder_of_two):
+    common = ("data=folder", "data.classes=toytown")
+    _run_verb(tmp_path / "set", *common, f"data.data_root={folder_of_two}")
+    before = _contents(tmp_path / "set")
+    moved = folder_of_two.rename(tmp_path / "elsewhere")
+    _run_verb(tmp_path / "set", *common, f"data.data_root={moved}", "data.world_seed=7")  # no setting of files
+    assert _contents(tmp_path / "set") == before
+    assert [name for name in before if name.endswith(".png")] == ["fog/5/a.png"]
+
+
+def test_a_set_with_an_origin_is_not_continued_without(tmp_path):
+    _write(Drawn(), tmp_path, origin={"split": "test"})
+    with pytest.raises(UserError, match="split='test'; now None"):
+        _write(Drawn(), tmp_path)
 
 
 @pytest.mark.parametrize("key", ["../outside", "/outside", "a/../../b", "a//b", "", "a\\b", "."])

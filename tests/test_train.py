@@ -15,7 +15,7 @@ from sd3_folder import build_transformer
 from torch.nn import functional as F
 
 from segadapt import adapt, config, train, train_generative
-from segadapt.datasets import Sample, Task
+from segadapt.datasets import Sample, Source, Task
 from segadapt.datasets.toytown import CLASSES, PALETTE_C3, ToyTown
 from segadapt.errors import UserError
 from segadapt.models.discriminative.segformer import load_segformer
@@ -23,6 +23,7 @@ from segadapt.models.generative.sd3 import Sd3
 from segadapt.parse import from_overrides
 from segadapt.record import JsonLines
 from segadapt.train_generative import ClassTokens
+from segadapt.wandb_mirror import NoWandb
 
 TINY = ("data.count=4", "data.workers=0", "data.short_side_px=48", "runtime=cpu", "train.validation_images=2")
 TINY_SEGFORMER = (
@@ -58,6 +59,87 @@ def generative_training(root: Path, *overrides: str) -> config.TrainGenerativeCo
         "model.generative.window_px=48", "model.generative.stride_px=48", "train.batch_size=2", "train.iters=4",
         "train.autoencoder_iters=4", "train.warmup_iters=1", "train.tokens=2", *overrides,
     )  # fmt: skip
+
+
+class Remembered(NoWandb):
+    """A W&B copy that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.names, self.finished = set(), 0
+
+    def log(self, values, step) -> None:
+        self.names |= set(values)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.fixture
+def mirror(monkeypatch) -> Remembered:
+    kept = Remembered()
+    monkeypatch.setattr(train, "open_mirror", lambda *_, **__: kept)
+    return kept
+
+
+BOTH = pytest.mark.parametrize(
+    ("verb", "prepared"),
+    [(train, training), (train_generative, generative_training)],
+    ids=["train", "train-generative"],
+)
+
+
+# Both verbs
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.corruptions=[fog]", r"data\.corruptions=\['fog'\].*no effect.*data\.corruptions=\[\]"),
+        ("data.limit=2", r"data\.limit=2.*no effect.*data\.limit=null"),
+        ("logging.predictions=all", r"logging\.predictions=all.*logging\.predictions=none"),
+        ("train.scale_low=9", r"train\.scale_low=9\.0 is above train\.scale_high=1\.5"),
+    ],
+)
+def test_what_training_would_pass_over_is_refused(tmp_path, verb, prepared, override, said):
+    with pytest.raises(UserError, match=said):
+        verb.run(prepared(tmp_path, override))
+    assert not any(tmp_path.iterdir())
+
+
+@BOTH
+def test_what_cannot_change_weights_is_no_other_run(tmp_path, verb, prepared):
+    """A bug once: the same id with another number of workers was refused as another run."""
+    named = ("experiment.id=v1", "train.iters=1")
+    first = verb.run(prepared(tmp_path, *named))
+    again = verb.run(prepared(tmp_path, *named, "data.workers=1", "data.cache=false", "runtime.threads=1"))
+    assert first["folder"] == again["folder"]
+    with pytest.raises(UserError, match=r"was started with train\.batch_size=2; now 3"):
+        verb.run(prepared(tmp_path, *named, "train.batch_size=3"))
+
+
+@BOTH
+def test_a_default_id_does_not_depend_on_the_name_or_the_workers(tmp_path, verb, prepared):
+    plain = train.open_folder(prepared(tmp_path))
+    renamed = train.open_folder(prepared(tmp_path, "experiment.name=other", "data.workers=1"))
+    assert (plain.id, plain.path) != (renamed.id, renamed.path)
+    assert plain.id == renamed.id
+
+
+@BOTH
+def test_the_copy_is_finished_even_if_the_run_fails(tmp_path, verb, prepared, mirror):
+    with pytest.raises(UserError, match=r"train\.lr=1e\+30"):
+        verb.run(prepared(tmp_path, "train.lr=1e30"))
+    assert mirror.finished == 1
+
+
+@BOTH
+def test_the_copy_has_the_losses_and_the_validation(tmp_path, verb, prepared, mirror):
+    verb.run(prepared(tmp_path))
+    losses = {"train/loss", "validation/miou"}
+    terms = {"train/flow", "train/comparing", "train/accuracy", "validation/accuracy"}
+    assert mirror.names == (losses if verb is train else terms)
+    assert mirror.finished == 1
 
 
 # Schedules
@@ -108,6 +190,28 @@ def test_loss_is_the_mean_over_labelled_pixels():
     assert train.segmentation_loss(logits_BChw, label_Bss).item() == pytest.approx(np.mean(terms), rel=1e-5)
 
 
+@given(seed=st.integers(0, 2**32 - 1), num_classes=st.integers(1, 6), share=st.floats(0, 1))
+def test_cross_entropy_and_its_gradient_are_torchs(seed, num_classes, share):
+    generator = torch.Generator().manual_seed(seed)
+    logits_BCss = 9 * torch.randn(2, num_classes, 5, 5, generator=generator, dtype=torch.float64)
+    label_Bss = torch.randint(0, num_classes, (2, 5, 5), generator=generator)
+    label_Bss[torch.rand(2, 5, 5, generator=generator) < share] = 255
+    label_Bss[0, 0, 0] = 0  # the mean of nothing is NaN in torch
+    ours, torchs = (logits_BCss.clone().requires_grad_() for _ in range(2))
+    loss = train.cross_entropy(ours, label_Bss, label_Bss != 255)
+    expected = F.cross_entropy(torchs, label_Bss, ignore_index=255)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ours.grad, torchs.grad)
+
+
+def test_a_pixel_that_does_not_count_may_hold_anything():
+    logits_BCss = torch.tensor([[1.0, math.inf], [2.0, math.nan]]).view(1, 2, 1, 2)
+    loss = train.cross_entropy(logits_BCss, torch.tensor([[[0, 255]]]), torch.tensor([[[True, False]]]))
+    assert loss.item() == pytest.approx(math.log1p(math.e))
+
+
 def test_loss_of_nothing_labelled_is_zero_with_zero_gradient():
     logits_BChw = torch.randn(1, 3, 4, 4, requires_grad=True)
     loss = train.segmentation_loss(logits_BChw, torch.full((1, 16, 16), 255))
@@ -151,6 +255,30 @@ def test_a_trained_folder_loads_with_equal_logits(tmp_path, monkeypatch, random_
 
 def test_training_repeats_to_the_bit_whatever_the_workers(tmp_path):
     runs = [train.run(training(tmp_path / str(workers), f"data.workers={workers}")) for workers in (0, 1)]
+    weights = [Path(done["folder"], "model", "model.safetensors").read_bytes() for done in runs]
+    assert weights[0] == weights[1]
+
+
+def test_validation_scores_are_those_of_evaluate(tmp_path):
+    """In bf16 too: validation once ran in float32 whatever the precision."""
+    common = ("runtime.precision=bf16", "data.split=validation")
+    done = train.run(training(tmp_path, "runtime.precision=bf16", "train.validation_images=null", "train.lr=0.01"))
+    evaluated = adapt.run(
+        from_overrides(
+            "evaluate", [*TINY[:-1], "data=toytown", f"logging.root={tmp_path}", *common,
+            f"model.discriminative.checkpoint={done['folder']}/model"],
+            config.EvaluateConfig,
+        ),
+        console=QUIET,
+    )  # fmt: skip
+    assert {name: evaluated["mean"][name] for name in ("miou", "macc", "aacc")} == done["validation"]
+
+
+def test_a_segmenter_from_scratch_recomputes_if_asked(tmp_path):
+    recomputing = "model.discriminative.gradient_checkpointing=true"
+    segmenter = train.build(training(tmp_path, recomputing), CLASSES, torch.device("cpu"))
+    assert any(getattr(module, "gradient_checkpointing", False) for module in segmenter.net.modules())
+    runs = [train.run(training(tmp_path, *overrides)) for overrides in ((), (recomputing,))]
     weights = [Path(done["folder"], "model", "model.safetensors").read_bytes() for done in runs]
     assert weights[0] == weights[1]
 
@@ -250,6 +378,50 @@ def test_more_prompts_than_classes_are_refused(tmp_path):
         train_generative.run(generative_training(tmp_path, "train.prompts_per_window=13"))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model/generative=toytown"], r"model\.generative\.config=\{\}.*Use model/generative=toytown_scratch"),
+        ([TINY_SD3, TINY_VAE, "model.generative.checkpoint=mine"], r"checkpoint=mine beside.*would be ignored"),
+        ([TINY_SD3, TINY_VAE, "+model.generative.config.num_layer=1"],
+         r"config\.num_layer is not a setting of SD3Transformer2DModel here\. Did you mean num_layers\?"),
+        ([TINY_SD3, TINY_VAE, "+model.generative.autoencoder_config.layer_per_block=1"],
+         r"autoencoder_config\.layer_per_block is not a setting of AutoencoderKL here\. Did you mean layers_per_block"),
+        ([TINY_SD3, TINY_VAE, "+model.generative.autoencoder_config.use_quant_conv=true"],
+         r"autoencoder_config\.use_quant_conv is not a setting"),
+        ([TINY_SD3, TINY_VAE, "train.autoencoder_iters=0"], r"autoencoder_iters=0 beside.*would stay random"),
+        (["model/generative=camvid_scratch", "model.generative.autoencoder=mine"],
+         r"autoencoder_iters=2000 beside .*autoencoder_config=\{\}.*Set train\.autoencoder_iters=0"),
+        ([TINY_SD3, TINY_VAE, "model.generative.autoencoder=mine"], r"autoencoder=mine beside.*one of the two"),
+        (["model/generative=camvid_scratch", "model.generative.autoencoder=null", "train.autoencoder_iters=0"],
+         r"autoencoder=null beside .*autoencoder_config=\{\}.*one of the two"),
+        ([TINY_SD3, TINY_VAE, "train.sigma_low=0.95"], r"sigma_low=0\.95 is above train\.sigma_high=0\.9"),
+    ],
+)  # fmt: skip
+def test_a_teacher_that_cannot_be_made_is_refused_before_anything_is_written(tmp_path, overrides, said):
+    sizes = ("model.generative.window_px=48", "model.generative.stride_px=48", f"logging.root={tmp_path}")
+    with pytest.raises(UserError, match=said):
+        train_generative.run(settings_of("train_generative", config.TrainGenerativeConfig, *overrides, *sizes))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_small_null_share_still_trains_the_null_prompt(tmp_path):
+    """0.1 of 2 windows once rounded to none, and the null embedding stayed as drawn."""
+    moved = []
+    for share in (0.1, 0.0):
+        settings = generative_training(tmp_path, f"train.null_share={share}", "train.autoencoder_iters=1")
+        settings.train.warmup_iters, settings.train.ema_decay = 0, 0.0
+        dataset, main = ToyTown(split="training", count=4), torch.device("cpu")
+        with JsonLines(tmp_path / "records.jsonl") as records:
+            vae = train_generative.train_autoencoder(dataset, settings, main, records, QUIET)
+            torch.manual_seed(0)
+            _, tokens, _ = train_generative.train_transformer(
+                dataset, dataset, vae, settings, main, records, NoWandb(), QUIET
+            )
+        moved.append(tokens.frozen())
+    assert not torch.equal(moved[0].null_sequence_LE, moved[1].null_sequence_LE)
+
+
 class Halves:
     """One picture: class 0 left, class 1 right, in two plain colours."""
 
@@ -263,6 +435,12 @@ class Halves:
         label_HW[:, 24:] = 1
         return Sample(key, np.where(label_HW[..., None] == 0, [230, 60, 60], [40, 90, 220]).astype(np.uint8), label_HW)
 
+    def source(self, task: Task, key: str) -> Source:
+        return Source(key, key)
+
+    def verify(self, task: Task, key: str, *, label: bool) -> None:
+        pass
+
 
 def test_the_teacher_learns_to_tell_two_colours(tmp_path):
     """A bug in prompts, masks or targets leaves the accuracy among two prompts at one half."""
@@ -274,7 +452,7 @@ def test_the_teacher_learns_to_tell_two_colours(tmp_path):
     dataset, main = Halves(), torch.device("cpu")
     with JsonLines(tmp_path / "records.jsonl") as records:
         vae = train_generative.train_autoencoder(dataset, settings, main, records, QUIET)
-        train_generative.train_transformer(dataset, copy.copy(dataset), vae, settings, main, records, QUIET)
+        train_generative.train_transformer(dataset, copy.copy(dataset), vae, settings, main, records, NoWandb(), QUIET)
     lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     accuracies = [line["accuracy"] for line in lines if "accuracy" in line]
     assert accuracies[-1] > 0.8

@@ -29,6 +29,14 @@ class Sample:
     label_HW: np.ndarray | None  # uint8, 0..C-1, 255 = ignore; None: unlabelled
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a sample is made from; entries of one stream with equal sources share their files."""
+
+    image: str  # path, or the key of a drawn image
+    label: str | None  # None: unlabelled
+
+
 class Dataset(Protocol):
     """A set of images; every method is deterministic, and `load` may be called in any process."""
 
@@ -41,4 +49,16 @@ class Dataset(Protocol):
 
     def load(self, task: Task, key: str) -> Sample:
         """Read (or draw) one sample, corrupted as the task says. UserError names an unreadable file or bad label."""
+        ...
+
+    def source(self, task: Task, key: str) -> Source:
+        """Say what `load` would read, without opening it."""
+        ...
+
+    def verify(self, task: Task, key: str, *, label: bool) -> None:
+        """Raise the UserError that `load` would raise, far cheaper: no image is decoded if its file looks whole.
+
+        Args:
+            label: decode the label and look at every id; if False, only its size is compared.
+        """
         ...

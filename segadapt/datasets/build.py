@@ -6,7 +6,7 @@ from segadapt.config import DataSettings
 from segadapt.corruptions import check_corruption
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.files import Files
-from segadapt.datasets.labels import CLASS_SETS, palette
+from segadapt.datasets.labels import CLASS_SETS, MAX_CLASSES, palette
 from segadapt.datasets.labels import PALETTES as NAMED_PALETTES
 from segadapt.datasets.toytown import ToyTown
 from segadapt.errors import UserError, did_you_mean
@@ -16,7 +16,7 @@ def class_names(classes: str) -> tuple[str, ...]:
     """Names of data.classes, in label order: a known list, or a text file with one name a line.
 
     Raises:
-        UserError: neither; or an empty or repeated name.
+        UserError: neither; no name, a repeated one, or more names than a label byte holds.
     """
     known = CLASS_SETS | {"toytown": ToyTown.classes}
     if classes in known:
@@ -25,10 +25,17 @@ def class_names(classes: str) -> tuple[str, ...]:
     if not path.is_file():
         raise UserError(f"data.classes={classes} is neither a known class list nor a file with one name a line."
                         f"{did_you_mean(classes, known)}")  # fmt: skip
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.classes={classes}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from error
+    names = tuple(line.strip() for line in lines if line.strip())
     if not names or len(set(names)) != len(names):
         raise UserError(f"data.classes={classes}: {len(names)} names, {len(set(names))} different; expected one name a "
                         "line, each once. Correct the file.")  # fmt: skip
+    if len(names) > MAX_CLASSES:
+        raise UserError(f"data.classes={classes}: {len(names)} names; expected at most {MAX_CLASSES}, as label ids are "
+                        "bytes and 255 is ignore. Merge classes.")  # fmt: skip
     return names
 
 
@@ -43,7 +50,7 @@ def build_files(data: DataSettings) -> Files:
         image_path=str(data.image_path),
         label_path=data.label_path,
         classes=names,
-        palette_C3=NAMED_PALETTES.get(data.classes, palette(len(names))),
+        palette_C3=NAMED_PALETTES[data.classes] if data.classes in NAMED_PALETTES else palette(len(names)),
         id_map=data.id_map,
         split=data.split,
         corruption_seed=data.corruption_seed,

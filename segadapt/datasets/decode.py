@@ -5,9 +5,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from segadapt.errors import UserError
 
@@ -17,6 +18,8 @@ _PLAIN_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr
 _16_BIT_MODES = {"I;16", "I;16B", "I;16L"}
 # Pillow stretches gray PNGs of 2 and 4 bit to 0..255 (by these factors), which would turn label id 1 into 85 or 17.
 _STRETCH = {"L;2": 85, "L;4": 17}
+_ON_ITS_SIDE = {5, 6, 7, 8}  # EXIF orientations that swap height and width
+_TAIL_BYTES = 2**16  # cameras and web servers append to JPEG files; behind more than this, the file is decoded
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
 
 
@@ -55,14 +58,32 @@ def read_image(path: Path, *, max_pixels: int) -> np.ndarray:
         upright = ImageOps.exif_transpose(image)
         if upright.mode in _16_BIT_MODES:
             return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-        if upright.mode not in _PLAIN_MODES:
-            raise UserError(
-                f"{path}: pixel format {upright.mode}; expected 8-bit gray, palette, RGB, RGBA or CMYK, or 16-bit "
-                f"gray or RGB. Convert the file to RGB PNG."
-            )
+        _check_mode(path, upright.mode)
         if "transparency" in upright.info:
             upright = upright.convert("RGBA")  # straight to RGB, Pillow warns about a palette's alpha
         return np.array(upright.convert("RGB"))
+
+
+def image_size(path: Path, *, max_pixels: int) -> tuple[int, int]:
+    """Height and width of what `read_image` returns, px; a JPEG or PNG that has its end is not decoded.
+
+    Raises:
+        UserError: as `read_image`, except for damage inside of a JPEG or PNG that has its end.
+    """
+    with _opened(path, max_pixels=max_pixels) as image:
+        is_whole = _IS_WHOLE.get(str(image.format))
+        if is_whole and image.fp and is_whole(image.fp):
+            _check_mode(path, image.mode)
+            is_on_its_side = image.format == "JPEG" and image.getexif().get(ExifTags.Base.Orientation) in _ON_ITS_SIDE
+            return (image.width, image.height) if is_on_its_side else (image.height, image.width)
+    height, width, _ = read_image(path, max_pixels=max_pixels).shape
+    return height, width
+
+
+def ids_size(path: Path, *, max_pixels: int) -> tuple[int, int]:
+    """Height and width of a label file by its header, px. UserError: not an image, or more than max_pixels."""
+    with _opened(path, max_pixels=max_pixels) as image:
+        return image.height, image.width
 
 
 def read_ids(path: Path, *, max_pixels: int) -> np.ndarray:
@@ -86,3 +107,37 @@ def read_ids(path: Path, *, max_pixels: int) -> np.ndarray:
             f"not instance ids."
         )
     return ids_HW.astype(np.uint8) // np.uint8(stretch)
+
+
+def _check_mode(path: Path, mode: str) -> None:
+    if mode not in _PLAIN_MODES | _16_BIT_MODES:
+        raise UserError(
+            f"{path}: pixel format {mode}; expected 8-bit gray, palette, RGB, RGBA or CMYK, or 16-bit gray or RGB. "
+            f"Convert the file to RGB PNG."
+        )
+
+
+def _jpeg_is_whole(file: IO[bytes]) -> bool:
+    """Whether an end marker stands in the last _TAIL_BYTES, for a file just opened by Pillow."""
+    scan = file.tell()  # Pillow has read up to the pixels; in front of them, a thumbnail has an end marker of its own
+    end = file.seek(0, 2)
+    file.seek(max(scan, end - _TAIL_BYTES))
+    return b"\xff\xd9" in file.read()
+
+
+def _png_is_whole(file: IO[bytes]) -> bool:
+    """Whether the chunks lead to IEND, and none may turn the image."""
+    end = file.seek(0, 2)
+    position = len(b"\x89PNG\r\n\x1a\n")
+    while position < end:
+        file.seek(position)
+        length, kind, keyword = struct.unpack(">I4s24s", file.read(32).ljust(32, b"\0"))
+        position += 8 + length + 4  # length and kind, body, CRC
+        if kind == b"eXIf" or (kind in {b"tEXt", b"zTXt", b"iTXt"} and (b"exif" in keyword or b"xmp" in keyword)):
+            return False
+        if kind == b"IEND":
+            return position <= end
+    return False
+
+
+_IS_WHOLE = {"JPEG": _jpeg_is_whole, "PNG": _png_is_whole}

@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from segadapt.datasets import Sample, Task
-from segadapt.datasets.decode import read_ids, read_image
+from segadapt.datasets import Sample, Source, Task
+from segadapt.datasets.decode import ids_size, image_size, read_ids, read_image
 from segadapt.datasets.labels import id_table, map_ids
 from segadapt.errors import UserError, did_you_mean
 
@@ -153,18 +153,40 @@ class Files:
         label_HW = None
         if self._label:
             label_path = self._path(self._label, task, key=key)
-            ids_HW = read_ids(label_path, max_pixels=self._max_pixels)
-            if ids_HW.shape != image_HW3.shape[:2]:
-                raise UserError(
-                    f"{label_path}: label of {_size(ids_HW)} px, but its image {image_path} has {_size(image_HW3)} px; "
-                    f"expected equal sizes. Resize the image file, or fetch the pair again."
-                )
-            label_HW = map_ids(ids_HW, self._table_256, path=label_path)
+            label_HW = self._read_label(label_path, image_path, image_size_px=image_HW3.shape[:2])
         if task.corruption and not self._image.wants_corruption:
             from segadapt.corruptions import corrupt
 
             image_HW3 = corrupt(image_HW3, task.corruption, severity=task.severity, seed=self._seed, key=key)
         return Sample(key=key, image_HW3=image_HW3, label_HW=label_HW)
+
+    def source(self, task: Task, key: str) -> Source:
+        """The two paths, from the listing alone. UserError: the key is not listed."""
+        label = str(self._path(self._label, task, key=key)) if self._label else None
+        return Source(str(self._path(self._image, task, key=key)), label)
+
+    def verify(self, task: Task, key: str, *, label: bool) -> None:
+        """See Dataset and `decode.image_size`."""
+        image_path = self._path(self._image, task, key=key)
+        image_size_px = image_size(image_path, max_pixels=self._max_pixels)
+        if self._label:
+            label_path = self._path(self._label, task, key=key)
+            if label:
+                self._read_label(label_path, image_path, image_size_px=image_size_px)
+            else:
+                _check_equal(label_path, ids_size(label_path, max_pixels=self._max_pixels), image_path, image_size_px)
+        if task.corruption and not self._image.wants_corruption:
+            from segadapt.corruptions import SMALLEST_PX, corrupt
+
+            if min(image_size_px) < SMALLEST_PX:  # corrupt says so in its own words
+                blank_HW3 = np.zeros((*image_size_px, 3), np.uint8)
+                corrupt(blank_HW3, task.corruption, severity=task.severity, seed=self._seed, key=key)
+
+    def _read_label(self, label_path: Path, image_path: Path, *, image_size_px: tuple[int, ...]) -> np.ndarray:
+        """uint8 [H, W], 0..C-1 or 255. UserError: unreadable, of another size than its image, or an unknown id."""
+        ids_HW = read_ids(label_path, max_pixels=self._max_pixels)
+        _check_equal(label_path, ids_HW.shape, image_path, image_size_px)
+        return map_ids(ids_HW, self._table_256, path=label_path)
 
     def _folder(self, template: Template, task: Task) -> Path:
         if template.wants_corruption and task.corruption is None:
@@ -203,8 +225,13 @@ def _inside(setting: str, value: str) -> str:
     return value
 
 
-def _size(pixels: np.ndarray) -> str:
-    return f"{pixels.shape[1]} x {pixels.shape[0]}"
+def _check_equal(label_path: Path, label_px: tuple[int, ...], image_path: Path, image_px: tuple[int, ...]) -> None:
+    """UserError: the sizes (H, W) of a pair differ."""
+    if label_px != image_px:
+        raise UserError(
+            f"{label_path}: label of {label_px[1]} x {label_px[0]} px, but its image {image_path} has {image_px[1]} x "
+            f"{image_px[0]} px; expected equal sizes. Resize the image file, or fetch the pair again."
+        )
 
 
 def _first(keys: list[str]) -> str:

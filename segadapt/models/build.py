@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 import segadapt
 from segadapt.config import AdaptConfig, DiscriminativeSettings, EvaluateConfig, GenerativeSettings, RuntimeSettings
@@ -19,6 +21,7 @@ from segadapt.models.generative import placement as placing
 from segadapt.models.generative.prompts import PromptEmbeddings, load_embeddings, prompt_embeddings
 from segadapt.models.generative.sd3 import Sd3, load_autoencoder, load_transformer
 
+DEFAULT_THREADS = torch.get_num_threads()
 BUNDLED = "segadapt:"  # prefix of the models inside the package
 
 
@@ -39,6 +42,8 @@ def resolve(checkpoint: str | None, setting: str) -> str:
     """
     if checkpoint is None:
         raise UserError(f"{setting} has no value; expected a hub id or a folder. Set it in your experiment file.")
+    if checkpoint.startswith("~"):
+        return str(Path(checkpoint).expanduser())
     if not checkpoint.startswith(BUNDLED):
         return checkpoint
     weights = Path(segadapt.__file__).parent / "weights"
@@ -65,11 +70,15 @@ def devices_of(runtime: RuntimeSettings) -> list[int] | list[str]:
 def set_up(runtime: RuntimeSettings) -> torch.device:
     """Process-wide switches of torch; returns the main device."""
     main = torch.device(devices_of(runtime)[0])
-    if runtime.threads:
-        torch.set_num_threads(runtime.threads)
+    transformers_logging.disable_progress_bar()  # ours is the only bar
+    diffusers_logging.disable_progress_bar()
+    torch.set_num_threads(runtime.threads or DEFAULT_THREADS)  # all three anew: --multirun shares one process
+    torch.use_deterministic_algorithms(runtime.deterministic)
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32
+    for gpu in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(gpu)
     return main
 
 
@@ -101,7 +110,7 @@ def build_embeddings(
     beside = Path(checkpoint) / "embeddings.safetensors"
     path = settings.embeddings or (str(beside) if beside.is_file() else None)
     if path is not None:
-        return load_embeddings(path, classes=classes)
+        return load_embeddings(Path(path).expanduser(), classes=classes)
     prompts = settings.prompts
     return prompt_embeddings(
         classes=classes,
@@ -137,9 +146,10 @@ def build_generative(
     main = torch.device(devices[0])
     checkpoint = resolve(settings.checkpoint, "model.generative.checkpoint")
     embeddings = build_embeddings(settings, checkpoint, classes=classes, dataset_name=dataset_name, device=main)
-    autoencoder = load_autoencoder(checkpoint, revision=settings.revision, folder=settings.autoencoder)
+    folder = None if settings.autoencoder is None else str(Path(settings.autoencoder).expanduser())
+    autoencoder = load_autoencoder(checkpoint, revision=settings.revision, folder=folder)
     transformer = load_transformer(checkpoint, revision=settings.revision).requires_grad_(is_trained)
-    _check_shapes(transformer, autoencoder, embeddings)
+    _check_shapes(transformer, autoencoder, embeddings, window_px=settings.window_px)
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     text_bytes = sum(t.numel() * t.element_size() for t in (embeddings.sequence_CLE, embeddings.pooled_CD))
@@ -150,14 +160,15 @@ def build_generative(
         max_pairs=settings.max_pairs,
         tokens=(settings.window_px // 16) ** 2 + embeddings.sequence_CLE.shape[1],
         checkpointing=settings.gradient_checkpointing,
+        bf16=precision == "bf16",
         fixed_main_bytes=main_bytes + placing.training_bytes(autoencoder, trained=False) + text_bytes,
         force_hooks=force_hooks,
     )
     return Sd3(transformer, autoencoder, embeddings, device=main, precision=precision), placement
 
 
-def _check_shapes(transformer: Any, autoencoder: Any, embeddings: PromptEmbeddings) -> None:
-    """UserError: parts of different checkpoints."""
+def _check_shapes(transformer: Any, autoencoder: Any, embeddings: PromptEmbeddings, *, window_px: int) -> None:
+    """UserError: parts of different checkpoints, or windows larger than the transformer has positions for."""
     wants, vae = transformer.config, autoencoder.config
     pairs = {
         "latent channels (autoencoder)": (vae.latent_channels, wants.in_channels),
@@ -168,6 +179,9 @@ def _check_shapes(transformer: Any, autoencoder: Any, embeddings: PromptEmbeddin
         if got != expected:
             raise UserError(f"model.generative: {what} is {got}, but the transformer expects {expected}. Use parts of "
                             "one checkpoint.")  # fmt: skip
+    if window_px > (largest := 8 * wants.patch_size * wants.pos_embed_max_size):
+        raise UserError(f"model.generative.window_px={window_px}: the transformer has positions for {largest} px. Use "
+                        "that or less, also for data.short_side_px.")  # fmt: skip
 
 
 def segmenter_bytes(segmenter: Segmenter, *, is_trained: bool) -> int:
@@ -197,7 +211,11 @@ def build_models(
         main_bytes=segmenter_bytes(segmenter, is_trained=update.discriminative),
         force_hooks=force_hooks,
     )
-    fingerprints["generative"] = fingerprint(generative.transformer)
+    fingerprints |= {
+        "generative": fingerprint(generative.transformer),
+        "autoencoder": fingerprint(generative.autoencoder),
+        "embeddings": generative.embeddings.fingerprint(),
+    }
     combined = Combined(
         segmenter,
         generative,

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import huggingface_hub.utils.logging
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 
@@ -42,6 +43,7 @@ def explain_checkpoint_errors(kind: str, checkpoint: str, setting: str) -> Itera
         UserError: in place of OSError (hub and connection errors among them), ValueError, SafetensorError and
             UnpicklingError; the original is its cause.
     """
+    huggingface_hub.utils.logging.set_verbosity_error()  # its retries would print ten lines before ours
     try:
         yield
     except UserError:

@@ -4,6 +4,7 @@ B images (1)   K windows   C classes   P (window, class) pairs   3 RGB   H W ima
 z y x latent channels and grid, px / 8   s window px
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from segadapt.config import ModelSettings, OptimizerSettings, UpdateSettings
-from segadapt.errors import UserError
 from segadapt.models.discriminative.segformer import Segmenter
 from segadapt.models.generative import candidates as candidate_classes
 from segadapt.models.generative import loss as objective
@@ -28,6 +28,7 @@ class Prediction:
     """What one step returns; the logits are those of the forward BEFORE the update, the only ones that are scored."""
 
     logits_Chw: Tensor  # float32, detached, raw
+    is_finite: bool  # all of them
     loss: float | None = None  # None: no generative loss was asked for
     grad_norm: float | None = None  # of all moving parameters together
     is_updated: bool = False  # False: no loss, or it was not finite
@@ -90,11 +91,7 @@ class Combined:
             self._groups["discriminative"] = norms() if update.update_norm_only else all_of_it()
         if update.generative:
             self._groups["generative"] = dict(self.generative.transformer.named_parameters())
-        if not any(self._groups.values()):
-            raise UserError(
-                "model.update.discriminative=false and model.update.generative=false: nothing would move. Switch one "
-                "on, or set tta.forward_mode=discriminative_only."
-            )
+        assert any(self._groups.values()), "parse.py refuses settings under which nothing moves"
         for parameter in self.parameters().values():
             parameter.requires_grad_(True)
 
@@ -136,7 +133,7 @@ class Combined:
             logits_BChw = self.segmenter.logits(image_3HW[None])
         scored_Chw = logits_BChw[0].detach()
         if self.generative is None:
-            return Prediction(scored_Chw)
+            return Prediction(scored_Chw, bool(scored_Chw.isfinite().all()))
         loss, candidates = self.backward(image_3HW, logits_BChw, task=task, key=key)
         return self._update(scored_Chw, loss, candidates)
 
@@ -235,9 +232,11 @@ class Combined:
         grads = [parameter.grad for parameter in self.parameters().values() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads).to(self.device)
         kept = candidates.keep_Kyx.double().mean().float()
-        loss_value, norm_value, kept_value = torch.stack([loss.float(), norm.float(), kept]).tolist()
-        is_finite = torch.tensor([loss_value, norm_value]).isfinite().all().item()
-        if is_finite:
+        sound = scored_Chw.isfinite().all()
+        numbers = torch.stack([loss.float(), norm.float(), kept, sound.float()]).tolist()
+        loss_value, norm_value, kept_value, is_sound = numbers
+        can_step = math.isfinite(loss_value) and math.isfinite(norm_value)
+        if can_step:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return Prediction(scored_Chw, loss_value, norm_value, bool(is_finite), candidates.counts, kept_value)
+        return Prediction(scored_Chw, bool(is_sound), loss_value, norm_value, can_step, candidates.counts, kept_value)

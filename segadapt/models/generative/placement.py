@@ -48,11 +48,15 @@ class Placement:
         return torch.device(self.device_map[owners[0]])
 
 
-def training_bytes(module: nn.Module, *, trained: bool) -> int:
-    """Bytes of weights and buffers, and if trained of gradients and both AdamW moments: 16 per float32 parameter."""
+def training_bytes(module: nn.Module, *, trained: bool, bf16_copies: bool = False) -> int:
+    """Bytes of weights and buffers, and if trained of gradients and both AdamW moments: 16 per float32 parameter.
+
+    bf16_copies: autocast keeps a bf16 copy of every trained weight until backward (not where blocks are recomputed).
+    """
     copies = 4 if trained else 1
     weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-    return copies * weights + sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+    cast = 2 * sum(parameter.numel() for parameter in module.parameters()) if trained and bf16_copies else 0
+    return copies * weights + cast + sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
 
 
 def activation_bytes(*, max_pairs: int, tokens: int, width: int, checkpointing: bool = False) -> int:
@@ -172,6 +176,7 @@ def place(
     max_pairs: int,
     tokens: int,
     checkpointing: bool,
+    bf16: bool = False,
     fixed_main_bytes: int = 0,
     force_hooks: bool = False,
     capacities: Sequence[int] | None = None,
@@ -187,6 +192,7 @@ def place(
         max_pairs: (window, class) pairs in one forward.
         tokens: image + text tokens of one pair, (px / 16) ** 2 + L.
         checkpointing: whether the transformer recomputes activations; this does not switch it on.
+        bf16: autocast, which keeps a bf16 copy of every trained weight until backward unless blocks are recomputed.
         fixed_main_bytes: segmenter, autoencoder and logits graph on the main device; the loose modules are added here.
         force_hooks: hooks even for one device, to test the split path.
         capacities: bytes of each device; default the whole GPU less 1 GiB, and no limit on the CPU.
@@ -198,8 +204,9 @@ def place(
     blocks, width = transformer.transformer_blocks, transformer.inner_dim
     one_block = activation_bytes(max_pairs=max_pairs, tokens=tokens, width=width)
     kept = activation_bytes(max_pairs=max_pairs, tokens=tokens, width=width, checkpointing=checkpointing)
-    weights = [training_bytes(block, trained=trained) for block in blocks]
-    loose = training_bytes(transformer, trained=trained) - sum(weights)
+    copies = bf16 and not checkpointing
+    weights = [training_bytes(block, trained=trained, bf16_copies=copies) for block in blocks]
+    loose = training_bytes(transformer, trained=trained, bf16_copies=copies) - sum(weights)
     split = plan(
         [weight + (kept if trained else 0) for weight in weights],
         [_capacity(device) for device in devices] if capacities is None else capacities,

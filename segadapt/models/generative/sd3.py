@@ -48,10 +48,15 @@ def add_noise(latent_Kzyx: Tensor, noise_Kzyx: Tensor, sigma_K: Tensor) -> Noisy
 
 
 def taesd3(folder: Path) -> AutoencoderTiny:
-    """TAESD3 (github.com/madebyollin/taesd) from its two files; latents come out already shifted and scaled."""
+    """TAESD3 (github.com/madebyollin/taesd) from its two files; latents come out already shifted and scaled.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
     vae = AutoencoderTiny(latent_channels=16)
-    encoder = load_file(folder / "taesd3_encoder.safetensors")
-    decoder = load_file(folder / "taesd3_decoder.safetensors")
+    with explain_checkpoint_errors("autoencoder", str(folder), "model.generative.autoencoder"):
+        encoder = load_file(folder / "taesd3_encoder.safetensors")
+        decoder = load_file(folder / "taesd3_decoder.safetensors")
     state = {f"encoder.layers.{name}": value for name, value in encoder.items()}
     for name, value in decoder.items():  # the file counts the clamp that diffusers applies outside its layers
         index, _, rest = name.partition(".")
@@ -60,29 +65,45 @@ def taesd3(folder: Path) -> AutoencoderTiny:
     return vae
 
 
+def _read_strictly(kind: Any, what: str, source: dict[str, Any], setting: str) -> Any:
+    """`from_pretrained` in float32. UserError: a key is missing, unexpected or of another shape, with the list."""
+    checkpoint = source["pretrained_model_name_or_path"]
+    with explain_checkpoint_errors("generative model", checkpoint, setting):
+        module, info = kind.from_pretrained(**source, torch_dtype=torch.float32, output_loading_info=True)
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = {fault: info[fault] for fault in kinds if info.get(fault)}
+    if wrong:
+        listed = "; ".join(f"{fault}: {sorted(map(str, names))[:5]}" for fault, names in wrong.items())
+        raise UserError(f"{setting}={checkpoint}: the {what}'s weights do not fit its config ({listed}); expected "
+                        "every key once. Download the checkpoint again, complete.")  # fmt: skip
+    return module
+
+
 def load_autoencoder(checkpoint: str, *, revision: str | None, folder: str | None) -> AutoencoderKL | AutoencoderTiny:
     """The autoencoder in `folder` (TAESD3's files, or a diffusers folder), else `vae/` of the checkpoint; float32.
 
     Raises:
-        UserError: files missing; a class we cannot use; AutoencoderKL without shift (diffusers#8708).
+        UserError: files missing; a class we cannot use; keys that do not fit; AutoencoderKL whose config.json does not
+            state its scale and shift (diffusers would take those of Stable Diffusion 1.5: diffusers#8708).
     """
     if folder is not None and (Path(folder) / "taesd3_encoder.safetensors").is_file():
         return taesd3(Path(folder))
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder or checkpoint}
     if folder is None:
-        source |= {"subfolder": "vae"} | ({"revision": revision} if revision else {})
+        source |= {"subfolder": "vae", "revision": revision}
     setting = "model.generative.autoencoder" if folder else "model.generative.checkpoint"
     with explain_checkpoint_errors("autoencoder", folder or checkpoint, setting):
-        config: Any = AutoencoderKL.load_config(**source)
-        name = dict(config)["_class_name"]
-        if name not in AUTOENCODERS:
-            raise UserError(f"{setting}={folder or checkpoint}: the autoencoder is a {name}; expected one of "
-                            f"{', '.join(AUTOENCODERS)}. Point to an SD3 checkpoint.")  # fmt: skip
-        vae = AUTOENCODERS[name].from_pretrained(**source, torch_dtype=torch.float32)
-    if isinstance(vae, AutoencoderKL) and vae.config["shift_factor"] is None:
-        raise UserError(f"{setting}={folder or checkpoint}: vae/config.json has no shift_factor; SD3 was trained with "
-                        "shift 0.0609. Set shift_factor in that file, or use a complete checkpoint.")  # fmt: skip
-    return vae
+        loaded: Any = AutoencoderKL.load_config(**source)
+    config = dict(loaded)
+    name = config.get("_class_name")
+    if name not in AUTOENCODERS:
+        raise UserError(f"{setting}={folder or checkpoint}: the autoencoder is a {name}; expected one of "
+                        f"{', '.join(AUTOENCODERS)}. Point to an SD3 checkpoint.")  # fmt: skip
+    for key, usual in (("shift_factor", 0.0609), ("scaling_factor", 1.5305)):
+        if name == "AutoencoderKL" and config.get(key) is None:
+            raise UserError(f"{setting}={folder or checkpoint}: vae/config.json has no {key}; expected a number, "
+                            f"{usual} for SD3. Set it in that file, or use a complete checkpoint.")  # fmt: skip
+    return _read_strictly(AUTOENCODERS[name], "autoencoder", source, setting)
 
 
 def load_transformer(checkpoint: str, *, revision: str | None) -> SD3Transformer2DModel:
@@ -91,18 +112,8 @@ def load_transformer(checkpoint: str, *, revision: str | None) -> SD3Transformer
     Raises:
         UserError: files missing, gated, or weights that do not fit their config, with the list.
     """
-    source = {"pretrained_model_name_or_path": checkpoint, "subfolder": "transformer"}
-    with explain_checkpoint_errors("generative model", checkpoint, "model.generative.checkpoint"):
-        loaded: Any = SD3Transformer2DModel.from_pretrained(
-            **source, revision=revision, torch_dtype=torch.float32, output_loading_info=True
-        )
-    transformer, info = loaded
-    wrong = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
-    if wrong:
-        listed = "; ".join(f"{kind}: {sorted(map(str, names))[:5]}" for kind, names in wrong.items())
-        raise UserError(f"model.generative.checkpoint={checkpoint}: the transformer's weights do not fit its config "
-                        f"({listed}). Download the checkpoint again, complete.")  # fmt: skip
-    return transformer
+    source = {"pretrained_model_name_or_path": checkpoint, "subfolder": "transformer", "revision": revision}
+    return _read_strictly(SD3Transformer2DModel, "transformer", source, "model.generative.checkpoint")
 
 
 class Sd3:
