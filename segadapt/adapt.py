@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ class TaskResult:
     seconds: float
     scores: metrics.Scores | None
     counts_CC: np.ndarray
+    data_sha256: str  # over the digests of its images and labels, in stream order
     steps_skipped: int  # loss or gradient was not finite
     predictions_not_finite: int  # scored all the same: their argmax is class 0
 
@@ -75,13 +77,14 @@ def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     results = []
     samples = stream.read(dataset, flat, short_side_px=settings.data.short_side_px, workers=settings.data.workers)
-    data_digest = hashlib.sha256()
     try:
         with JsonLines(folder.path / "records.jsonl") as records, JsonLines(folder.path / "timings.jsonl") as timings:
             timings.append({"started": started})
+            shared = _Run(
+                settings, dataset, models, folder, mirror, console, records, timings, samples, num_tasks=len(tasks)
+            )
             for task, task_entries in zip(tasks, entries, strict=True):
-                loop = _TaskLoop(settings, dataset, models, folder, mirror, console, records, timings)
-                results.append(loop.run(task, len(task_entries), len(tasks), samples, data_digest))
+                results.append(_TaskLoop(shared, task, images=len(task_entries)).run())
         summary = {
             "protocol": sentence,
             "method": method_of(settings),
@@ -90,7 +93,7 @@ def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str
             "mean": {name: _mean(results, name) for name in MEANS},
             "seed": settings.experiment.seed,
             "order_sha256": order_sha256,
-            "data_sha256": data_digest.hexdigest(),
+            "data_sha256": hashlib.sha256("".join(result.data_sha256 for result in results).encode()).hexdigest(),
             "weights_sha256": models.fingerprints,
             "peak_memory_gib": peak_memory_gib(),
             "versions": versions(models.combined.device),
@@ -141,85 +144,95 @@ def _all_entries(
     return entries
 
 
-class _TaskLoop:
-    """One task: the state is its confusion matrix, its place, and how many steps were skipped."""
+@dataclass(frozen=True)
+class _Run:
+    """What all tasks of a run share."""
 
-    def __init__(
-        self,
-        settings: EvaluateConfig,
-        dataset: Dataset,
-        models: Models,
-        folder: RunFolder,
-        mirror: Mirror,
-        console: Console,
-        records: JsonLines,
-        timings: JsonLines,
-    ):
-        self.settings, self.dataset, self.models, self.folder = settings, dataset, models, folder
-        self.mirror, self.console, self.records, self.timings = mirror, console, records, timings
-        self.matrix = metrics.ConfusionMatrix(len(dataset.classes), models.combined.device)
+    settings: EvaluateConfig
+    dataset: Dataset
+    models: Models
+    folder: RunFolder
+    mirror: Mirror
+    console: Console
+    records: JsonLines
+    timings: JsonLines
+    samples: Iterator[stream.Prepared]
+    num_tasks: int
+
+
+class _TaskLoop:
+    """One task: the state is its confusion matrix, its place, what it has read, and how many steps were skipped."""
+
+    def __init__(self, run: _Run, task: Task, *, images: int):
+        self.shared, self.task, self.images, self.slug = run, task, images, slug_of(task)
+        self.matrix = metrics.ConfusionMatrix(len(run.dataset.classes), run.models.combined.device)
+        self.data = hashlib.sha256()
         self.labelled = self.skipped = self.broken = 0
 
-    def run(self, task: Task, images: int, num_tasks: int, samples: Any, data_digest: Any) -> TaskResult:
+    def run(self) -> TaskResult:
         """Reset unless continual, then predict, score, adapt and record each image."""
-        combined, slug = self.models.combined, slug_of(task)
-        if not (isinstance(self.settings, AdaptConfig) and self.settings.tta.continual):
+        shared, task, combined = self.shared, self.task, self.shared.models.combined
+        if not (isinstance(shared.settings, AdaptConfig) and shared.settings.tta.continual):
             combined.reset()
-        if self.models.placement is not None and combined.generative is not None:
-            assert_placed(combined.generative.transformer, self.models.placement)
+        if shared.models.placement is not None and combined.generative is not None:
+            assert_placed(combined.generative.transformer, shared.models.placement)
         start = time.perf_counter()
-        with TaskProgress(
-            task.name, task_number=task.index + 1, num_tasks=num_tasks, num_images=images, console=self.console
-        ) as progress:
-            for index in range(images):
+        progress = TaskProgress(
+            task.name,
+            task_number=task.index + 1,
+            num_tasks=shared.num_tasks,
+            num_images=self.images,
+            console=shared.console,
+        )
+        with progress:
+            for index in range(self.images):
                 began = time.perf_counter()
-                sample: stream.Prepared = next(samples)
+                sample = next(shared.samples)
                 ready = time.perf_counter()
                 assert sample.entry.task == task, (sample.entry, task)
                 prediction = combined.step(sample.image_3HW, task=task.name, key=sample.entry.key)
-                miou = self._score_and_save(slug, index, sample, prediction)
-                data_digest.update(sample.digest.encode())
-                self._record(task, index, sample, prediction, miou)
+                miou = self._score_and_save(index, sample, prediction)
+                self.data.update(sample.digest.encode())
+                self._record(index, sample, prediction, miou)
                 done = time.perf_counter()
-                self.timings.append({"task": task.name, "key": sample.entry.key, "seconds": round(done - ready, 6),
+                shared.timings.append({"task": task.name, "key": sample.entry.key, "seconds": round(done - ready, 6),
                                      "waited_for_data": round(ready - began, 6)})  # fmt: skip
                 progress.advance(float("nan") if miou is None else miou)
         counts_CC = self.matrix.counts()
         scores = metrics.scores(counts_CC) if self.labelled else None
-        result = TaskResult(task, images, time.perf_counter() - start, scores, counts_CC, self.skipped, self.broken)
-        row = _row(result, self.dataset.classes)
-        write_json(self.folder.path / "tasks" / f"{slug}.json", row | {"confusion_matrix": counts_CC})
-        self.mirror.summary({f"{slug}/{name}": row[name] for name in MEANS})
-        if isinstance(self.settings, AdaptConfig) and self.settings.tta.save_adapted:
-            combined.segmenter.save(self.folder.path / "adapted" / slug)
+        seconds, data = time.perf_counter() - start, self.data.hexdigest()
+        result = TaskResult(task, self.images, seconds, scores, counts_CC, data, self.skipped, self.broken)
+        row = _row(result, shared.dataset.classes)
+        write_json(shared.folder.path / "tasks" / f"{self.slug}.json", row | {"confusion_matrix": counts_CC})
+        shared.mirror.summary({f"{self.slug}/{name}": row[name] for name in MEANS})
+        if isinstance(shared.settings, AdaptConfig) and shared.settings.tta.save_adapted:
+            combined.segmenter.save(shared.folder.path / "adapted" / self.slug)
         if self.skipped or self.broken:
-            self.console.print(
+            shared.console.print(
                 f"{task.name}: {self.skipped} steps skipped, loss or gradient was not finite; "
                 f"{self.broken} predictions from logits that were not finite"
             )
         return result
 
-    def _score_and_save(self, slug: str, index: int, sample: stream.Prepared, prediction: Prediction) -> float | None:
+    def _score_and_save(self, index: int, sample: stream.Prepared, prediction: Prediction) -> float | None:
         """Count the pixels; write the PNG if asked; returns the running mIoU of the task, None without labels."""
-        logging = self.settings.logging
+        logging = self.shared.settings.logging
         wants_file = logging.predictions == "all" or (logging.predictions == "sample" and index < logging.sample_images)
         if sample.label_HW is None and not wants_file:
             return None
         classes_HW = metrics.predict_at_label_size(prediction.logits_Chw, sample.size_px)
         if wants_file:
-            path = self.folder.path / "predictions" / slug / f"{sample.entry.key}.png"
-            write_png_palette(path, classes_HW.cpu().numpy(), self.dataset.palette_C3)
+            path = self.shared.folder.path / "predictions" / self.slug / f"{sample.entry.key}.png"
+            write_png_palette(path, classes_HW.cpu().numpy(), self.shared.dataset.palette_C3)
         if sample.label_HW is None:
             return None
         self.matrix.update(classes_HW, sample.label_HW.to(classes_HW.device))
         self.labelled += 1
         return metrics.scores(self.matrix.counts()).miou
 
-    def _record(
-        self, task: Task, index: int, sample: stream.Prepared, prediction: Prediction, miou: float | None
-    ) -> None:
+    def _record(self, index: int, sample: stream.Prepared, prediction: Prediction, miou: float | None) -> None:
         """One line of the record of truth, and its copy."""
-        line: dict[str, Any] = {"task": task.name, "index": index, "key": sample.entry.key, "data": sample.digest,
+        line: dict[str, Any] = {"task": self.task.name, "index": index, "key": sample.entry.key, "data": sample.digest,
                                 "running_miou": miou}  # fmt: skip
         self.broken += not prediction.is_finite
         if prediction.loss is not None:
@@ -232,11 +245,11 @@ class _TaskLoop:
                 "single_class_windows": sum(count == 1 for count in prediction.candidates),
                 "kept": prediction.kept,
             }
-        self.records.append(line)
+        self.shared.records.append(line)
         shown = {
             name: line[name] for name in ("running_miou", "loss", "grad_norm", "kept") if line.get(name) is not None
         }
-        self.mirror.log({f"{slug_of(task)}/{name}": value for name, value in shown.items()}, step=index)
+        self.shared.mirror.log({f"{self.slug}/{name}": value for name, value in shown.items()}, step=index)
 
 
 def slug_of(task: Task) -> str:
@@ -251,6 +264,7 @@ def _row(result: TaskResult, classes: tuple[str, ...]) -> dict[str, Any]:
     per_class = result.scores.iou_C.tolist() if result.scores else [None] * len(classes)
     return row | {
         "per_class": dict(zip(classes, per_class, strict=True)),
+        "data_sha256": result.data_sha256,
         "steps_skipped": result.steps_skipped,
         "predictions_not_finite": result.predictions_not_finite,
         "seconds": round(result.seconds, 3),
