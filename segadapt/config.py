@@ -199,7 +199,9 @@ class TrainGenerativeSettings:
     sigma_high: float = setting("largest noise level drawn", low=1e-6, high=1)
     null_share: float = setting("share of windows that also train the null prompt", low=0, high=1)
     tokens: int = setting("length of a learned class embedding", low=1)
-    broad: bool = setting("wide generic changes of light, colour, blur, grain and haze; never a test corruption")
+    broad: bool = setting(
+        "wide generic changes of light, colour, blur, haze and grain (fine grain resembles gaussian noise)"
+    )
     scale_low: float = setting("random resize: smallest factor", low=0.01)
     scale_high: float = setting("random resize: largest factor", low=0.01)
     validate_every: int = setting("steps between validations; the last step always validates", low=1)
