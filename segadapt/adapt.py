@@ -21,7 +21,7 @@ from segadapt.models.generative.placement import assert_placed
 from segadapt.protocol import identity, method_of, peak_memory_gib, protocol, versions
 from segadapt.record import JsonLines, RunFolder, write_json, write_png_palette
 from segadapt.terminal import TaskProgress, copyable_line, results_table
-from segadapt.wandb_mirror import Mirror, open_mirror
+from segadapt.wandb_mirror import Mirror, mirrored
 
 MEANS = ("miou", "macc", "aacc", "mf1", "mprecision", "mrecall")
 SHOWN = MEANS[:5]  # mRecall is mAcc
@@ -64,20 +64,10 @@ def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str
     console.print(f"run folder {folder.path}", f"protocol: {sentence}", sep="\n", highlight=False, soft_wrap=True)
     if models.placement is not None:
         console.print("generative model on", *models.placement.lines, sep="\n  ", highlight=False, soft_wrap=True)
-    mirror = open_mirror(
-        settings.logging.wandb.mode,
-        entity=settings.logging.wandb.entity,
-        project=settings.logging.wandb.project,
-        name=f"{folder.id}-{settings.experiment.name}",
-        group=settings.experiment.name,
-        job_type=method_of(settings),
-        config=asdict(settings) | {"protocol": sentence},
-        folder=folder.path,
-    )
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     results = []
     samples = stream.read(dataset, flat, short_side_px=settings.data.short_side_px, workers=settings.data.workers)
-    try:
+    with mirrored(settings, folder, job_type=method_of(settings), protocol=sentence) as mirror:
         with JsonLines(folder.path / "records.jsonl") as records, JsonLines(folder.path / "timings.jsonl") as timings:
             timings.append({"started": started})
             shared = _Run(
@@ -100,8 +90,6 @@ def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str
         }
         write_json(folder.path / "results.json", summary)
         mirror.summary({f"mean/{name}": value for name, value in summary["mean"].items()})
-    finally:
-        mirror.finish()
     _print_results(console, results, summary["mean"])
     return summary | {"folder": str(folder.path)}
 

@@ -8,13 +8,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader
 
 from segadapt import stream
 from segadapt.config import CheckConfig
@@ -43,35 +43,24 @@ class ImageFacts:
     pixels_C: np.ndarray | None  # int64, labelled pixels of each class; None: unlabelled
 
 
-class _Reader(torch.utils.data.Dataset):
-    """Facts, or the line that says why there are none; for torch's worker processes."""
-
-    def __init__(self, dataset: Dataset, entries: Sequence[stream.Entry], short_side_px: int):
-        self.dataset, self.entries, self.short_side_px = dataset, entries, short_side_px
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> ImageFacts | str:
-        entry = self.entries[index]
-        try:
-            sample = self.dataset.load(entry.task, entry.key)
-        except UserError as error:
-            return f"{entry.task.name}: {error}"
-        height, width = resize_short_side(sample.image_HW3, self.short_side_px).shape[1:]
-        pixels_C = None
-        if sample.label_HW is not None:
-            pixels_C = np.bincount(sample.label_HW.ravel(), minlength=IGNORE + 1)[: len(self.dataset.classes)]
-        digest = hashlib.blake2b(np.ascontiguousarray(sample.image_HW3).data, digest_size=16).hexdigest()
-        return ImageFacts(entry, sample.image_HW3.shape[:2], (height, width), digest, pixels_C)
-
-
 def scan(
     dataset: Dataset, entries: Sequence[stream.Entry], *, short_side_px: int, workers: int
 ) -> Iterator[ImageFacts | str]:
     """Read every entry in order, `workers` processes ahead; a problem is yielded as its one line, not raised."""
-    reader, at_once = _Reader(dataset, entries, short_side_px), min(workers, len(entries))
-    yield from DataLoader(reader, None, num_workers=at_once, worker_init_fn=stream.one_thread_each)
+    return stream.ahead(partial(_facts, dataset, short_side_px), entries, workers=workers)
+
+
+def _facts(dataset: Dataset, short_side_px: int, entry: stream.Entry) -> ImageFacts | str:
+    try:
+        sample = dataset.load(entry.task, entry.key)
+    except UserError as error:
+        return f"{entry.task.name}: {error}"
+    height, width = resize_short_side(sample.image_HW3, short_side_px).shape[1:]
+    pixels_C = None
+    if sample.label_HW is not None:
+        pixels_C = np.bincount(sample.label_HW.ravel(), minlength=IGNORE + 1)[: len(dataset.classes)]
+    digest = hashlib.blake2b(np.ascontiguousarray(sample.image_HW3).data, digest_size=16).hexdigest()
+    return ImageFacts(entry, sample.image_HW3.shape[:2], (height, width), digest, pixels_C)
 
 
 def run(settings: CheckConfig) -> None:

@@ -5,8 +5,6 @@ B images of a batch   C classes   s crop px   h w logits, ceil(px / 4)
 
 import copy
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -27,7 +25,7 @@ from segadapt.models.build import build_segmenter, set_up
 from segadapt.models.discriminative.segformer import Segmenter, build_segformer
 from segadapt.protocol import FREE, versions, without
 from segadapt.record import JsonLines, RunFolder, write_json
-from segadapt.wandb_mirror import Mirror, open_mirror
+from segadapt.wandb_mirror import Mirror, mirrored
 
 LOG_EVERY = 50  # steps between two lines of the record
 
@@ -135,25 +133,6 @@ def open_folder(settings: TrainConfig | TrainGenerativeConfig) -> RunFolder:
     )
     folder.start_over(asdict(settings))
     return folder
-
-
-@contextmanager
-def mirrored(settings: TrainConfig | TrainGenerativeConfig, folder: RunFolder, *, job_type: str) -> Iterator[Mirror]:
-    """The W&B copy of a run; finished however the run ends."""
-    mirror = open_mirror(
-        settings.logging.wandb.mode,
-        entity=settings.logging.wandb.entity,
-        project=settings.logging.wandb.project,
-        name=f"{folder.id}-{settings.experiment.name}",
-        group=settings.experiment.name,
-        job_type=job_type,
-        config=asdict(settings),
-        folder=folder.path,
-    )
-    try:
-        yield mirror
-    finally:
-        mirror.finish()
 
 
 def build(settings: TrainConfig, classes: tuple[str, ...], main: torch.device) -> Segmenter:

@@ -17,7 +17,7 @@ from segadapt import stream
 from segadapt.augment import Crops, broad, keep_light
 from segadapt.config import TrainGenerativeConfig
 from segadapt.datasets import Dataset
-from segadapt.models.build import set_up
+from segadapt.models.build import devices_of
 from segadapt.record import JsonLines
 from segadapt.seeds import derive
 from segadapt.train import LOG_EVERY
@@ -48,7 +48,7 @@ def batches(
         light=broad if t.broad else keep_light,
     )
     loader = DataLoader(crops, t.batch_size, num_workers=settings.data.workers, worker_init_fn=stream.one_thread_each)
-    main = set_up(settings.runtime)
+    main = torch.device(devices_of(settings.runtime)[0])
     for image_B3ss, label_Bss in loader:
         yield 2 * image_B3ss.to(main, non_blocking=True) - 1, label_Bss.to(main, non_blocking=True)
 

@@ -30,9 +30,9 @@ from segadapt.models.generative.teacher import classify, true_classes
 from segadapt.protocol import versions
 from segadapt.record import JsonLines, write_json
 from segadapt.seeds import derive
-from segadapt.train import LOG_EVERY, cached, check_settings, cross_entropy, labelled_split, mirrored, open_folder
+from segadapt.train import LOG_EVERY, cached, check_settings, cross_entropy, labelled_split, open_folder
 from segadapt.train_autoencoder import DECIDED, batches, cosine, train_autoencoder
-from segadapt.wandb_mirror import Mirror
+from segadapt.wandb_mirror import Mirror, mirrored
 
 VALIDATION_SIGMA = 0.25  # the noise level at which adaptation asks the teacher
 

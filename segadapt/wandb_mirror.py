@@ -8,11 +8,15 @@ import netrc
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from segadapt.config import EvaluateConfig, TrainGenerativeConfig
 from segadapt.errors import UserError, did_you_mean
+from segadapt.record import RunFolder
 
 MODES = ("online", "offline", "disabled")
 INIT_TIMEOUT_S = 30
@@ -147,6 +151,28 @@ def open_mirror(
         _warn_lost(error)
         return NoWandb()
     return Wandb(run)
+
+
+@contextmanager
+def mirrored(settings: EvaluateConfig | TrainGenerativeConfig, run: RunFolder, *, job_type: str, **more: Any):
+    """The copy of one run, named by its id and experiment; finished however the run ends. Yields a Mirror.
+
+    more: shown beside the settings, such as the protocol line.
+    """
+    mirror = open_mirror(
+        settings.logging.wandb.mode,
+        entity=settings.logging.wandb.entity,
+        project=settings.logging.wandb.project,
+        name=f"{run.id}-{settings.experiment.name}",
+        group=settings.experiment.name,
+        job_type=job_type,
+        config=asdict(settings) | more,
+        folder=run.path,
+    )
+    try:
+        yield mirror
+    finally:
+        mirror.finish()
 
 
 def _axis(key: str) -> str:

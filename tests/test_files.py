@@ -10,40 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from image_files import IDS_HW, PIXELS_HW3, RNG, files, save
 from PIL import Image
 
 from segadapt.corruptions import corrupt
 from segadapt.datasets import Task
-from segadapt.datasets.files import Files
-from segadapt.datasets.labels import CLASS_SETS, PALETTES, palette
+from segadapt.datasets.labels import CLASS_SETS, PALETTES
 from segadapt.errors import UserError
 
 CLEAN = Task(index=0)
 FOG = Task(index=1, corruption="fog", severity=5)
-RNG = np.random.default_rng(0)
-PIXELS_HW3 = RNG.integers(0, 256, (40, 48, 3), np.uint8)
-IDS_HW = RNG.integers(0, 4, (40, 48)).astype(np.uint8)
-
-
-def save(path: Path, pixels: np.ndarray | Image.Image, **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
-    image.save(path, **options)
-    return path
-
-
-def files(root: Path, **changes) -> Files:
-    settings = {
-        "data_root": root,
-        "image_path": "{data_root}/images/{split}/{key}.*",
-        "label_path": "{data_root}/labels/{split}/{key}.png",
-        "classes": ("sky", "tree", "road"),
-        "palette_C3": palette(3),
-        "id_map": "zero_is_ignore",
-        "split": "val",
-        "corruption_seed": 7,
-    }
-    return Files(**{**settings, **changes})
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import SEGFORMER as TINY
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import SegformerForSemanticSegmentation
@@ -15,15 +16,6 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 from segadapt.errors import UserError
 from segadapt.models.discriminative import segformer
 from segadapt.models.discriminative.segformer import build_segformer, load_segformer
-
-TINY = {
-    "depths": [1, 1, 1, 1],
-    "hidden_sizes": [8, 16, 16, 16],
-    "num_attention_heads": [1, 1, 2, 2],
-    "decoder_hidden_size": 16,
-    "drop_path_rate": 0.5,
-    "hidden_dropout_prob": 0.5,
-}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from rich.console import Console
 from sd3_folder import build_transformer
 from torch.nn import functional as F
 
-from segadapt import adapt, config, train, train_generative
+from segadapt import adapt, config, train, train_generative, wandb_mirror
 from segadapt.datasets import Sample, Source, Task
 from segadapt.datasets.toytown import CLASSES, PALETTE_C3, ToyTown
 from segadapt.errors import UserError
@@ -77,7 +77,7 @@ class Remembered(NoWandb):
 @pytest.fixture
 def mirror(monkeypatch) -> Remembered:
     kept = Remembered()
-    monkeypatch.setattr(train, "open_mirror", lambda *_, **__: kept)
+    monkeypatch.setattr(wandb_mirror, "open_mirror", lambda *_, **__: kept)
     return kept
 
 

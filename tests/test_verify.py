@@ -1,20 +1,21 @@
 """The look at all files before a run: it finds what `load` would trip over, and opens each file once."""
 
 import io
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from image_files import IDS_HW, PIXELS_HW3, save
+from image_files import files as files_on_disk
 from PIL import Image, PngImagePlugin
 
 from segadapt.corruptions import CORRUPTIONS
 from segadapt.datasets import Task, decode
 from segadapt.datasets import files as files_module
 from segadapt.datasets.decode import image_size, read_image
-from segadapt.datasets.files import Files
-from segadapt.datasets.labels import palette
 from segadapt.datasets.toytown import ToyTown
 from segadapt.errors import UserError
 from segadapt.stream import Entry, order, read, verify
@@ -22,30 +23,8 @@ from segadapt.stream import Entry, order, read, verify
 TASKS = [Task(index, name, 5) for index, name in enumerate(list(CORRUPTIONS)[:15])]
 KEYS = ("a", "b", "c")
 FROM_DISK = "{data_root}/images-c/{corruption}/{severity}/{key}.*"
-RNG = np.random.default_rng(0)
-PIXELS_HW3 = RNG.integers(0, 256, (40, 48, 3), np.uint8)
-IDS_HW = RNG.integers(0, 4, (40, 48)).astype(np.uint8)
+files = partial(files_on_disk, image_path="{data_root}/images/{key}.*", label_path="{data_root}/labels/{key}.png")
 LIMIT = 2**20  # px
-
-
-def save(path: Path, pixels: np.ndarray, **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
-    return path
-
-
-def files(root: Path, **changes) -> Files:
-    settings = {
-        "data_root": root,
-        "image_path": "{data_root}/images/{key}.*",
-        "label_path": "{data_root}/labels/{key}.png",
-        "classes": ("sky", "tree", "road"),
-        "palette_C3": palette(3),
-        "id_map": "zero_is_ignore",
-        "split": "val",
-        "corruption_seed": 7,
-    }
-    return Files(**{**settings, **changes})
 
 
 def entries_of(dataset, tasks=TASKS) -> list[Entry]:
