@@ -3,16 +3,20 @@
 H W image px   s crop px
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
+from segadapt.broad import broad
+from segadapt.config import BroadSettings
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.labels import IGNORE
 from segadapt.seeds import numpy_generator
+from segadapt.stream import ahead
 
 Light = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -25,10 +29,12 @@ def crop(
     short_side_px: int,
     crop_px: int,
     scale: tuple[float, float],
+    shows: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Random resize, square crop and flip; what lies outside the image is grey, with label 255.
 
     Args:
+        shows: the crop holds a random pixel of this class; None, or a class the image has not: any place.
         short_side_px: size of the short side at scale 1, as in testing.
         scale: range of the resize factor, uniform.
     Returns:
@@ -42,8 +48,10 @@ def crop(
     if below or right:
         image_HW3 = np.pad(image_HW3, ((0, below), (0, right), (0, 0)), constant_values=124)
         label_HW = np.pad(label_HW, ((0, below), (0, right)), constant_values=IGNORE)
-    top = rng.integers(label_HW.shape[0] - crop_px + 1)
-    left = rng.integers(label_HW.shape[1] - crop_px + 1)
+    top, left = (rng.integers(side - crop_px + 1) for side in label_HW.shape)
+    if shows is not None and len(at := np.argwhere(label_HW == shows)):
+        corner = at[rng.integers(len(at))] - rng.integers(crop_px, size=2)
+        top, left = corner.clip(0, np.subtract(label_HW.shape, crop_px))
     box = np.s_[top : top + crop_px, left : left + crop_px]
     step = 1 if rng.random() < 0.5 else -1
     return np.ascontiguousarray(image_HW3[box][:, ::step]), np.ascontiguousarray(label_HW[box][:, ::step])
@@ -69,48 +77,34 @@ def photometric(image_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return cv2.cvtColor(hsv.clip(0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB)
 
 
-def _smooth_field(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A random field in 0..1 of a few cells, float32 [H, W, 1]."""
-    cells = rng.random((rng.integers(2, 7), rng.integers(2, 7))).astype(np.float32)
-    return cv2.resize(cells, shape[::-1], interpolation=cv2.INTER_CUBIC).clip(0, 1)[..., None]
+def light_of(*, use_photometric: bool, broad_settings: BroadSettings) -> Light:
+    """The change of light that the settings ask for."""
+    chain: list[Light] = [photometric] if use_photometric else []
+    if broad_settings.probability > 0:
+        chain.append(partial(broad, settings=broad_settings))
+    return partial(_in_turn, chain) if chain else keep_light
 
 
-def broad(image_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Wide generic changes of light, colour, blur, grain and haze, for the teacher's source training alone.
+def _in_turn(chain: Sequence[Light], image_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    for change in chain:
+        image_HW3 = change(image_HW3, rng)
+    return image_HW3
 
-    A stand-in for a teacher that has seen the world; no function of `corruptions.py` is called. Light is a gamma curve
-    under a smooth field, colour a random 3x3 mix, blur an oriented Gaussian, haze a blend towards one airlight along a
-    smooth field, grain Gaussian noise in cells of 1 to 3 px, stronger in the light. Each with probability 1/2. Grain of
-    1 px is close in kind to gaussian and shot noise: say so beside any figure on these corruptions.
-    """
-    pixels = image_HW3.astype(np.float32) / 255
-    height, width = pixels.shape[:2]
-    if rng.random() < 0.5:
-        pixels = pixels ** np.float32(2 ** rng.uniform(-1.3, 1.3))
-        pixels *= 1 + np.float32(rng.uniform(0, 0.8)) * (_smooth_field((height, width), rng) - 0.5)
-    if rng.random() < 0.5:
-        mix = np.eye(3) + rng.uniform(-0.25, 0.25, (3, 3))
-        grey = rng.uniform(0, 0.8)
-        mix = (1 - grey) * mix + grey / 3
-        pixels = pixels @ mix.T.astype(np.float32)
-    if rng.random() < 0.5:
-        long, short, angle = rng.uniform(0.5, 5), rng.uniform(0.3, 2), rng.uniform(0, np.pi)
-        y, x = np.mgrid[-7:8, -7:8]
-        u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-        kernel = np.exp(-((u / long) ** 2 + (v / short) ** 2) / 2)
-        pixels = cv2.filter2D(pixels, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REFLECT_101)
-    if rng.random() < 0.5:
-        haze = np.float32(rng.uniform(0.2, 0.9)) * _smooth_field((height, width), rng)
-        airlight = rng.uniform(0.3, 1.0) + rng.uniform(-0.08, 0.08, 3)
-        pixels = (1 - haze) * pixels + haze * airlight.astype(np.float32)
-    if rng.random() < 0.5:
-        cell = rng.choice([1, 1, 2, 3])
-        channels = rng.choice([1, 3])
-        grain = rng.standard_normal((-(-height // cell), -(-width // cell), channels), dtype=np.float32)
-        grain = cv2.resize(grain, (width, height), interpolation=cv2.INTER_LINEAR).reshape(height, width, channels)
-        strength = np.float32(rng.uniform(0.02, 0.35))
-        pixels = pixels + strength * grain * (0.3 + 0.7 * pixels.mean(axis=2, keepdims=True))
-    return (pixels * 255 + 0.5).clip(0, 255).astype(np.uint8)
+
+def places_of_classes(dataset: Dataset, *, workers: int) -> dict[int, np.ndarray]:
+    """For balanced crops: places in `dataset.keys` of the images that show a class, by class; absent classes miss."""
+    keys = dataset.keys(Task(0))
+    places: dict[int, list[int]] = {}
+    for place, classes in enumerate(ahead(partial(_classes_of, dataset), keys, workers=workers)):
+        for index in classes:
+            places.setdefault(index, []).append(place)
+    return {index: np.array(found) for index, found in sorted(places.items())}
+
+
+def _classes_of(dataset: Dataset, key: str) -> list[int]:
+    label_HW = dataset.load(Task(0), key).label_HW
+    assert label_HW is not None, "training needs labels; the verbs check it first"
+    return [int(index) for index in np.unique(label_HW) if index != IGNORE]
 
 
 class Crops(torch.utils.data.Dataset):
@@ -129,23 +123,31 @@ class Crops(torch.utils.data.Dataset):
         crop_px: int,
         scale: tuple[float, float],
         light: Light,
+        first: int = 0,
+        places: Mapping[int, np.ndarray] | None = None,
     ):
-        self.dataset, self.count, self.seed, self.light = dataset, count, seed, light
+        """first: items before it are passed over, to go on after an interruption. places: see places_of_classes."""
+        self.dataset, self.count, self.seed, self.light, self.first = dataset, count, seed, light, first
+        self.places = places
         self.geometry = {"short_side_px": short_side_px, "crop_px": crop_px, "scale": scale}
         self.keys = dataset.keys(Task(0))
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
-        return self.count
+        return self.count - self.first
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        index += self.first
         epoch, place = divmod(index, len(self.keys))
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = numpy_generator(self.seed, "epoch", epoch).permutation(len(self.keys))
-        sample = self.dataset.load(Task(0), self.keys[int(self._order[place])])
+        rng, shows, chosen = numpy_generator(self.seed, "crop", index), None, self._order[place]
+        if self.places is not None:
+            shows = list(self.places)[rng.integers(len(self.places))]
+            chosen = rng.choice(self.places[shows])
+        sample = self.dataset.load(Task(0), self.keys[int(chosen)])
         assert sample.label_HW is not None, "training needs labels; the verbs check it first"
-        rng = numpy_generator(self.seed, "crop", index)
-        image_ss3, label_ss = crop(sample.image_HW3, sample.label_HW, rng, **self.geometry)
+        image_ss3, label_ss = crop(sample.image_HW3, sample.label_HW, rng, shows=shows, **self.geometry)
         pixels_3ss = torch.from_numpy(self.light(image_ss3, rng)).permute(2, 0, 1).float() / 255
         return pixels_3ss, torch.from_numpy(label_ss).long()

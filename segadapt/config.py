@@ -83,10 +83,12 @@ class GenerativeSettings:
     stride_px: int = setting("distance between window starts along the long side, px", low=1)
     sigma: float = setting("noise level in (0, 1], the papers' t; lower end of its range", low=1e-6, high=1)
     sigma_high: float | None = setting("upper end, one uniform draw a window; null: sigma is fixed", low=1e-6, high=1)
+    draws: int = setting("noise draws of each window; their losses are averaged", low=1)
+    shuffle_classes: bool = setting("control: every class gets another one's embedding; adapting must then not gain")
     prompts: PromptSettings = setting("text embeddings")
     config: dict[str, Any] = setting("train-generative: SD3Transformer2DModel made from scratch")
     autoencoder_config: dict[str, Any] = setting(
-        "train-generative: AutoencoderKL made from scratch; empty: a given one"
+        "train-generative: AutoencoderKL made from scratch where `autoencoder` is null"
     )
 
 
@@ -95,15 +97,31 @@ class UpdateSettings:
     discriminative: bool = setting("the segmenter learns")
     generative: bool = setting("the teacher learns")
     update_norm_only: bool = setting("of the segmenter only LayerNorm and BatchNorm affine parameters")
+    lora_rank: int = setting("of the teacher only low-rank adapters on its attention; 0: all its weights", low=0)
+    lora_alpha: float = setting("the adapters' product is scaled by alpha / rank", low=1e-6)
 
 
 @dataclass
 class LossSettings:
     topk: int = setting("classes taken per pixel as candidates", low=1)
     classes_threshold: int = setting("most candidate classes of a window", low=1)
+    min_classes: int = setting("fill up a window's candidates to this many; 1: no fill", low=1)
+    fill: str = setting("with classes drawn uniformly, or by their mean probability in the window",
+                        choices=("uniform", "likely"))  # fmt: skip
     temperature: float = setting("of the softmax over a window's candidates", low=1e-6)
     logit_norm: bool = setting("divide each pixel's logits by their L2 norm")
     mask_reduction: str = setting("mean over pixels that count, or over all (zero-filled)", choices=("valid", "all"))
+
+
+@dataclass
+class TrustSettings:
+    mode: str = setting("teacher against itself over the draws: ignore it, leave out pixels below threshold, or weight",
+                        choices=("none", "skip", "weight"))  # fmt: skip
+    threshold: float = setting("skip: least share of draws that must agree on a pixel's class", low=0, high=1)
+    max_agreement: float = setting(
+        "no update by an image where teacher and segmenter agree on more than this share of pixels; 1: always update",
+        low=0, high=1,
+    )  # fmt: skip
 
 
 @dataclass
@@ -116,6 +134,7 @@ class ModelSettings(EvaluatedModelSettings):
     generative: GenerativeSettings = setting("the teacher")
     update: UpdateSettings = setting("what moves")
     loss: LossSettings = setting("the objective")
+    trust: TrustSettings = setting("where the teacher is not believed")
 
 
 @dataclass
@@ -129,6 +148,8 @@ class OptimizerSettings:
     beta2: float = setting("adamw", low=0, high=BELOW_ONE)
     eps: float = setting("adamw", low=0)
     momentum: float = setting("sgd", low=0)
+    clip_norm: float | None = setting("largest L2 norm of each model's gradient; null: not clipped", low=1e-9)
+    accumulate: int = setting("images of one step, their gradients averaged; a task's rest is flushed", low=1)
 
 
 @dataclass
@@ -136,6 +157,9 @@ class TtaSettings:
     forward_mode: str = setting("adapt, or only predict with the segmenter", choices=("tta", "discriminative_only"))
     continual: bool = setting("keep what was learned from task to task; false: reset before each")
     save_adapted: bool = setting("save the adapted segmenter of each task as a folder that from_pretrained reads")
+    diagnose_every: int = setting(
+        "add diagnostics to every n-th record; reads labels, changes nothing; 0: never", low=0
+    )
     optimizer: OptimizerSettings = setting("one step an image")
 
 
@@ -163,6 +187,32 @@ class RuntimeSettings:
 
 
 @dataclass
+class BroadSettings:
+    probability: float = setting("of each operation below, in each crop; 0: none of them", low=0, high=1)
+    gamma: float = setting("light: exponent between 2^-x and 2^x", low=0)
+    shade: float = setting("light: depth of a smooth field of brightness", low=0, high=2)
+    mix: float = setting("colour: largest entry added to the 3x3 channel matrix", low=0)
+    grey: float = setting("colour: largest share of grey", low=0, high=1)
+    blur_px: float = setting("sharpness: largest standard deviation of an oriented Gaussian, px", low=0)
+    sharpen: float = setting("sharpness: largest amount of an unsharp mask", low=0)
+    haze: float = setting("haze: largest density of a smooth field of one airlight", low=0, high=1)
+    grain: float = setting("grain: largest standard deviation, of 0..1", low=0)
+    grain_min_px: int = setting(
+        "grain: smallest cell, px; 1 would be white noise, as in four of the corruptions", low=1
+    )
+    grain_max_px: int = setting("grain: largest cell, px", low=1)
+
+
+@dataclass
+class AlignSettings:
+    weight: float = setting("of 1 - cosine between the teacher's tokens and DINOv2's; 0: off", low=0)
+    checkpoint: str | None = setting(
+        "DINOv2: hub id, folder, or a .safetensors file with its dinov2*config.json beside it"
+    )
+    block: int = setting("the teacher's block whose output is aligned, from 0", low=0)
+
+
+@dataclass
 class TrainSettings:
     iters: int = setting("optimizer steps", low=1)
     batch_size: int = setting("images a step", low=1)
@@ -175,6 +225,8 @@ class TrainSettings:
     scale_low: float = setting("random resize: smallest factor", low=0.01)
     scale_high: float = setting("random resize: largest factor", low=0.01)
     photometric: bool = setting("random brightness, contrast, saturation and hue")
+    balanced: bool = setting("every class is the centre of as many crops; false: crops of any place")
+    broad: BroadSettings = setting("wide generic changes; in the segmenter's training only as a control")
     validate_every: int = setting("steps between validations; the last step always validates", low=1)
     validation_split: str = setting("split of the validation images")
     validation_images: int | None = setting("images of a validation; null: all", low=1)
@@ -193,21 +245,27 @@ class TrainGenerativeSettings:
     weight_decay: float = setting("decoupled", low=0)
     warmup_iters: int = setting("linear warm-up steps; cosine decay to 0 after", low=0)
     ema_decay: float = setting("exponential moving average of the saved weights; 0: none", low=0, high=1)
+    flow_mask: bool = setting("the flow loss counts only the pixels of the prompted class; false: all pixels")
     comparing_weight: float = setting("weight of the class-comparing term beside the masked flow loss", low=0)
-    comparing_scale: float = setting("initial inverse temperature of the class-comparing term", low=0)
+    comparing_scale: float = setting("initial inverse temperature of the class-comparing term", low=1e-6)
     sigma_low: float = setting("smallest noise level drawn", low=1e-6, high=1)
     sigma_high: float = setting("largest noise level drawn", low=1e-6, high=1)
+    sigma_distribution: str = setting("between the two: uniform, or the logistic of a standard normal",
+                                      choices=("uniform", "logit_normal"))  # fmt: skip
     null_share: float = setting("share of windows that also train the null prompt", low=0, high=1)
     tokens: int = setting("length of a learned class embedding", low=1)
-    broad: bool = setting(
-        "wide generic changes of light, colour, blur, haze and grain (fine grain resembles gaussian noise)"
-    )
+    balanced: bool = setting("every class is the centre of as many crops; false: crops of any place")
+    broad: BroadSettings = setting("wide generic changes, so that the teacher has seen more than the segmenter")
+    align: AlignSettings = setting("representation alignment")
+    lora_rank: int = setting("train low-rank adapters on a frozen checkpoint, saved merged; 0: all weights", low=0)
+    lora_alpha: float = setting("the adapters' product is scaled by alpha / rank", low=1e-6)
     scale_low: float = setting("random resize: smallest factor", low=0.01)
     scale_high: float = setting("random resize: largest factor", low=0.01)
     validate_every: int = setting("steps between validations; the last step always validates", low=1)
     validation_split: str = setting("split of the validation images")
     validation_images: int = setting("images of a validation", low=1)
     save_dtype: str = setting("of the saved weights; they are loaded as float32", choices=("float32", "bfloat16"))
+    resume: bool = setting("go on from the checkpoint that an interrupted start left; false: start anew")
 
 
 @dataclass
@@ -221,6 +279,13 @@ class CorruptSettings:
 class CheckSettings:
     images: int | None = setting("images of each task to read; null: all", low=1)
     load_models: bool = setting("also load both models and take one step")
+
+
+@dataclass
+class DiagnoseSettings:
+    sigmas: list[float] = setting("noise levels at which the teacher is asked, each in (0, 1]")
+    draws: int = setting("noise draws at each level", low=1)
+    clean: bool = setting("also the images as they are, as a first task")
 
 
 @dataclass
@@ -241,6 +306,11 @@ class AdaptConfig(EvaluateConfig):
 @dataclass
 class CheckConfig(AdaptConfig):
     check: CheckSettings = setting("how much to check")
+
+
+@dataclass
+class DiagnoseConfig(AdaptConfig):
+    diagnose: DiagnoseSettings = setting("what is asked")
 
 
 @dataclass

@@ -106,3 +106,26 @@ def _check_fields_together(config: Any) -> None:
             f"model.generative.sigma_high={generative.sigma_high} is below model.generative.sigma="
             f"{generative.sigma}: expected an upper end. Swap them, or set sigma_high=null."
         )
+    if update is not None:
+        _check_adaptation(config.model)
+
+
+def _check_adaptation(model: Any) -> None:
+    """UserError: options of the objective or of what moves that contradict each other."""
+    generative, update, loss, trust = model.generative, model.update, model.loss, model.trust
+    if trust.mode != "none" and generative.draws < 2:
+        raise UserError(
+            f"model.trust.mode={trust.mode}, but model.generative.draws={generative.draws}: one draw always agrees "
+            "with itself. Use 2 draws or more, or set model.trust.mode=none."
+        )
+    if loss.min_classes > loss.classes_threshold:
+        raise UserError(
+            f"model.loss.min_classes={loss.min_classes} is above model.loss.classes_threshold="
+            f"{loss.classes_threshold}: a window cannot be filled beyond its limit. Raise the limit, or lower "
+            "min_classes."
+        )
+    if update.lora_rank and not update.generative:
+        raise UserError(
+            f"model.update.lora_rank={update.lora_rank}, but model.update.generative=false: the adapters would never "
+            "move. Set model.update.generative=true, or lora_rank=0."
+        )

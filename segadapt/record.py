@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,8 +24,13 @@ RESULTS = (
     "tasks",
     "predictions",
     "adapted",
+    "model",
     "records.jsonl",
     "timings.jsonl",
+    "checkpoint.safetensors",
+    "diagnosis.json",
+    "diagnosis.png",
+    "diagnosis.svg",
 )  # of an earlier start of the same run
 _ABSENT = object()
 
@@ -86,9 +91,12 @@ def write_png_palette(path: Path, ids_HW: np.ndarray, palette_C3: np.ndarray) ->
 class JsonLines:
     """One JSON value a line, in a file begun anew; a line is with the operating system as soon as `append` returns."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, keep: Sequence[Any] = ()):
+        """keep: values of an earlier start, written first."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w", encoding="utf-8")
+        for value in keep:
+            self.append(value)
 
     def append(self, value: Any) -> None:
         """Write one line, see `plain`."""
@@ -147,9 +155,12 @@ class RunFolder:
             ) from error
         return cls(path=path, id=run_id)
 
-    def start_over(self, config: Mapping[str, Any]) -> None:
-        """Remove what an earlier start of the same run left, and write config.yaml; call it once nothing can fail."""
-        for result in RESULTS:
+    def start_over(self, config: Mapping[str, Any], *, resume: str | None = None) -> None:
+        """Remove what an earlier start of the same run left, and write config.yaml; call it once nothing can fail.
+
+        resume: file name of a checkpoint; where it lies in the folder, nothing is removed.
+        """
+        for result in () if resume and (self.path / resume).is_file() else RESULTS:
             if (self.path / result).is_dir():
                 shutil.rmtree(self.path / result)
             else:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from segadapt import metrics, stream
-from segadapt.augment import Crops, keep_light, photometric
+from segadapt.augment import Crops, light_of, places_of_classes
 from segadapt.config import TrainConfig, TrainGenerativeConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset
@@ -121,17 +121,23 @@ def check_settings(settings: TrainConfig | TrainGenerativeConfig) -> None:
         if low > high:
             raise UserError(f"train.{name}_low={low} is above train.{name}_high={high}: expected the lower end of a "
                             "range and its upper end. Swap them.")  # fmt: skip
+    if t.broad.grain_min_px > t.broad.grain_max_px:
+        raise UserError(f"train.broad.grain_min_px={t.broad.grain_min_px} is above train.broad.grain_max_px="
+                        f"{t.broad.grain_max_px}: expected the smallest and the largest cell. Swap them.")  # fmt: skip
 
 
-def open_folder(settings: TrainConfig | TrainGenerativeConfig) -> RunFolder:
-    """The run's folder, cleared of what an earlier start left. UserError: it is another run's."""
+def open_folder(settings: TrainConfig | TrainGenerativeConfig, *, resume: str | None = None) -> RunFolder:
+    """The run's folder, cleared of what an earlier start left unless its checkpoint `resume` is there.
+
+    UserError: it is another run's.
+    """
     folder = RunFolder.open(
         settings.logging.root,
         settings.experiment.name,
         run_id=settings.experiment.id,
         settings=without(asdict(settings), FREE),
     )
-    folder.start_over(asdict(settings))
+    folder.start_over(asdict(settings), resume=resume)
     return folder
 
 
@@ -197,7 +203,8 @@ def fit(
         short_side_px=settings.data.short_side_px,
         crop_px=t.crop_px,
         scale=(t.scale_low, t.scale_high),
-        light=photometric if t.photometric else keep_light,
+        light=light_of(use_photometric=t.photometric, broad_settings=t.broad),
+        places=places_of_classes(dataset, workers=settings.data.workers) if t.balanced else None,
     )
     loader = DataLoader(crops, t.batch_size, num_workers=settings.data.workers, worker_init_fn=stream.one_thread_each)
     optimizer = torch.optim.AdamW(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from segadapt import stream
-from segadapt.augment import Crops, broad, keep_light
+from segadapt.augment import Crops, keep_light, light_of, places_of_classes
 from segadapt.config import TrainGenerativeConfig
 from segadapt.datasets import Dataset
 from segadapt.models.build import devices_of
@@ -34,9 +34,14 @@ def cosine(step: int, *, iters: int, warmup_iters: int) -> float:
 
 
 def batches(
-    dataset: Dataset, settings: TrainGenerativeConfig, *, iters: int, purpose: str
+    dataset: Dataset, settings: TrainGenerativeConfig, *, iters: int, purpose: str, first: int = 0, plain: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of windows in -1..1 and labels, on the main device."""
+    """Batches of windows in -1..1 and labels, on the main device; batch i depends on (seed, purpose, i) alone.
+
+    Args:
+        first: batches before it are passed over.
+        plain: the images as they are, at scale 1, every place as likely; for validation.
+    """
     t = settings.train
     crops = Crops(
         dataset,
@@ -44,8 +49,10 @@ def batches(
         seed=derive(settings.experiment.seed, purpose),
         short_side_px=settings.data.short_side_px,
         crop_px=settings.model.generative.window_px,
-        scale=(t.scale_low, t.scale_high),
-        light=broad if t.broad else keep_light,
+        scale=(1.0, 1.0) if plain else (t.scale_low, t.scale_high),
+        light=keep_light if plain else light_of(use_photometric=False, broad_settings=t.broad),
+        first=first * t.batch_size,
+        places=places_of_classes(dataset, workers=settings.data.workers) if t.balanced and not plain else None,
     )
     loader = DataLoader(crops, t.batch_size, num_workers=settings.data.workers, worker_init_fn=stream.one_thread_each)
     main = torch.device(devices_of(settings.runtime)[0])

@@ -91,6 +91,19 @@ def test_lines_can_be_read_before_the_file_is_closed_and_a_new_start_forgets_the
     assert path.read_text() == ""
 
 
+def test_lines_of_an_earlier_start_are_kept_first_and_to_the_bit(tmp_path):
+    path = tmp_path / "records.jsonl"
+    with JsonLines(path) as lines:
+        for value in ({"loss": 0.1 + 0.2, "k": "é"}, {"loss": math.nan}, {"loss": 1e-17}):
+            lines.append(value)
+    before = path.read_bytes()
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    with JsonLines(path, keep=kept[:2]) as lines:
+        assert path.read_bytes() == b"".join(before.splitlines(keepends=True)[:2])
+        lines.append(kept[2])
+    assert path.read_bytes() == before
+
+
 # Run folders
 
 
@@ -143,6 +156,20 @@ def test_same_settings_start_over_without_the_earlier_results(tmp_path):
     assert "results.json" in files_in(run.path)
     again.start_over({"seed": 0})
     assert files_in(run.path) == ["config.yaml", "notes.txt", "settings.json"]
+
+
+def test_where_the_checkpoint_lies_nothing_is_removed_and_else_the_model_too(tmp_path):
+    run = RunFolder.open(tmp_path, "n", run_id=None, settings=SETTINGS)
+    left = ["checkpoint.safetensors", "model/vae/config.json", "records.jsonl"]
+    for name in left:
+        write_bytes(run.path / name, b"{}")
+    run.start_over({"seed": 0}, resume="checkpoint.safetensors")
+    assert files_in(run.path) == sorted(["config.yaml", "settings.json", *left])
+    run.start_over({"seed": 0}, resume="another.safetensors")
+    assert files_in(run.path) == ["config.yaml", "settings.json"]
+    write_bytes(run.path / "checkpoint.safetensors", b"{}")
+    run.start_over({"seed": 0})
+    assert files_in(run.path) == ["config.yaml", "settings.json"]
 
 
 @pytest.mark.parametrize("bad", ["../x", "a/b", "", ".hidden", "..", "a b", "a\n", "na\u00efve", "/abs"])

@@ -7,7 +7,13 @@ from pathlib import Path
 from segadapt import config
 
 CONF = Path(config.__file__).parent / "conf"
-SCHEMAS = [config.CheckConfig, config.TrainConfig, config.TrainGenerativeConfig, config.CorruptConfig]
+SCHEMAS = [
+    config.CheckConfig,
+    config.DiagnoseConfig,
+    config.TrainConfig,
+    config.TrainGenerativeConfig,
+    config.CorruptConfig,
+]
 
 
 def prefix_of(path: Path) -> str:

@@ -1,5 +1,6 @@
 """From the model settings to the two models, placed on their devices and joined."""
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Sequence
@@ -13,13 +14,22 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 import segadapt
-from segadapt.config import AdaptConfig, DiscriminativeSettings, EvaluateConfig, GenerativeSettings, RuntimeSettings
+from segadapt.config import (
+    AdaptConfig,
+    DiscriminativeSettings,
+    EvaluateConfig,
+    GenerativeSettings,
+    RuntimeSettings,
+    UpdateSettings,
+)
 from segadapt.errors import UserError
 from segadapt.models.combined import Combined
 from segadapt.models.discriminative.segformer import Segmenter, load_segformer
 from segadapt.models.generative import placement as placing
+from segadapt.models.generative.lora import add_lora, plain_state
 from segadapt.models.generative.prompts import PromptEmbeddings, load_embeddings, prompt_embeddings
 from segadapt.models.generative.sd3 import Sd3, load_autoencoder, load_transformer
+from segadapt.seeds import numpy_generator
 
 DEFAULT_THREADS = torch.get_num_threads()
 BUNDLED = "segadapt:"  # prefix of the models inside the package
@@ -77,17 +87,19 @@ def set_up(runtime: RuntimeSettings) -> torch.device:
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32
-    for gpu in range(torch.cuda.device_count()):
-        torch.cuda.reset_peak_memory_stats(gpu)
+    if main.type == "cuda":
+        torch.cuda.init()  # or the next call finds no allocator
+        for gpu in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(gpu)
     return main
 
 
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of all parameters and buffers."""
+    """SHA-256 over names, shapes and bytes of all parameters and buffers, adapters left out."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(plain_state(module).items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -126,6 +138,23 @@ def build_embeddings(
     )
 
 
+def shuffled(embeddings: PromptEmbeddings, *, seed: int) -> PromptEmbeddings:
+    """Every class gets the embedding of another one, along one random cycle through all classes: a control.
+
+    Raises:
+        UserError: there is only one class.
+    """
+    order_C = numpy_generator(seed, "shuffle_classes").permutation(len(embeddings.pooled_CD))
+    if len(order_C) < 2:
+        raise UserError("model.generative.shuffle_classes=true: the data set has 1 class; expected 2 or more. "
+                        "Set model.generative.shuffle_classes=false.")  # fmt: skip
+    source_C = torch.empty(len(order_C), dtype=torch.long)
+    source_C[torch.from_numpy(order_C)] = torch.from_numpy(order_C).roll(1)
+    return dataclasses.replace(
+        embeddings, sequence_CLE=embeddings.sequence_CLE[source_C], pooled_CD=embeddings.pooled_CD[source_C]
+    )
+
+
 def build_generative(
     settings: GenerativeSettings,
     *,
@@ -133,34 +162,44 @@ def build_generative(
     dataset_name: str,
     devices: Sequence[int] | Sequence[str],
     precision: str,
-    is_trained: bool,
+    update: UpdateSettings,
+    seed: int,
     main_bytes: int,
+    accumulates: bool = False,
     force_hooks: bool = False,
 ) -> tuple[Sd3, placing.Placement]:
     """The teacher, its transformer split over the devices; everything else of it on the first one.
 
     Args:
+        update: what of it moves; adapters are added here.
+        seed: of the adapters and of the shuffle control.
         main_bytes: what the main device holds beside the teacher (segmenter and logits graph).
+        accumulates: gradients are summed over images.
         force_hooks: accelerate's hooks even on one device, to test the split path.
     """
     main = torch.device(devices[0])
     checkpoint = resolve(settings.checkpoint, "model.generative.checkpoint")
     embeddings = build_embeddings(settings, checkpoint, classes=classes, dataset_name=dataset_name, device=main)
+    if settings.shuffle_classes:
+        embeddings = shuffled(embeddings, seed=seed)
     folder = None if settings.autoencoder is None else str(Path(settings.autoencoder).expanduser())
     autoencoder = load_autoencoder(checkpoint, revision=settings.revision, folder=folder)
-    transformer = load_transformer(checkpoint, revision=settings.revision).requires_grad_(is_trained)
+    transformer = load_transformer(checkpoint, revision=settings.revision).requires_grad_(update.generative)
     _check_shapes(transformer, autoencoder, embeddings, window_px=settings.window_px)
+    if update.lora_rank:
+        add_lora(transformer, rank=update.lora_rank, alpha=update.lora_alpha, seed=seed)
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     text_bytes = sum(t.numel() * t.element_size() for t in (embeddings.sequence_CLE, embeddings.pooled_CD))
     placement = placing.place(
         transformer,
         devices,
-        trained=is_trained,
+        trained=update.generative,
         max_pairs=settings.max_pairs,
         tokens=(settings.window_px // 16) ** 2 + embeddings.sequence_CLE.shape[1],
         checkpointing=settings.gradient_checkpointing,
         bf16=precision == "bf16",
+        accumulates=accumulates,
         fixed_main_bytes=main_bytes + placing.training_bytes(autoencoder, trained=False) + text_bytes,
         force_hooks=force_hooks,
     )
@@ -184,12 +223,12 @@ def _check_shapes(transformer: Any, autoencoder: Any, embeddings: PromptEmbeddin
                         "that or less, also for data.short_side_px.")  # fmt: skip
 
 
-def segmenter_bytes(segmenter: Segmenter, *, is_trained: bool) -> int:
+def segmenter_bytes(segmenter: Segmenter, *, is_trained: bool, accumulates: bool = False) -> int:
     """Weights and, if trained, gradients and AdamW moments; at full size 6 GiB more for what one image needs.
 
     Measured with B5 at 512x683: the segmenter's graph, the autoencoder's activations, logits, text embeddings in use.
     """
-    weights = placing.training_bytes(segmenter.net, trained=is_trained)
+    weights = placing.training_bytes(segmenter.net, trained=is_trained, accumulates=accumulates)
     return weights + (6 * placing.GIB if is_trained and weights > placing.GIB else 0)
 
 
@@ -203,15 +242,17 @@ def build_models(
     if not isinstance(settings, AdaptConfig) or settings.tta.forward_mode == "discriminative_only":
         combined = Combined(segmenter, None, seed=settings.experiment.seed, precision=settings.runtime.precision)
         return Models(combined, None, fingerprints)
-    update = settings.model.update
+    update, accumulates = settings.model.update, settings.tta.optimizer.accumulate > 1
     generative, placement = build_generative(
         settings.model.generative,
         classes=classes,
         dataset_name=settings.data.name,
         devices=devices_of(settings.runtime),
         precision=settings.runtime.precision,
-        is_trained=update.generative,
-        main_bytes=segmenter_bytes(segmenter, is_trained=update.discriminative),
+        update=update,
+        seed=settings.experiment.seed,
+        main_bytes=segmenter_bytes(segmenter, is_trained=update.discriminative, accumulates=accumulates),
+        accumulates=accumulates,
         force_hooks=force_hooks,
     )
     fingerprints |= {

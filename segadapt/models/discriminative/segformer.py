@@ -186,7 +186,7 @@ def _check_architecture(found: Mapping[str, Any], checkpoint: str) -> None:
 def _read_weights(source: str, **options: Any) -> tuple[Any, list[str]]:
     """The net, and every key at fault in words; a net with faults is for the message only, never for use."""
     read: Any = SegformerForSemanticSegmentation.from_pretrained
-    with _without_load_report():
+    with without_load_report():
         try:
             net, info = read(source, **options)
         except RuntimeError as error:
@@ -204,7 +204,7 @@ def _read_weights(source: str, **options: Any) -> tuple[Any, list[str]]:
 
 
 @contextmanager
-def _without_load_report():
+def without_load_report():
     """Keep the library's own table of bad keys off the terminal: our one line says it."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

@@ -48,15 +48,22 @@ class Placement:
         return torch.device(self.device_map[owners[0]])
 
 
-def training_bytes(module: nn.Module, *, trained: bool, bf16_copies: bool = False) -> int:
+def training_bytes(module: nn.Module, *, trained: bool, bf16_copies: bool = False, accumulates: bool = False) -> int:
     """Bytes of weights and buffers, and if trained of gradients and both AdamW moments: 16 per float32 parameter.
 
-    bf16_copies: autocast keeps a bf16 copy of every trained weight until backward (not where blocks are recomputed).
+    Gradients and moments are counted for parameters that require a gradient, so adapters alone cost little.
+
+    bf16_copies: autocast keeps a bf16 copy of every weight until backward, frozen ones beside adapters too (not where
+        blocks are recomputed).
+    accumulates: a sum of gradients is kept from image to image.
     """
-    copies = 4 if trained else 1
     weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-    cast = 2 * sum(parameter.numel() for parameter in module.parameters()) if trained and bf16_copies else 0
-    return copies * weights + cast + sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+    if not trained:
+        return weights + buffers
+    moving = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    cast = 2 * sum(parameter.numel() for parameter in module.parameters()) if bf16_copies else 0
+    return weights + (4 if accumulates else 3) * moving + cast + buffers
 
 
 def activation_bytes(*, max_pairs: int, tokens: int, width: int, checkpointing: bool = False) -> int:
@@ -177,6 +184,7 @@ def place(
     tokens: int,
     checkpointing: bool,
     bf16: bool = False,
+    accumulates: bool = False,
     fixed_main_bytes: int = 0,
     force_hooks: bool = False,
     capacities: Sequence[int] | None = None,
@@ -188,11 +196,13 @@ def place(
 
     Args:
         devices: GPU indices, all of them used; or "cpu" (several only to imitate a split, with force_hooks).
-        trained: gradients and AdamW moments are counted; else the forward is expected to run without grad.
+        trained: gradients and AdamW moments of what requires a gradient are counted; else the forward is expected to
+            run without grad.
         max_pairs: (window, class) pairs in one forward.
         tokens: image + text tokens of one pair, (px / 16) ** 2 + L.
         checkpointing: whether the transformer recomputes activations; this does not switch it on.
-        bf16: autocast, which keeps a bf16 copy of every trained weight until backward unless blocks are recomputed.
+        bf16: autocast, which keeps a bf16 copy of every weight until backward unless blocks are recomputed.
+        accumulates: a sum of gradients is kept from image to image.
         fixed_main_bytes: segmenter, autoencoder and logits graph on the main device; the loose modules are added here.
         force_hooks: hooks even for one device, to test the split path.
         capacities: bytes of each device; default the whole GPU less 1 GiB, and no limit on the CPU.
@@ -204,9 +214,9 @@ def place(
     blocks, width = transformer.transformer_blocks, transformer.inner_dim
     one_block = activation_bytes(max_pairs=max_pairs, tokens=tokens, width=width)
     kept = activation_bytes(max_pairs=max_pairs, tokens=tokens, width=width, checkpointing=checkpointing)
-    copies = bf16 and not checkpointing
-    weights = [training_bytes(block, trained=trained, bf16_copies=copies) for block in blocks]
-    loose = training_bytes(transformer, trained=trained, bf16_copies=copies) - sum(weights)
+    cost = {"trained": trained, "bf16_copies": bf16 and not checkpointing, "accumulates": accumulates}
+    weights = [training_bytes(block, **cost) for block in blocks]
+    loose = training_bytes(transformer, **cost) - sum(weights)
     split = plan(
         [weight + (kept if trained else 0) for weight in weights],
         [_capacity(device) for device in devices] if capacities is None else capacities,
