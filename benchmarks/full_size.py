@@ -101,9 +101,9 @@ def loss_of(combined: Combined, image_3HW: torch.Tensor) -> float:
     """Backward of one image: the loss; the gradients stay in the parameters."""
     with combined._autocast():
         logits_BChw = combined.segmenter.logits(image_3HW[None])
-    loss, candidates = combined.backward(image_3HW, logits_BChw, task="full_size", key="0")
+    taught, candidates = combined.backward(image_3HW, logits_BChw, task="full_size", key="0")
     assert candidates.counts == (20, 20), candidates.counts
-    return loss.item()
+    return taught.loss.item()
 
 
 def difference(combined: Combined, reference: dict[str, torch.Tensor], prefix: str) -> float:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from segadapt import __version__
-from segadapt.config import AdaptConfig, DataSettings, EvaluateConfig
+from segadapt.config import AdaptConfig, DataSettings, EvaluateConfig, LossSettings, ModelSettings
 
 PACKAGES = (
     "torch",
     "transformers",
     "diffusers",
     "accelerate",
+    "peft",
     "torchmetrics",
     "numpy",
     "opencv-python-headless",
@@ -29,7 +30,9 @@ FREE = (
     "data.cache",
     "data.max_pixels",
     "runtime.threads",
+    "tta.diagnose_every",
     "model.generative.prompts.cache_dir",
+    "train.resume",
 )
 
 
@@ -75,11 +78,15 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
         parts += [
             f"teacher {g.checkpoint}",
             f"windows {g.window_px} px, stride {g.stride_px} px",
-            f"sigma {sigma}",
+            f"sigma {sigma}" + (f", {g.draws} draws" if g.draws > 1 else ""),
             f"LogitNorm {'on' if loss.logit_norm else 'off'}, temperature {loss.temperature:g}",
-            f"classes top-{loss.topk}, at most {loss.classes_threshold} a window, mask {loss.mask_reduction}",
+            f"classes top-{loss.topk}, {_limits(loss)} a window, mask {loss.mask_reduction}",
+            *_controls(settings.model),
             f"{opt.name} on " + " and ".join(f"{m} {rates[m] if rates[m] is not None else opt.lr:g}" for m in moving)
-            + (" (norms only)" if update.update_norm_only else ""),
+            + (" (norms only)" if update.update_norm_only else "")
+            + (f" (adapters of rank {update.lora_rank}, alpha {update.lora_alpha:g})" if update.lora_rank else "")
+            + (f", clipped to norm {opt.clip_norm:g}" if opt.clip_norm is not None else "")
+            + (f", a step every {opt.accumulate} images" if opt.accumulate > 1 else ""),
             "continual" if settings.tta.continual else "reset before each task",
         ]  # fmt: skip
     parts += [
@@ -90,6 +97,26 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
         f"data {data.name} {data.split}, {_shift(data)}, order {order_sha256[:12]}",
     ]
     return "; ".join(parts)
+
+
+def _limits(loss: LossSettings) -> str:
+    """'at most 20', or 'at least 2 (uniform fill) and at most 20'."""
+    low = f"at least {loss.min_classes} ({loss.fill} fill) and " if loss.min_classes > 1 else ""
+    return f"{low}at most {loss.classes_threshold}"
+
+
+def _controls(model: ModelSettings) -> list[str]:
+    """What is not believed of the teacher, and whether its classes were shuffled; empty by default."""
+    trust, parts = model.trust, []
+    if trust.mode == "skip":
+        parts.append(f"only pixels on which {trust.threshold:g} of the draws agree")
+    elif trust.mode == "weight":
+        parts.append("pixels weighted by the agreement of the draws")
+    if trust.max_agreement < 1:
+        parts.append(f"no update where teacher and segmenter agree on more than {trust.max_agreement:g}")
+    if model.generative.shuffle_classes:
+        parts.append("CONTROL: class embeddings shuffled")
+    return parts
 
 
 def _shift(data: DataSettings) -> str:

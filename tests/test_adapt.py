@@ -103,6 +103,54 @@ def test_scores_are_those_of_the_confusion_matrix(adapted):
         assert task["aacc"] == pytest.approx(hits_C.sum() / counts_CC.sum(), abs=1e-12)
 
 
+def test_scores_of_a_task_derive_from_the_counts_of_its_images(adapted):
+    for path in sorted((adapted / "tasks").glob("*.json")):
+        task, sums = json.loads(path.read_text()), np.zeros((len(CLASSES), 3), dtype=int)
+        for line in records(adapted):
+            if line["task"] == task["task"]:
+                height, width = SIZES[int(line["key"])]
+                assert sum(label for _, label, _ in line["classes"].values()) == height * (width - 3)
+                assert all(label + predicted > 0 for _, label, predicted in line["classes"].values())
+                for index, counts in line["classes"].items():
+                    sums[int(index)] += counts
+        counts_CC = np.array(task["confusion_matrix"])
+        assert np.array_equal(sums, np.stack([np.diag(counts_CC), counts_CC.sum(1), counts_CC.sum(0)], axis=1))
+        correct_C, label_C, predicted_C = sums.T
+        assert task["miou"] == np.mean(correct_C / (label_C + predicted_C - correct_C))
+
+
+def test_images_that_trust_refuses_are_counted_apart_from_faults(settings_of, tmp_path, capsys):
+    results = adapt.run(settings_of(tmp_path, "model.trust.max_agreement=0"))
+    lines, out = records(Path(results["folder"])), " ".join(capsys.readouterr().out.split())
+    for task in results["tasks"]:
+        mine = [line for line in lines if line["task"] == task["task"]]
+        refused = sum(line["teacher_agrees"] > 0 for line in mine)
+        assert refused
+        assert refused == task["steps_refused"] == sum(line["is_refused"] for line in mine)
+        assert task["steps_skipped"] == 0
+        assert all(line["is_updated"] != line["is_refused"] for line in mine)
+        assert f"{task['task']}: {refused} steps refused" in out
+    assert {line["agreement"] for line in lines} == {None}
+
+
+def test_the_rest_of_a_task_is_flushed_at_its_end(settings_of, tmp_path):
+    """Four images, a step every three: the last one moves what is saved, and where the next task starts."""
+
+    def run(name, *overrides):
+        settings = settings_of(tmp_path / name, "tta.save_adapted=true", "tta.continual=true", *overrides)
+        return Path(adapt.run(settings)["folder"])
+
+    still, three, ten = run("0", "tta.optimizer.lr=0"), *(run(n, f"tta.optimizer.accumulate={n}") for n in ("3", "10"))
+    assert losses(still)[:3] == losses(three)[:3] == losses(ten)[:3]
+    assert losses(three)[3] != losses(still)[3] == losses(ten)[3]
+    saved = [
+        fingerprint(SegformerForSemanticSegmentation.from_pretrained(path / "adapted" / "00_gaussian_noise-5"))
+        for path in (still, three, ten)
+    ]
+    assert len(set(saved)) == 3
+    assert losses(ten)[4] != losses(still)[4]
+
+
 def test_two_equal_runs_leave_the_same_bytes(settings_of, tmp_path):
     first, second = (Path(adapt.run(settings_of(tmp_path / name))["folder"]) for name in ("a", "b"))
     assert (first / "records.jsonl").read_bytes() == (second / "records.jsonl").read_bytes()
@@ -177,6 +225,17 @@ def test_the_saved_model_has_the_weights_after_the_last_step(settings_of, adapte
         combined.step(sample.image_3HW, task=task.name, key=sample.entry.key)
     saved = SegformerForSemanticSegmentation.from_pretrained(adapted / "adapted" / "01_contrast-5")
     assert fingerprint(saved) == fingerprint(combined.segmenter.net) != source
+
+
+def test_agreement_of_draws_and_adapters_are_recorded(settings_of, tmp_path):
+    options = ("model.generative.draws=2", "model.update.lora_rank=2", "model.trust.mode=weight", "data.limit=2")
+    results = adapt.run(settings_of(tmp_path, *options))
+    for line in records(Path(results["folder"])):
+        assert 0.5 <= line["agreement"] <= 1
+        assert 0 <= line["teacher_agrees"] <= 1
+        assert line["is_updated"]
+    assert "peft" in results["versions"]
+    assert "2 draws" in results["protocol"]
 
 
 def test_unlabelled_images_give_predictions_at_their_own_size(settings_of, folder, tmp_path):

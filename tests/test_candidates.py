@@ -22,9 +22,9 @@ def q_with(tops_by_pixel, classes):
     return q_1C1x
 
 
-def choose(q_KCyx, topk, budget, *, seed=0):
+def choose(q_KCyx, topk, budget, *, seed=0, **options):
     generators = [torch_generator(seed, window) for window in range(len(q_KCyx))]
-    return select(q_KCyx, topk=topk, classes_threshold=budget, generators=generators)
+    return select(q_KCyx, topk=topk, classes_threshold=budget, generators=generators, **options)
 
 
 def chosen_by(candidates, window=0):
@@ -116,6 +116,68 @@ def test_normalising_the_logits_changes_no_choice():
     raw, normalised = choose(q_KCyx, 3, 4), choose(torch.nn.functional.normalize(q_KCyx, dim=1), 3, 4)
     assert torch.equal(raw.chosen_KC, normalised.chosen_KC)
     assert torch.equal(raw.keep_Kyx, normalised.keep_Kyx)
+
+
+@settings(max_examples=200)
+@given(
+    windows=st.integers(1, 3),
+    classes=st.integers(1, 9),
+    budget=st.integers(1, 9),
+    least=st.integers(1, 9),
+    likely=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_filling_adds_classes_up_to_the_minimum_and_changes_nothing_else(windows, classes, budget, least, likely, seed):
+    q_KCyx, least = random_q(windows, classes, seed=seed), min(least, budget)
+    likely_KC = q_KCyx.softmax(dim=1).mean(dim=(2, 3)) if likely else None
+    plain = choose(q_KCyx, 1, budget, seed=seed)
+    filled = choose(q_KCyx, 1, budget, seed=seed, min_classes=least, likely_KC=likely_KC)
+    assert torch.equal(filled.keep_Kyx, plain.keep_Kyx)
+    for window in range(windows):
+        assert chosen_by(plain, window) <= chosen_by(filled, window)
+        assert len(chosen_by(filled, window)) == max(len(chosen_by(plain, window)), min(least, classes))
+
+
+@pytest.mark.parametrize(("likely_C", "share"), [(None, 1 / 3), ((0.9, 0.0, 0.025, 0.075), 0.25)])
+def test_fill_is_uniform_or_by_probability_and_without_the_chosen(likely_C, share):
+    """Of classes 1, 2, 3 beside the chosen 0: how often class 2 is the one that is added."""
+    q_KCyx, likely_KC = q_with([[0]], 4), None if likely_C is None else torch.tensor([likely_C])
+    drawn = [chosen_by(choose(q_KCyx, 1, 4, seed=s, min_classes=2, likely_KC=likely_KC)) - {0} for s in range(600)]
+    assert all(len(added) == 1 for added in drawn)
+    count = sum(added == {2} for added in drawn)
+    assert abs(count - 600 * share) < 5 * (600 * share * (1 - share)) ** 0.5
+    if likely_C is not None:
+        assert {1} not in drawn
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_fill_takes_classes_without_a_probability_where_no_other_is_left(value):
+    likely_KC = torch.tensor([[1.0, value, value]])
+    assert chosen_by(choose(q_with([[0]], 3), 1, 3, min_classes=3, likely_KC=likely_KC)) == {0, 1, 2}
+
+
+@given(windows=st.integers(1, 3), draws=st.integers(1, 4), least=st.integers(1, 3))
+def test_draws_repeat_each_window_with_its_candidates(windows, draws, least):
+    q_KCyx = random_q(windows, 6)
+    once, got = (choose(q_KCyx, 1, 3, min_classes=least, draws=count) for count in (1, draws))
+    rows = [window for window in range(windows) for _ in range(draws)]
+    assert torch.equal(got.chosen_KC, once.chosen_KC[rows])
+    assert torch.equal(got.keep_Kyx, once.keep_Kyx[rows])
+    assert got.counts == tuple(once.counts[window] for window in rows)
+    pairs = list(zip(got.pair_window_P.tolist(), got.pair_class_P.tolist(), strict=True))
+    assert pairs == [(row, index) for row in range(len(rows)) for index in sorted(chosen_by(got, row))]
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 40))
+def test_groups_never_part_the_draws_of_a_window(counts, draws, max_pairs):
+    none = torch.empty(0)
+    rows = tuple(count for count in counts for _ in range(draws))
+    groups = Candidates(none, none, none, none, rows, draws).groups(max_pairs)
+    blocks = Candidates(none, none, none, none, tuple(draws * count for count in counts)).groups(max_pairs)
+    assert [of_pairs for _, of_pairs in groups] == [of_pairs for _, of_pairs in blocks]
+    assert [w for of_windows, _ in groups for w in range(len(rows))[of_windows]] == list(range(len(rows)))
+    assert all(of_windows.start % draws == 0 for of_windows, _ in groups)
 
 
 @settings(max_examples=200)

@@ -22,10 +22,10 @@ def watch(combined):
     """A list that receives (loss, gradients by name, candidates) of each step, just before the update."""
     seen, update = [], combined._update
 
-    def watched(scored_Chw, loss, candidates):
+    def watched(scored_Chw, taught, candidates):
         gradients = {n: None if p.grad is None else p.grad.clone() for n, p in combined.parameters().items()}
-        seen.append((loss.clone(), gradients, candidates))
-        return update(scored_Chw, loss, candidates)
+        seen.append((taught.loss.clone(), gradients, candidates))
+        return update(scored_Chw, taught, candidates)
 
     combined._update = watched
     return seen
@@ -44,7 +44,7 @@ def changed(before, after):
 
 def optimizer_state(combined):
     """Moments and counters in the order of the parameters."""
-    return [v for p in combined._optimizer.state_dict()["state"].values() for v in p.values() if v is not None]
+    return [v for p in combined._updates.optimizer.state_dict()["state"].values() for v in p.values() if v is not None]
 
 
 def same(one, other):
@@ -133,10 +133,10 @@ def test_equal_windows_share_one_gradient_evenly(build_combined, max_pairs):
         pairs_P2 = torch.cartesian_prod(torch.arange(K), torch.arange(3))
         chosen_KC = torch.arange(len(CLASSES)).expand(K, -1) < 3
         keep_Kyx = torch.ones(K, 4, 4, dtype=torch.bool)
-        loss = combined._backward_chunks(
+        taught = combined._backward_chunks(
             leaf_KCyx, noisy, Candidates(pairs_P2[:, 0], pairs_P2[:, 1], chosen_KC, keep_Kyx, (3,) * K)
         )
-        outcome.append((loss, leaf_KCyx.grad, [p.grad for p in combined.generative.transformer.parameters()]))
+        outcome.append((taught.loss, leaf_KCyx.grad, [p.grad for p in combined.generative.transformer.parameters()]))
     (loss, logits_1Cyx, teacher), (loss_of_4, logits_4Cyx, teacher_of_4) = outcome
     torch.testing.assert_close(loss_of_4, loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(4 * logits_4Cyx, logits_1Cyx.expand(4, -1, -1, -1), rtol=1e-10, atol=1e-14)

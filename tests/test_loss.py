@@ -176,6 +176,31 @@ def test_valid_and_all_differ_by_the_share_of_kept_pixels():
     assert (all_K < valid_K).all()
 
 
+@pytest.mark.parametrize("reduction", ["valid", "all"])
+def test_trust_scales_each_pixel_and_leaves_the_divisor(reduction):
+    """A weight of 0 or 1 cuts pixels out of the sum; the same weight everywhere scales the loss."""
+    q_KCyx, candidates, velocity_Pzyx, target_Kzyx, keep_Kyx = problem(3, 9, 4)
+    pairs = {"pair_window_P": candidates.pair_window_P, "pair_class_P": candidates.pair_class_P}
+    weights_KCyx = class_weights(q_KCyx, candidates.chosen_KC, temperature=1.0)
+
+    def losses(keep_Kyx, trust_Kyx):
+        given = (weights_KCyx, velocity_Pzyx, target_Kzyx, keep_Kyx)
+        return window_losses(*given, **pairs, reduction=reduction, trust_Kyx=trust_Kyx)
+
+    plain_K = losses(keep_Kyx, None)
+    torch.testing.assert_close(losses(keep_Kyx, torch.full_like(target_Kzyx[:, 0], 0.25)), plain_K / 4)
+    trusted_Kyx = random(3, GRID, GRID, seed=9) > 0
+    cut_K = losses(keep_Kyx, trusted_Kyx.double())
+    pixels_K = keep_Kyx.sum(dim=(1, 2)).double() if reduction == "valid" else GRID * GRID
+    summed_K = (
+        GRID
+        * GRID
+        * window_losses(weights_KCyx, velocity_Pzyx, target_Kzyx, keep_Kyx & trusted_Kyx, **pairs, reduction="all")
+    )
+    torch.testing.assert_close(cut_K, summed_K / pixels_K)
+    assert (cut_K < plain_K).all()
+
+
 def test_perfect_teacher_with_one_candidate_has_no_loss():
     q_KCyx, candidates, _, target_Kzyx, _ = problem(2, 9, 1)
     assert not losses_of(q_KCyx, candidates, target_Kzyx, target_Kzyx).any()
@@ -222,7 +247,7 @@ def test_step_gradient_of_each_model_equals_finite_differences(build_combined, r
                 if name.startswith(model):
                     parameter += shift * direction[name]
         combined.step(image_3HW, task="t", key="k")
-        return seen[0]
+        return seen[0].loss
 
     combined = build_combined(*options, "tta.optimizer.lr=1", dtype=torch.float64)
     before = {name: value.detach().clone() for name, value in combined.parameters().items()}

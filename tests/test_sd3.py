@@ -185,10 +185,10 @@ def loss_and_borders(combined, image_3HW):
     teacher.autoencoder.encoder.register_forward_hook(lambda _, given, latent: seen.extend([*given, latent]))
 
     def watched(leaf_KCyx, noisy, candidates):
-        loss = backward_chunks(leaf_KCyx, noisy, candidates)
-        seen.extend([leaf_KCyx, leaf_KCyx.grad, noisy.x_t_Kzyx, noisy.target_Kzyx, noisy.sigma_K, loss])
+        taught = backward_chunks(leaf_KCyx, noisy, candidates)
+        seen.extend([leaf_KCyx, leaf_KCyx.grad, noisy.x_t_Kzyx, noisy.target_Kzyx, noisy.sigma_K, taught.loss])
         seen.extend(parameter.grad for parameter in teacher.transformer.parameters())
-        return loss
+        return taught
 
     combined._backward_chunks = watched
     prediction = combined.step(image_3HW, task="t", key="k")

@@ -1,7 +1,8 @@
 """The two models as one step: logits -> windows -> candidates -> velocities -> loss -> backward -> update.
 
-B images (1)   K windows   C classes   P (window, class) pairs   3 RGB   H W image px   h w logits, ceil(px / 4)
-z y x latent channels and grid, px / 8   s window px
+B images (1)   K windows   D noise draws   R = K * D rows (window, draw), draws innermost   C classes
+P (row, class) pairs   3 RGB   H W image px   h w logits, ceil(px / 4)   z y x latent channels and grid, px / 8
+s window px
 """
 
 import math
@@ -16,11 +17,11 @@ from segadapt.config import ModelSettings, OptimizerSettings, UpdateSettings
 from segadapt.models.discriminative.segformer import Segmenter
 from segadapt.models.generative import candidates as candidate_classes
 from segadapt.models.generative import loss as objective
-from segadapt.models.generative import windows
+from segadapt.models.generative import trust, windows
+from segadapt.models.generative.lora import lora_parameters
 from segadapt.models.generative.sd3 import NoisyLatent, Sd3, add_noise
+from segadapt.models.updates import Updates
 from segadapt.seeds import torch_generator
-
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,22 @@ class Prediction:
     is_finite: bool  # all of them
     loss: float | None = None  # None: no generative loss was asked for
     grad_norm: float | None = None  # of all moving parameters together
-    is_updated: bool = False  # False: no loss, or it was not finite
+    is_updated: bool = False  # its gradient is used, now or in a later step; False: none, not finite, or refused
+    is_refused: bool = False  # finite, but teacher and segmenter agree on more pixels than trust.max_agreement
     candidates: tuple[int, ...] = ()  # classes asked about, each window
     kept: float | None = None  # share of latent pixels that count
+    agreement: float | None = None  # mean share of draws that decide for the same class; None with one draw
+    teacher_agrees: float | None = None  # share of the asked pixels where teacher and segmenter decide alike
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What one image's backward found: scalars on the main device, to be read at once."""
+
+    loss: Tensor
+    kept: Tensor  # float64, shares as in Prediction
+    agreement: Tensor
+    teacher_agrees: Tensor
 
 
 class Combined:
@@ -67,11 +81,12 @@ class Combined:
         if generative is not None:
             assert model is not None, "a generative model needs its settings"
             assert optimizer is not None
-            self.loss, self.window, self.optimizer_settings = model.loss, model.generative, optimizer
+            self.loss, self.window, self.trust = model.loss, model.generative, model.trust
+            self.optimizer_settings = optimizer
             generative.transformer.requires_grad_(False)
             self._choose_parameters(model.update)
             self._source = {name: value.detach().to("cpu", copy=True) for name, value in self.parameters().items()}
-            self._optimizer = self._new_optimizer()
+            self._updates = self._new_updates()
 
     @property
     def trains_discriminative(self) -> bool:
@@ -90,7 +105,9 @@ class Combined:
             norms, all_of_it = self.segmenter.norm_parameters, self.segmenter.parameters
             self._groups["discriminative"] = norms() if update.update_norm_only else all_of_it()
         if update.generative:
-            self._groups["generative"] = dict(self.generative.transformer.named_parameters())
+            adapters = lora_parameters(self.generative.transformer)
+            assert bool(adapters) == (update.lora_rank > 0), "adapters come before placement, see models/build.py"
+            self._groups["generative"] = adapters or dict(self.generative.transformer.named_parameters())
         assert any(self._groups.values()), "parse.py refuses settings under which nothing moves"
         for parameter in self.parameters().values():
             parameter.requires_grad_(True)
@@ -99,27 +116,24 @@ class Combined:
         """What may move, by name with the model's prefix; all else stays bit-equal."""
         return {f"{model}.{name}": p for model, group in self._groups.items() for name, p in group.items()}
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        s = self.optimizer_settings
-        rates = {
-            "discriminative": s.lr if s.lr_discriminative is None else s.lr_discriminative,
-            "generative": s.lr if s.lr_generative is None else s.lr_generative,
-        }
-        groups = [{"params": list(g.values()), "lr": rates[name]} for name, g in self._groups.items() if g]
-        extra: dict = {"momentum": s.momentum}
-        if s.name == "adamw":
-            extra = {"betas": (s.beta1, s.beta2), "eps": s.eps}
-        return OPTIMIZERS[s.name](groups, weight_decay=s.weight_decay, fused=self.device.type == "cuda", **extra)
+    def _new_updates(self) -> Updates:
+        return Updates(self._groups, self.optimizer_settings, fused=self.device.type == "cuda")
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Back to the source state: weights and optimizer. Draws need none: their generators belong to the image."""
+        """Back to the source state: weights, optimizer, and no gradient that waits. Draws need none: their generators
+        belong to the image."""
         if self.generative is None:
             return
         for name, parameter in self.parameters().items():
             parameter.copy_(self._source[name])
             parameter.grad = None
-        self._optimizer = self._new_optimizer()
+        self._updates = self._new_updates()
+
+    def flush(self) -> None:
+        """The step of the images that still wait for one (optimizer.accumulate); for the end of a task."""
+        if self.generative is not None:
+            self._updates.flush()
 
     def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
         """Predict one image, then adapt on it: one loss, one backward into both models, one update.
@@ -134,15 +148,15 @@ class Combined:
         scored_Chw = logits_BChw[0].detach()
         if self.generative is None:
             return Prediction(scored_Chw, bool(scored_Chw.isfinite().all()))
-        loss, candidates = self.backward(image_3HW, logits_BChw, task=task, key=key)
-        return self._update(scored_Chw, loss, candidates)
+        taught, candidates = self.backward(image_3HW, logits_BChw, task=task, key=key)
+        return self._update(scored_Chw, taught, candidates)
 
     def backward(
         self, image_3HW: Tensor, logits_BChw: Tensor, *, task: str, key: str
-    ) -> tuple[Tensor, candidate_classes.Candidates]:
+    ) -> tuple[Taught, candidate_classes.Candidates]:
         """The generative loss of one image and its gradients in every parameter that moves; no update.
 
-        Returns the loss, detached, and the candidate classes of its windows.
+        Returns the loss, detached, with what else the velocities tell, and the candidate classes of the rows.
         """
         q_KCyx, noisy = self._windows(image_3HW, logits_BChw, task=task, key=key)
         candidates = candidate_classes.select(
@@ -150,93 +164,145 @@ class Combined:
             topk=self.loss.topk,
             classes_threshold=self.loss.classes_threshold,
             generators=[torch_generator(self.seed, task, key, "classes", window) for window in range(len(q_KCyx))],
+            min_classes=self.loss.min_classes,
+            likely_KC=self._likely_classes(image_3HW, logits_BChw, grid=q_KCyx.shape[-1]),
+            draws=self.window.draws,
         )
-        leaf_KCyx = q_KCyx.detach().requires_grad_(self.trains_discriminative)
-        loss = self._backward_chunks(leaf_KCyx, noisy, candidates)
+        q_RCyx = q_KCyx.repeat_interleave(self.window.draws, dim=0)
+        leaf_RCyx = q_RCyx.detach().requires_grad_(self.trains_discriminative)
+        taught = self._backward_chunks(leaf_RCyx, noisy, candidates)
         if self.trains_discriminative:
-            q_KCyx.backward(leaf_KCyx.grad)
-        return loss, candidates
+            q_RCyx.backward(leaf_RCyx.grad)
+        return taught, candidates
 
     def _autocast(self) -> torch.autocast | nullcontext:
         return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     def _windows(self, image_3HW: Tensor, logits_BChw: Tensor, *, task: str, key: str) -> tuple[Tensor, NoisyLatent]:
-        """Cut image and logits with the same boxes; encode and noise the image. One noise draw a window, all classes.
+        """Cut image and logits with the same boxes; encode and noise the image. All classes share a row's noise draw.
 
-        Returns q_KCyx (differentiable) and the noisy latents.
+        Returns q_KCyx (differentiable) and the noisy latents of all rows.
         """
         assert self.generative is not None
-        height, width = image_3HW.shape[1:]
-        w = self.window
-        boxes_K2 = windows.plan(height, width, window_px=w.window_px, stride_px=w.stride_px)
+        w, boxes_K2 = self.window, self._boxes(image_3HW)
         windows_K3ss = 2 * windows.cut(image_3HW, boxes_K2, window_px=w.window_px) - 1
-        latent_Kzyx = self.generative.encode(windows_K3ss)
-        noise_Kzyx = torch.randn(
-            latent_Kzyx.shape, generator=torch_generator(self.seed, task, key, "noise"), dtype=latent_Kzyx.dtype
+        latent_Rzyx = self.generative.encode(windows_K3ss).repeat_interleave(w.draws, dim=0)
+        noise_Rzyx = torch.randn(
+            latent_Rzyx.shape, generator=torch_generator(self.seed, task, key, "noise"), dtype=latent_Rzyx.dtype
         )
         high = w.sigma if w.sigma_high is None else w.sigma_high
-        uniform_K = torch.rand(len(boxes_K2), generator=torch_generator(self.seed, task, key, "sigma"))
-        sigma_K = (w.sigma + (high - w.sigma) * uniform_K).to(latent_Kzyx)
-        noisy = add_noise(latent_Kzyx, noise_Kzyx.to(self.device), sigma_K)
+        uniform_R = torch.rand(len(latent_Rzyx), generator=torch_generator(self.seed, task, key, "sigma"))
+        sigma_R = (w.sigma + (high - w.sigma) * uniform_R).to(latent_Rzyx)
+        noisy = add_noise(latent_Rzyx, noise_Rzyx.to(self.device), sigma_R)
         q_BChw = objective.normalise(logits_BChw) if self.loss.logit_norm else logits_BChw
-        q_KCyx = windows.logits_on_grid(
-            q_BChw[0], boxes_K2, image_px=(height, width), window_px=w.window_px, grid=latent_Kzyx.shape[-1]
+        return self._on_grid(q_BChw[0], image_3HW, grid=latent_Rzyx.shape[-1]), noisy
+
+    def _boxes(self, image_3HW: Tensor) -> Tensor:
+        return windows.plan(*image_3HW.shape[1:], window_px=self.window.window_px, stride_px=self.window.stride_px)
+
+    def _on_grid(self, logits_Chw: Tensor, image_3HW: Tensor, *, grid: int) -> Tensor:
+        """Logits of the image on the latent grid of each of its windows: [K, C, y, x], differentiable."""
+        height, width = image_3HW.shape[1:]
+        return windows.logits_on_grid(
+            logits_Chw,
+            self._boxes(image_3HW),
+            image_px=(height, width),
+            window_px=self.window.window_px,
+            grid=grid,
         )
-        return q_KCyx, noisy
+
+    def _likely_classes(self, image_3HW: Tensor, logits_BChw: Tensor, *, grid: int) -> Tensor | None:
+        """Mean over each window's pixels of the softmax of the raw logits, [K, C]; None unless the fill reads it."""
+        if self.loss.fill != "likely" or self.loss.min_classes == 1:
+            return None
+        return self._on_grid(logits_BChw[0].detach(), image_3HW, grid=grid).softmax(dim=1).mean(dim=(2, 3))
 
     def _backward_chunks(
-        self, leaf_KCyx: Tensor, noisy: NoisyLatent, candidates: candidate_classes.Candidates
-    ) -> Tensor:
-        """Backward of (1/K) sum_w loss_w into the teacher and into the leaf, at most max_pairs pairs at a time.
+        self, leaf_RCyx: Tensor, noisy: NoisyLatent, candidates: candidate_classes.Candidates
+    ) -> Taught:
+        """Backward of (1/R) sum_r loss_r into the teacher and into the leaf, at most max_pairs pairs at a time.
 
-        Equal to the joint backward: whole windows are summed, and a window of more pairs than fit is run twice, first
-        without graph for the velocities, then chunk by chunk with the gradient that the loss gave each velocity.
+        Equal to the joint backward: whole windows are summed, and a window of more pairs than fit (all its draws
+        together) is run twice, first without graph for the velocities, then chunk by chunk with the gradient that the
+        loss gave each velocity.
 
-        Returns the loss, detached.
+        Returns the loss, detached, and how far the teacher agrees with itself and with the segmenter.
         """
         assert self.generative is not None
-        total = leaf_KCyx.new_zeros(())
-        for of_windows, of_pairs in candidates.groups(self.window.max_pairs):
-            pair_window_P = candidates.pair_window_P[of_pairs]
+        total = leaf_RCyx.new_zeros(())
+        sums_4 = torch.zeros(4, dtype=torch.float64, device=leaf_RCyx.device)
+        for of_rows, of_pairs in candidates.groups(self.window.max_pairs):
+            pair_row_P = candidates.pair_window_P[of_pairs]
             pair_class_P = candidates.pair_class_P[of_pairs]
             chunks = list(
-                zip(pair_window_P.split(self.window.max_pairs), pair_class_P.split(self.window.max_pairs), strict=True)
+                zip(pair_row_P.split(self.window.max_pairs), pair_class_P.split(self.window.max_pairs), strict=True)
             )
             twice = self.trains_generative and len(chunks) > 1
             with torch.set_grad_enabled(self.trains_generative and not twice):
                 velocity_Pzyx = torch.cat([self.generative.velocity(noisy, *chunk) for chunk in chunks])
             velocity_Pzyx.requires_grad_(self.trains_generative)
-            weights_KCyx = objective.class_weights(
-                leaf_KCyx[of_windows], candidates.chosen_KC[of_windows], temperature=self.loss.temperature
+            pair_row_P, target_Rzyx = pair_row_P - of_rows.start, noisy.target_Kzyx[of_rows]
+            verdict = trust.judge(
+                trust.class_errors(
+                    velocity_Pzyx,
+                    target_Rzyx,
+                    pair_row_P=pair_row_P,
+                    pair_class_P=pair_class_P,
+                    num_classes=leaf_RCyx.shape[1],
+                ),
+                leaf_RCyx[of_rows],
+                candidates.keep_Kyx[of_rows],
+                draws=candidates.draws,
+                trust=self.trust,
             )
-            losses_K = objective.window_losses(
-                weights_KCyx,
+            weights_RCyx = objective.class_weights(
+                leaf_RCyx[of_rows], candidates.chosen_KC[of_rows], temperature=self.loss.temperature
+            )
+            losses_R = objective.window_losses(
+                weights_RCyx,
                 velocity_Pzyx,
-                noisy.target_Kzyx[of_windows],
-                candidates.keep_Kyx[of_windows],
-                pair_window_P=pair_window_P - of_windows.start,
+                target_Rzyx,
+                verdict.keep_Ryx,
+                pair_window_P=pair_row_P,
                 pair_class_P=pair_class_P,
                 reduction=self.loss.mask_reduction,
+                trust_Kyx=verdict.weight_Ryx,
             )
-            share = losses_K.sum() / len(leaf_KCyx)
+            share = losses_R.sum() / len(leaf_RCyx)
             share.backward()
             if twice:
                 assert velocity_Pzyx.grad is not None
                 for chunk, grad_Pzyx in zip(chunks, velocity_Pzyx.grad.split(self.window.max_pairs), strict=True):
                     self.generative.velocity(noisy, *chunk).backward(grad_Pzyx)
             total += share.detach()
-        return total
+            sums_4 += verdict.sums_4
+        agreement, alike, asked, counted = sums_4
+        pixels = candidates.keep_Kyx[:: candidates.draws].numel()
+        return Taught(total, counted / pixels, agreement / pixels, alike / asked.clamp(min=1))
 
-    def _update(self, scored_Chw: Tensor, loss: Tensor, candidates: candidate_classes.Candidates) -> Prediction:
-        """One optimizer step if loss and gradients are finite; one host read for all numbers of the image."""
+    def _update(self, scored_Chw: Tensor, taught: Taught, candidates: candidate_classes.Candidates) -> Prediction:
+        """Use the gradients if they and the loss are finite and trust does not refuse the image.
+
+        One host read for all numbers of the image.
+        """
         grads = [parameter.grad for parameter in self.parameters().values() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads).to(self.device)
-        kept = candidates.keep_Kyx.double().mean().float()
-        sound = scored_Chw.isfinite().all()
-        numbers = torch.stack([loss.float(), norm.float(), kept, sound.float()]).tolist()
-        loss_value, norm_value, kept_value, is_sound = numbers
-        can_step = math.isfinite(loss_value) and math.isfinite(norm_value)
-        if can_step:
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return Prediction(scored_Chw, bool(is_sound), loss_value, norm_value, can_step, candidates.counts, kept_value)
+        numbers = (taught.loss, norm, scored_Chw.isfinite().all(), taught.kept, taught.agreement, taught.teacher_agrees)
+        loss, grad_norm, is_sound, kept, agreement, agrees = torch.stack([n.float() for n in numbers]).tolist()
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        is_refused = is_finite and agrees > self.trust.max_agreement
+        if is_finite and not is_refused:
+            self._updates.take()
+        self._updates.drop()
+        return Prediction(
+            scored_Chw,
+            bool(is_sound),
+            loss,
+            grad_norm,
+            is_updated=is_finite and not is_refused,
+            is_refused=is_refused,
+            candidates=candidates.counts[:: candidates.draws],
+            kept=kept,
+            agreement=agreement if candidates.draws > 1 else None,
+            teacher_agrees=agrees,
+        )

@@ -33,16 +33,20 @@ def window_losses(
     pair_window_P: Tensor,
     pair_class_P: Tensor,
     reduction: str = "valid",
+    trust_Kyx: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of the mixture velocity in each window: [K].
 
     r = sum_k p_k v_k - target;  loss = sum over channels and kept pixels of r^2 / (z * pixels), where `valid` counts
     the kept pixels and `all` counts every pixel (zero-filled mean, as in DUSA's code). No pixel kept: 0, never NaN.
+    trust_Kyx, in [0, 1], multiplies each pixel's r^2 and leaves the divisor as it is.
     """
     assert reduction in ("valid", "all"), reduction
     pair_weights_Pyx = weights_KCyx[pair_window_P, pair_class_P]
     mixture_Kzyx = torch.zeros_like(target_Kzyx).index_add(0, pair_window_P, pair_weights_Pyx[:, None] * velocity_Pzyx)
     squared_Kyx = (mixture_Kzyx - target_Kzyx).square().mean(dim=1)
+    if trust_Kyx is not None:
+        squared_Kyx = squared_Kyx * trust_Kyx
     kept_K = torch.where(keep_Kyx, squared_Kyx, 0).sum(dim=(1, 2))
     pixels_K = keep_Kyx.sum(dim=(1, 2)) if reduction == "valid" else keep_Kyx[0].numel()
     return kept_K / torch.as_tensor(pixels_K, device=kept_K.device).clamp(min=1)

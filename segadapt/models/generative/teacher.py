@@ -1,12 +1,13 @@
 """The teacher judged on its own: a per-pixel diffusion classifier. A diagnostic, never used to adapt.
 
-K windows   C classes   P (window, class) pairs   3 RGB   s window px   z y x latent channels and grid, px / 8
+K windows (or windows x draws)   C classes   P (window, class) pairs   3 RGB   s window px
+z y x latent channels and grid, px / 8
 """
 
 import torch
 from torch import Tensor
 
-from segadapt.models.generative.sd3 import Sd3, add_noise
+from segadapt.models.generative.sd3 import NoisyLatent, Sd3, add_noise
 from segadapt.seeds import torch_generator
 
 
@@ -14,6 +15,23 @@ def true_classes(label_Kss: Tensor, grid: int) -> Tensor:
     """Labels on the latent grid: the pixel at each cell's centre; int64 [K, y, x], 255 = ignore."""
     cell = label_Kss.shape[-1] // grid
     return label_Kss[:, cell // 2 :: cell, cell // 2 :: cell]
+
+
+@torch.no_grad()
+def class_errors(teacher: Sd3, noisy: NoisyLatent, *, num_classes: int, max_pairs: int) -> Tensor:
+    """Mean over channels of (v_k - target)^2 of every class at each latent pixel: float32 [K, C, y, x].
+
+    Args:
+        max_pairs: (window, class) pairs of one forward; it does not change the result beyond rounding.
+    """
+    K, _, y, x = noisy.x_t_Kzyx.shape
+    pairs_P2 = torch.cartesian_prod(torch.arange(K), torch.arange(num_classes)).to(noisy.x_t_Kzyx.device)
+    error_Pyx = noisy.x_t_Kzyx.new_empty(len(pairs_P2), y, x)
+    for start in range(0, len(pairs_P2), max_pairs):
+        window_P, class_P = pairs_P2[start : start + max_pairs].unbind(1)
+        velocity_Pzyx = teacher.velocity(noisy, window_P, class_P)
+        error_Pyx[start : start + max_pairs] = (velocity_Pzyx - noisy.target_Kzyx[window_P]).square().mean(dim=1)
+    return error_Pyx.unflatten(0, (K, num_classes))
 
 
 @torch.no_grad()
@@ -27,15 +45,11 @@ def classify(
     """
     latent_Kzyx = teacher.encode(windows_K3ss)
     K, C = len(latent_Kzyx), len(teacher.embeddings.sequence_CLE)
-    pairs_P2 = torch.cartesian_prod(torch.arange(K), torch.arange(C)).to(teacher.device)
     sigma_K = torch.full((K,), sigma, device=teacher.device)
-    error_Pyx = torch.zeros(K * C, *latent_Kzyx.shape[2:], device=teacher.device)
+    error_KCyx = torch.zeros(K, C, *latent_Kzyx.shape[2:], device=teacher.device)
     generator = torch_generator(seed, "classify")
     for _ in range(draws):
         noise_Kzyx = torch.randn(latent_Kzyx.shape, generator=generator).to(teacher.device)
         noisy = add_noise(latent_Kzyx, noise_Kzyx, sigma_K)
-        for start in range(0, K * C, max_pairs):
-            window_P, class_P = pairs_P2[start : start + max_pairs].unbind(1)
-            velocity_Pzyx = teacher.velocity(noisy, window_P, class_P)
-            error_Pyx[start : start + max_pairs] += (velocity_Pzyx - noisy.target_Kzyx[window_P]).square().mean(dim=1)
-    return error_Pyx.unflatten(0, (K, C)).argmin(dim=1)
+        error_KCyx += class_errors(teacher, noisy, num_classes=C, max_pairs=max_pairs)
+    return error_KCyx.argmin(dim=1)

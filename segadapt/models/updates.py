@@ -1,0 +1,77 @@
+"""From the gradients of images to optimizer steps: rates, clipping, accumulation."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from segadapt.config import OptimizerSettings
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+class Updates:
+    """The optimizer and what waits for its next step; a new one is the state before the first image.
+
+    Args:
+        groups: parameters that move, by model ('discriminative', 'generative') and name.
+        settings: rule, rates, clipping, images of one step.
+        fused: one kernel for all parameters; CUDA only.
+    """
+
+    def __init__(
+        self, groups: Mapping[str, Mapping[str, nn.Parameter]], settings: OptimizerSettings, *, fused: bool
+    ) -> None:
+        s = self.settings = settings
+        rates = {
+            "discriminative": s.lr if s.lr_discriminative is None else s.lr_discriminative,
+            "generative": s.lr if s.lr_generative is None else s.lr_generative,
+        }
+        by_model = [{"params": list(g.values()), "lr": rates[name]} for name, g in groups.items() if g]
+        extra: dict = {"momentum": s.momentum}
+        if s.name == "adamw":
+            extra = {"betas": (s.beta1, s.beta2), "eps": s.eps}
+        self.optimizer = OPTIMIZERS[s.name](by_model, weight_decay=s.weight_decay, fused=fused, **extra)
+        self.waiting = 0  # images whose gradients wait for a step
+        self._sums: dict[nn.Parameter, Tensor] = {}  # empty unless images accumulate
+
+    def take(self) -> None:
+        """Use the gradients of one image, which must be finite: a step, or a part of a later one."""
+        if self.settings.accumulate == 1:
+            self._step()
+            return
+        for parameter, gradient in self._gradients():
+            if parameter in self._sums:
+                self._sums[parameter] += gradient
+            else:
+                self._sums[parameter] = gradient
+        self.waiting += 1
+        self.drop()
+        if self.waiting == self.settings.accumulate:
+            self.flush()
+
+    def drop(self) -> None:
+        """Forget the gradients of the last image; those that wait stay."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def flush(self) -> None:
+        """One step with the mean gradient of the images that wait; nothing if none does."""
+        if not self.waiting:
+            return
+        for parameter, total in self._sums.items():
+            parameter.grad = total.div_(self.waiting)
+        self._step()
+        self._sums.clear()
+        self.waiting = 0
+
+    def _gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+
+    def _step(self) -> None:
+        """One optimizer step with .grad, each model's clipped to its own norm."""
+        if self.settings.clip_norm is not None:
+            for group in self.optimizer.param_groups:
+                torch.nn.utils.clip_grad_norm_(group["params"], self.settings.clip_norm)
+        self.optimizer.step()
+        self.drop()

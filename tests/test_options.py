@@ -1,0 +1,477 @@
+"""Options of the adaptation: draws, trust, fill, clipping, accumulation, the shuffle control; and how they are told."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from conftest import CLASSES
+from hypothesis import given
+from hypothesis import strategies as st
+from test_combined import ALL_CLASSES, LEARN, changed, optimizer_state, poison_velocity, same, state, watch
+from torch.nn.functional import interpolate
+
+from segadapt.config import TrustSettings
+from segadapt.errors import UserError
+from segadapt.models.build import build_models, shuffled
+from segadapt.models.generative import trust, windows
+from segadapt.models.generative.prompts import PromptEmbeddings
+from segadapt.models.generative.sd3 import NoisyLatent
+from segadapt.protocol import protocol
+
+SGD = (ALL_CLASSES, "tta.optimizer.name=sgd", "tta.optimizer.lr=0.1")
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# -- draws -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_pairs", [1, 4, 7, 12, 1000])
+@pytest.mark.parametrize("sigma_high", ["null", "0.8"])
+def test_several_draws_give_the_mean_of_the_losses_and_gradients_of_each(
+    build_combined, random_image, max_pairs, sigma_high
+):
+    D, options = 3, (f"model.generative.max_pairs={max_pairs}", f"model.generative.sigma_high={sigma_high}")
+    options += ("model.loss.classes_threshold=4",)
+    image_3HW = random_image(width=64, dtype=torch.float64)
+    combined = build_combined(*options, f"model.generative.draws={D}", dtype=torch.float64)
+    logits_BChw = combined.segmenter.logits(image_3HW[None])
+    noisy = combined._windows(image_3HW, logits_BChw, task="t", key="k")[1]
+    assert len(noisy.sigma_K) == 3 * D
+    assert len(noisy.x_t_Kzyx.flatten(1).unique(dim=0)) == 3 * D  # every row has its own noise
+    assert len(noisy.sigma_K.unique()) == (1 if sigma_high == "null" else 3 * D)
+    seen = watch(combined)
+    prediction = combined.step(image_3HW, task="t", key="k")
+    ((loss, gradients, _),) = seen
+
+    losses, sums = [], dict.fromkeys(gradients, 0.0)
+    for draw in range(D):
+        single = build_combined(*options, dtype=torch.float64)
+        rows = NoisyLatent(*(value[draw::D] for value in vars(noisy).values()))
+        cut = single._windows
+        single._windows = lambda *args, cut=cut, rows=rows, **names: (cut(*args, **names)[0], rows)
+        seen = watch(single)
+        assert single.step(image_3HW, task="t", key="k").candidates == prediction.candidates
+        losses.append(seen[0][0])
+        sums = {name: total + (0 if (g := seen[0][1][name]) is None else g) for name, total in sums.items()}
+    torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-10, atol=1e-10)
+    assert len({round(value.item(), 9) for value in losses}) == D
+    for name, gradient in gradients.items():
+        expected = torch.zeros(()) if gradient is None else sums[name] / D
+        got = torch.zeros(()) if gradient is None else gradient
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# -- trust -------------------------------------------------------------------------------------------------------------
+
+
+@given(windows=st.integers(1, 3), draws=st.integers(1, 5), classes=st.integers(1, 5), seed=st.integers(0, 99))
+def test_agreement_and_decision_are_those_of_a_plain_loop(windows, draws, classes, seed):
+    error_RCyx = random(windows * draws, classes, 2, 3, seed=seed).square()
+    agreement_Kyx, decision_Kyx = trust.agreement(error_RCyx, draws), trust.decision(error_RCyx, draws)
+    for window, y, x in itertools.product(range(windows), range(2), range(3)):
+        rows = error_RCyx[window * draws : (window + 1) * draws, :, y, x].tolist()
+        votes = [min(range(classes), key=lambda k, row=row: row[k]) for row in rows]
+        assert agreement_Kyx[window, y, x] == max(votes.count(k) for k in votes) / draws
+        totals = [sum(row[k] for row in rows) for k in range(classes)]
+        assert decision_Kyx[window, y, x] == totals.index(min(totals))
+
+
+def test_errors_are_infinite_for_classes_that_were_not_asked():
+    velocity_Pzyx, target_Rzyx = random(3, 4, 2, 2), random(2, 4, 2, 2, seed=1)
+    rows, classes = torch.tensor([0, 0, 1]), torch.tensor([1, 4, 2])
+    error_RCyx = trust.class_errors(velocity_Pzyx, target_Rzyx, pair_row_P=rows, pair_class_P=classes, num_classes=5)
+    asked = {(0, 1): 0, (0, 4): 1, (1, 2): 2}
+    for row, index in itertools.product(range(2), range(5)):
+        got_yx, pair = error_RCyx[row, index], asked.get((row, index))
+        if pair is None:
+            assert got_yx.isinf().all()
+        else:
+            torch.testing.assert_close(got_yx, (velocity_Pzyx[pair] - target_Rzyx[row]).square().sum(dim=0) / 4)
+
+
+def verdict_of(mode, threshold=1.0, draws=3):
+    """Two windows of five classes; the draws of a window share its logits and its mask."""
+    error_RCyx = random(2 * draws, 5, 4, 4).square()
+    q_RCyx = random(2, 5, 4, 4, seed=1).repeat_interleave(draws, dim=0)
+    keep_Ryx = (random(2, 4, 4, seed=2) > -0.5).repeat_interleave(draws, dim=0)
+    settings = TrustSettings(mode=mode, threshold=threshold, max_agreement=1.0)
+    return error_RCyx, q_RCyx, keep_Ryx, trust.judge(error_RCyx, q_RCyx, keep_Ryx, draws=draws, trust=settings)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 2 / 3, 0.67, 1.0])
+def test_skip_leaves_out_exactly_the_pixels_below_the_threshold(threshold):
+    error_RCyx, _, keep_Ryx, verdict = verdict_of("skip", threshold)
+    is_steady_Ryx = (trust.agreement(error_RCyx, 3) >= threshold).repeat_interleave(3, dim=0)
+    assert torch.equal(verdict.keep_Ryx, keep_Ryx & is_steady_Ryx)
+    assert verdict.weight_Ryx is None
+    assert verdict.sums_4[3] == verdict.keep_Ryx[::3].sum()
+    assert is_steady_Ryx.any()
+    assert is_steady_Ryx.all() == (threshold < 1 / 3)
+
+
+def test_weight_is_the_agreement_and_keeps_every_pixel():
+    error_RCyx, _, keep_Ryx, verdict = verdict_of("weight")
+    assert torch.equal(verdict.keep_Ryx, keep_Ryx)
+    assert torch.equal(verdict.weight_Ryx, trust.agreement(error_RCyx, 3).repeat_interleave(3, dim=0))
+    assert len(verdict.weight_Ryx.unique()) > 1
+
+
+def test_verdict_compares_teacher_and_segmenter_on_the_pixels_that_were_asked():
+    error_RCyx, q_RCyx, keep_Ryx, verdict = verdict_of("none")
+    assert torch.equal(verdict.keep_Ryx, keep_Ryx)
+    assert verdict.weight_Ryx is None
+    is_alike_Kyx = trust.decision(error_RCyx, 3) == q_RCyx[::3].argmax(dim=1)
+    agreement, alike, asked, counted = verdict.sums_4.tolist()
+    assert (alike, asked, counted) == ((is_alike_Kyx & keep_Ryx[::3]).sum(), *[keep_Ryx[::3].sum()] * 2)
+    assert 0 < alike < is_alike_Kyx.sum()
+    assert agreement == pytest.approx(trust.agreement(error_RCyx, 3).sum().item())
+
+
+def trusted_loss(combined, image_3HW, mode, threshold):
+    """The trust of a step written out on all pairs at once: loss, share of pixels that count, mean agreement."""
+    D, q = combined.window.draws, []
+    logits_BChw = combined.segmenter.logits(image_3HW[None])
+    q_KCyx, noisy = combined._windows(image_3HW, logits_BChw, task="t", key="k")
+    losses, kept, steady = [], [], []
+    every = torch.arange(len(CLASSES))
+    for row in range(len(noisy.sigma_K)):
+        v_Czyx = combined.generative.velocity(noisy, torch.full_like(every, row), every)
+        error_zyx = (q_KCyx[row // D].softmax(dim=0)[:, None] * v_Czyx).sum(dim=0) - noisy.target_Kzyx[row]
+        q.append(((v_Czyx - noisy.target_Kzyx[row]).square().mean(dim=1).argmin(dim=0), error_zyx.square().mean(dim=0)))
+    for window in range(len(q_KCyx)):
+        mine = q[window * D : (window + 1) * D]
+        votes_Dyx = torch.stack([decided for decided, _ in mine])
+        share_yx = torch.stack([(votes_Dyx == k).sum(dim=0) for k in range(len(CLASSES))]).amax(dim=0).double() / D
+        counts_yx = share_yx >= threshold - 1e-6 if mode == "skip" else torch.ones_like(share_yx)
+        factor_yx = counts_yx * (share_yx if mode == "weight" else 1)
+        losses += [(factor_yx * squared_yx).sum() / counts_yx.sum().clamp(min=1) for _, squared_yx in mine]
+        kept.append(counts_yx.double().mean())
+        steady.append(share_yx.double().mean())
+    return tuple(torch.stack(values).mean() for values in (losses, kept, steady))
+
+
+@pytest.mark.parametrize("max_pairs", [5, 18, 1000])
+@pytest.mark.parametrize(("mode", "threshold"), [("none", 1.0), ("skip", 1.0), ("skip", 0.6), ("weight", 1.0)])
+def test_trusted_step_equals_the_method_written_out(build_combined, random_image, mode, threshold, max_pairs):
+    options = (
+        ALL_CLASSES,
+        "model.generative.draws=3",
+        f"model.trust.mode={mode}",
+        f"model.trust.threshold={threshold}",
+    )
+    options += (f"model.generative.max_pairs={max_pairs}",)
+    image_3HW = random_image(dtype=torch.float64)
+    combined, plain = (build_combined(*options, dtype=torch.float64) for _ in range(2))
+    for each in (combined, plain):
+        with torch.no_grad():  # a wide output of the teacher, so that its draws do not always agree
+            each.generative.transformer.proj_out.weight.mul_(3)
+    seen = watch(combined)
+    prediction = combined.step(image_3HW, task="t", key="k")
+    loss, kept, steady = trusted_loss(plain, image_3HW, mode, threshold)
+    loss.backward()
+    assert set(prediction.candidates) == {len(CLASSES)}
+    assert prediction.kept == pytest.approx(kept.item())
+    assert prediction.agreement == pytest.approx(steady.item())
+    assert 0.34 < steady < 1
+    assert (kept < 1) == (mode == "skip")
+    torch.testing.assert_close(seen[0][0], loss.detach(), rtol=1e-10, atol=1e-10)
+    for name, parameter in plain.parameters().items():
+        torch.testing.assert_close(seen[0][1][name], parameter.grad, rtol=1e-9, atol=1e-10)
+
+
+def decide(combined, is_right):
+    """The teacher's error is 0 for the segmenter's own top class and 1 for the others, or the other way round."""
+    chunks, velocity = combined._backward_chunks, combined.generative.velocity
+
+    def with_truth(leaf_RCyx, noisy, candidates):
+        top_Ryx = leaf_RCyx.argmax(dim=1)
+
+        def decided(noisy, pair_row_P, pair_class_P):
+            is_top_Pyx = top_Ryx[pair_row_P] == pair_class_P[:, None, None]
+            wrong_Pyx = (is_top_Pyx != is_right).float()
+            return noisy.target_Kzyx[pair_row_P] + wrong_Pyx[:, None] + 0 * velocity(noisy, pair_row_P, pair_class_P)
+
+        combined.generative.velocity = decided
+        taught = chunks(leaf_RCyx, noisy, candidates)
+        combined.generative.velocity = velocity
+        return taught
+
+    combined._backward_chunks = with_truth
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+@pytest.mark.parametrize("is_right", [True, False])
+def test_teacher_agrees_with_the_segmenter_where_it_decides_alike(build_combined, random_image, draws, is_right):
+    combined = build_combined(*LEARN, f"model.generative.draws={draws}")
+    decide(combined, is_right)
+    prediction = combined.step(random_image(), task="t", key="k")
+    assert prediction.teacher_agrees == float(is_right)
+    assert prediction.agreement == (None if draws == 1 else 1.0)
+    assert prediction.is_updated  # max_agreement=1 never refuses
+    assert not prediction.is_refused
+
+
+def test_image_on_which_the_teacher_has_nothing_to_add_makes_no_step_and_leaves_no_trace(build_combined, random_image):
+    options = (*LEARN, "model.trust.max_agreement=0.999")
+    combined, spared = build_combined(*options), build_combined(*options)
+    for each in (combined, spared):
+        assert each.step(random_image(), task="t", key="first").is_updated
+    before, chunks = state(combined), combined._backward_chunks
+    decide(combined, is_right=True)
+    refused = combined.step(random_image(seed=1), task="t", key="agreed")
+    assert (refused.is_refused, refused.is_updated) == (True, False)
+    assert refused.loss is not None
+    assert changed(before, state(combined)) == set()
+    combined._backward_chunks = chunks
+    one, other = (each.step(random_image(seed=2), task="t", key="next") for each in (combined, spared))
+    assert one.is_updated
+    assert one.loss == other.loss
+    assert changed(state(combined), state(spared)) == set()
+    assert same(optimizer_state(combined), optimizer_state(spared))
+
+
+def test_what_is_not_finite_is_skipped_and_not_refused(build_combined, random_image):
+    combined = build_combined(*LEARN, "model.trust.max_agreement=0")
+    poison_velocity(combined, float("nan"))
+    prediction = combined.step(random_image(), task="t", key="k")
+    assert (prediction.is_updated, prediction.is_refused) == (False, False)
+
+
+# -- fill --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fill", ["uniform", "likely"])
+def test_filled_window_of_one_class_teaches_the_segmenter(build_combined, random_image, fill):
+    def gradients(*options):
+        combined = build_combined("model.loss.topk=1", *options)
+        with torch.no_grad():
+            combined.segmenter.net.decode_head.classifier.bias[2] = 50
+        seen = watch(combined)
+        prediction = combined.step(random_image(), task="t", key="k")
+        return prediction, [g for name, g in seen[0][1].items() if name.startswith("discriminative") and g is not None]
+
+    alone, none = gradients()
+    assert alone.candidates == (1, 1)
+    assert not any(gradient.any() for gradient in none)
+    filled, some = gradients("model.loss.min_classes=2", f"model.loss.fill={fill}")
+    assert filled.candidates == (2, 2)
+    assert any(gradient.any() for gradient in some)
+    assert filled.kept == alone.kept == 1
+
+
+def test_likely_fill_reads_the_mean_probability_of_the_raw_logits(build_combined, random_image, monkeypatch):
+    from segadapt.models import combined as module
+
+    given, select = [], module.candidate_classes.select
+    monkeypatch.setattr(
+        module.candidate_classes, "select", lambda *args, **names: given.append(names) or select(*args, **names)
+    )
+    combined, image_3HW = build_combined("model.loss.min_classes=3", "model.loss.fill=likely"), random_image()
+    logits_BChw = combined.segmenter.logits(image_3HW[None]).detach()
+    combined.step(image_3HW, task="t", key="k")
+    logits_1CHW = interpolate(logits_BChw, size=image_3HW.shape[1:], mode="bilinear", align_corners=False)
+    for window, (top, left) in enumerate(windows.plan(32, 45, window_px=32, stride_px=16).tolist()):
+        crop_1Css = logits_1CHW[:, :, top : top + 32, left : left + 32]
+        on_grid_1Cyx = interpolate(crop_1Css, size=(4, 4), mode="bilinear", align_corners=False)
+        expected_C = on_grid_1Cyx.softmax(dim=1).mean(dim=(0, 2, 3))
+        torch.testing.assert_close(given[0]["likely_KC"][window], expected_C)
+
+
+# -- clipping and accumulation -----------------------------------------------------------------------------------------
+
+
+def moved(before, combined):
+    """Displacement of each model: one vector."""
+    after = {name: value.detach() for name, value in combined.parameters().items()}
+    return {
+        model: torch.cat([(after[n] - before[n]).flatten() for n in after if n.startswith(model)])
+        for model in ("discriminative", "generative")
+    }
+
+
+def test_gradient_of_each_model_is_clipped_to_its_own_norm(build_combined, random_image):
+    options = (ALL_CLASSES, "tta.optimizer.name=sgd", "tta.optimizer.lr=1")
+    plain = build_combined(*options)
+    source = {name: value.detach().clone() for name, value in plain.parameters().items()}
+    unclipped = plain.step(random_image(), task="t", key="k")
+    free = moved(source, plain)
+    small, large = sorted(vector.norm().item() for vector in free.values())
+    limit = (small * large) ** 0.5  # between the two models' norms: one is clipped, one is not
+    assert large > 1.1 * small
+    clipped = build_combined(*options, f"tta.optimizer.clip_norm={limit}")
+    prediction = clipped.step(random_image(), task="t", key="k")
+    assert prediction.grad_norm == unclipped.grad_norm  # recorded as it was
+    for model, vector in moved(source, clipped).items():
+        factor = min(1.0, limit / free[model].norm().item())
+        torch.testing.assert_close(vector, factor * free[model], rtol=1e-3, atol=1e-6)
+
+
+def steps(combined, names):
+    images = [1 + "abcd".index(name) for name in names]
+    return [combined.step(random_noise(seed), task="t", key=str(seed)) for seed in images]
+
+
+def random_noise(seed):
+    return torch.rand(3, 32, 45, generator=torch.Generator().manual_seed(seed))
+
+
+def single_gradients(build_combined, names):
+    """Of each image alone, at the source weights."""
+    out = []
+    for name in names:
+        combined = build_combined(*SGD)
+        seen = watch(combined)
+        steps(combined, name)
+        out.append(seen[0][1])
+    return out
+
+
+def test_accumulated_step_moves_by_the_mean_gradient(build_combined):
+    combined, source = build_combined(*SGD, "tta.optimizer.accumulate=2"), build_combined(*SGD)
+    before = state(combined)
+    first, second = single_gradients(build_combined, "ab")
+    assert steps(combined, "a")[0].is_updated
+    assert changed(before, state(combined)) == set()
+    steps(combined, "b")
+    for name, value in source.parameters().items():
+        if first[name] is not None:
+            expected = value.detach() - 0.1 * (first[name] + second[name]) / 2
+            torch.testing.assert_close(combined.parameters()[name].detach(), expected, rtol=1e-5, atol=1e-7)
+    assert changed(before, state(combined))
+    after = state(combined)
+    combined.flush()
+    assert changed(after, state(combined)) == set()  # nothing waits
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_flush_takes_the_mean_of_what_waits_and_reset_drops_it(build_combined, optimizer):
+    options = (*LEARN, f"tta.optimizer.name={optimizer}")
+    pair, many = (build_combined(*options, f"tta.optimizer.accumulate={n}") for n in (2, 5))
+    steps(many, "cd")
+    many.reset()
+    for each in (pair, many):
+        steps(each, "ab")
+        each.flush()
+        assert len(each._updates._sums) == 0
+    assert changed(state(pair), state(many)) == set()
+    assert same(optimizer_state(pair), optimizer_state(many))
+    assert changed(state(build_combined(*options)), state(many))
+
+
+@pytest.mark.parametrize("fault", ["nan", "refused"])
+def test_bad_image_adds_nothing_to_those_that_wait(build_combined, fault):
+    options = (*LEARN, "tta.optimizer.accumulate=2", "model.trust.max_agreement=0.999")
+    combined, spared = build_combined(*options), build_combined(*options)
+    steps(combined, "a")
+    velocity, chunks = combined.generative.velocity, combined._backward_chunks
+    if fault == "nan":
+        poison_velocity(combined, float("nan"))
+    else:
+        decide(combined, is_right=True)
+    assert not steps(combined, "c")[0].is_updated
+    combined.generative.velocity, combined._backward_chunks = velocity, chunks
+    steps(combined, "b")
+    steps(spared, "ab")
+    assert changed(state(combined), state(spared)) == set()
+    assert same(optimizer_state(combined), optimizer_state(spared))
+    assert optimizer_state(combined)
+
+
+def test_no_sum_of_gradients_is_kept_without_accumulation(build_combined):
+    combined = build_combined(*LEARN)
+    steps(combined, "a")
+    assert combined._updates._sums == {}
+    assert all(parameter.grad is None for parameter in combined.parameters().values())
+
+
+# -- the shuffle control -----------------------------------------------------------------------------------------------
+
+
+def embeddings_of(classes):
+    return PromptEmbeddings(
+        random(classes, 2, 3), random(classes, 4, seed=1), torch.zeros(2, 3), torch.zeros(4), source="learned"
+    )
+
+
+@given(classes=st.integers(2, 30), seed=st.integers(0, 999))
+def test_shuffled_classes_are_a_permutation_in_which_none_keeps_its_own(classes, seed):
+    plain, got = embeddings_of(classes), shuffled(embeddings_of(classes), seed=seed)
+    source = [(plain.sequence_CLE == row).all(dim=(1, 2)).nonzero().item() for row in got.sequence_CLE]
+    assert sorted(source) == list(range(classes))
+    assert all(index != own for own, index in enumerate(source))
+    assert torch.equal(got.pooled_CD, plain.pooled_CD[source])  # both parts of an embedding stay together
+    assert torch.equal(got.sequence_CLE, shuffled(plain, seed=seed).sequence_CLE)
+
+
+def test_shuffle_depends_on_the_seed_and_needs_two_classes():
+    assert len({shuffled(embeddings_of(9), seed=seed).fingerprint() for seed in range(5)}) == 5
+    with pytest.raises(UserError, match=r"model\.generative\.shuffle_classes=true: the data set has 1 class"):
+        shuffled(embeddings_of(1), seed=0)
+
+
+def test_shuffle_control_reaches_the_teacher(saved_models, compose_settings):
+    files = saved_models(CLASSES)
+    plain, control = (
+        build_models(compose_settings(*files, f"model.generative.shuffle_classes={on}"), CLASSES)
+        for on in ("false", "true")
+    )
+    assert plain.fingerprints["embeddings"] != control.fingerprints["embeddings"]
+    assert plain.fingerprints["generative"] == control.fingerprints["generative"]
+    expected = shuffled(plain.combined.generative.embeddings, seed=0)
+    assert torch.equal(control.combined.generative.embeddings.sequence_CLE, expected.sequence_CLE)
+
+
+# -- how they are told -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.trust.mode=skip"], r"model\.trust\.mode=skip, but model\.generative\.draws=1"),
+        (["model.trust.mode=weight"], r"model\.trust\.mode=weight, but model\.generative\.draws=1"),
+        (["model.loss.min_classes=21"], r"model\.loss\.min_classes=21 is above model\.loss\.classes_threshold=20"),
+        (["model.update.lora_rank=2", "model.update.generative=false"], r"model\.update\.lora_rank=2, but"),
+    ],
+)
+def test_options_that_contradict_are_refused_in_one_line(compose_settings, overrides, message):
+    with pytest.raises(UserError, match=message) as error:
+        compose_settings(*overrides)
+    assert "\n" not in str(error.value)
+    compose_settings(*overrides, "tta.forward_mode=discriminative_only")  # nothing reads them
+
+
+TOLD = {
+    "model.generative.draws=4": "sigma 0.25, 4 draws;",
+    "model.loss.min_classes=3": "at least 3 (uniform fill) and at most 20 a window",
+    "model.trust.max_agreement=0.9": "no update where teacher and segmenter agree on more than 0.9",
+    "model.update.lora_rank=8": "(adapters of rank 8, alpha 16)",
+    "tta.optimizer.clip_norm=0.5": "clipped to norm 0.5",
+    "tta.optimizer.accumulate=6": "a step every 6 images",
+    "model.generative.shuffle_classes=true": "CONTROL: class embeddings shuffled",
+}
+
+
+def test_protocol_names_every_option_that_is_on_and_no_other(compose_settings):
+    def sentence(*overrides):
+        return protocol(compose_settings(*overrides), order_sha256="0" * 64)
+
+    for override, words in TOLD.items():
+        assert words in sentence(override)
+        assert words not in sentence()
+    for mode, words in (("skip", "only pixels on which 0.75 of the draws agree"), ("weight", "pixels weighted by")):
+        options = ("model.generative.draws=2", "model.trust.threshold=0.75")
+        assert words in sentence(*options, f"model.trust.mode={mode}")
+        assert words not in sentence(*options)
+
+
+def test_default_options_change_nothing(compose_settings):
+    """The shipped values are the method as it is published here: each is the one that switches its option off."""
+    model, optimizer = compose_settings().model, compose_settings().tta.optimizer
+    assert dataclasses.astuple(model.trust)[::2] == ("none", 1.0)
+    assert (model.generative.draws, model.generative.shuffle_classes) == (1, False)
+    assert (model.loss.min_classes, model.update.lora_rank) == (1, 0)
+    assert (optimizer.clip_norm, optimizer.accumulate) == (None, 1)
