@@ -27,6 +27,8 @@ VERBS: dict[str, tuple[str, type, str, str]] = {
     "train": ("train", config.TrainConfig, "segadapt.train:run", "train a segmenter"),
     "train-generative": (
         "train_generative", config.TrainGenerativeConfig, "segadapt.train_generative:run", "train a small teacher"),
+    "diagnose": ("diagnose", config.DiagnoseConfig, "segadapt.diagnose:run",
+                 "ask whether the teacher can teach; reads labels: never choose settings by it on a test split"),
     "check": ("check", config.CheckConfig, "segadapt.check:run", "read data and models before a run"),
     "demo": ("demo", config.AdaptConfig, "segadapt.demo:demo", "source against adapted on the bundled world"),
 }  # fmt: skip

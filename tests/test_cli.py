@@ -55,8 +55,19 @@ def segadapt(monkeypatch, tmp_path, capsys):
         ("adapt data.data_root=no-such-folder", "no-such-folder/ADE20K_val-c"),
         ("evaluate data=toytown data.corruptions=[fogg]", "corruption 'fogg' is not known. Did you mean fog?"),
         ("evaluate data=toytown model.discriminative.checkpoint=segadapt:toytown/segfomer", "is not a bundled model"),
+        (
+            "diagnose data=toytown_c model/generative=toytown diagnose.sigmas=[2]",
+            "diagnose.sigmas=[2.0]: expected one or more noise levels",
+        ),
         ("train data=toytown_c", "data.corruptions=['gaussian_noise',"),
-        ("train-generative model/generative=toytown", "model.generative.config={}: train-generative makes"),
+        (
+            "train-generative model/generative=toytown",
+            "train.autoencoder_iters=2000 beside model.generative.checkpoint=segadapt:toytown/sd3",
+        ),
+        (
+            "train-generative train.broad.probability=2",
+            "train.broad.probability=2.0: expected at least 0",
+        ),
         ("adapt --config-dir no-such-folder", "no-such-folder' not found"),
         ("adapt --multirun data=toytown_c data.severity=6,7", "data.severity=6: expected"),
     ],
