@@ -85,6 +85,8 @@ run_jobs() {
     job adapt broad s$seed "$test" "$chosen_broad" "$(models segmenter/s0 teacher-broad/s0)"
     job adapt broad-second s$seed "$test" "$chosen_broad" "$(models segmenter/s1 teacher-broad/s1)"
     job adapt narrow s$seed "$test" "$chosen_narrow" "$(models segmenter/s0 teacher-narrow/s0)"
+    job adapt untrusting s$seed "$test" "$chosen_broad" model.loss.temperature=1.0 model.trust.max_agreement=1.0 \
+      "$(models segmenter/s0 teacher-broad/s0)"
     job adapt shuffled s$seed "$test" "$chosen_broad" model.generative.shuffle_classes=true \
       "$(models segmenter/s0 teacher-broad/s0)"
   done
@@ -108,6 +110,7 @@ tables() {
   python3 "$here"/results.py --source "source=$of-source/s*" --source "source, second training seed=$of-source-second/s*" \
     --row "adapted, broad teacher=$of-broad/s*" --row "adapted, broad, second training seed=$of-broad-second/s*" \
     --row "adapted, broad, both training seeds=$of-broad*/s*" --row "adapted, narrow teacher=$of-narrow/s*" \
+    --row "adapted, broad, temperature 1, no trust=$of-untrusting/s*" \
     --row "adapted, broad, classes shuffled=$of-shuffled/s*" \
     --control "source, segmenter trained as the broad teacher=$of-source-wide/s*" \
     --diagnosis "broad teacher=$of-diagnose/broad/diagnosis.json" \

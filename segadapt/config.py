@@ -225,7 +225,7 @@ class TrainSettings:
     scale_low: float = setting("random resize: smallest factor", low=0.01)
     scale_high: float = setting("random resize: largest factor", low=0.01)
     photometric: bool = setting("random brightness, contrast, saturation and hue")
-    balanced: bool = setting("every class is the centre of as many crops; false: crops of any place")
+    balanced: bool = setting("every class is shown by as many crops; false: crops of any place")
     broad: BroadSettings = setting("wide generic changes; in the segmenter's training only as a control")
     validate_every: int = setting("steps between validations; the last step always validates", low=1)
     validation_split: str = setting("split of the validation images")
@@ -254,7 +254,7 @@ class TrainGenerativeSettings:
                                       choices=("uniform", "logit_normal"))  # fmt: skip
     null_share: float = setting("share of windows that also train the null prompt", low=0, high=1)
     tokens: int = setting("length of a learned class embedding", low=1)
-    balanced: bool = setting("every class is the centre of as many crops; false: crops of any place")
+    balanced: bool = setting("every class is shown by as many crops; false: crops of any place")
     broad: BroadSettings = setting("wide generic changes, so that the teacher has seen more than the segmenter")
     align: AlignSettings = setting("representation alignment")
     lora_rank: int = setting("train low-rank adapters on a frozen checkpoint, saved merged; 0: all weights", low=0)

@@ -124,10 +124,10 @@ def protocol(settings: DiagnoseConfig, *, order_sha256: str) -> str:
     """One sentence that says what was measured."""
     model, data = settings.model, settings.data
     g, levels = model.generative, ", ".join(f"{sigma:g}" for sigma in settings.diagnose.sigmas)
-    limit = "all images" if data.limit is None else f"{data.limit} images"
+    limit = "all images" if data.limit is None else f"at most {data.limit} images"
     return "; ".join([
         f"method diagnose; segmenter {model.discriminative.checkpoint}; teacher {g.checkpoint}",
-        f"windows {g.window_px} px, stride {g.stride_px} px; sigma {levels}; {settings.diagnose.draws} draws",
+        f"windows {g.window_px} px, stride {g.stride_px} px; sigma {levels}; draws {settings.diagnose.draws}",
         f"LogitNorm {'on' if model.loss.logit_norm else 'off'}, temperature {model.loss.temperature:g}",
         f"classes top-{model.loss.topk}, at most {model.loss.classes_threshold} a window",
         *(["class embeddings shuffled"] if g.shuffle_classes else []),

@@ -100,8 +100,8 @@ def _named(pairs: Sequence[Row], total: int) -> str:
 def table_of(rows: Sequence[Row]) -> Table:
     """A line a task: the segmenter, and the teacher at the level where it is most often right among the candidates."""
     table = Table(
-        title="on the latent grid, %; teacher among the candidates, or of all classes\n"
-        "cos: of the gradients at the logits; entr: of the class weights, 100 is uniform",
+        title="latent grid, %; teach: among the candidates, all: all classes\n"
+        "cos: of the gradients; entr: of the class weights, 100: uniform",
         box=box.SIMPLE_HEAD,
         padding=0,
     )

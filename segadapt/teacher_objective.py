@@ -29,8 +29,9 @@ from segadapt.train import cross_entropy
 class ClassTokens(nn.Module):
     """Learned in the place of a text encoder: `tokens` vectors and a pooled one a class; the last row is null."""
 
-    def __init__(self, sequence: Tensor, pooled: Tensor):
+    def __init__(self, sequence: Tensor, pooled: Tensor, *, source: str = "learned"):
         super().__init__()
+        self.source = source
         self.sequence, self.pooled = nn.Parameter(sequence), nn.Parameter(pooled)
 
     @classmethod
@@ -43,12 +44,12 @@ class ClassTokens(nn.Module):
         """Those of a checkpoint or of its text encoders, kept as they are."""
         sequence = torch.cat([embeddings.sequence_CLE, embeddings.null_sequence_LE[None]])
         pooled = torch.cat([embeddings.pooled_CD, embeddings.null_pooled_D[None]])
-        return cls(sequence.float(), pooled.float()).requires_grad_(False)
+        return cls(sequence.float(), pooled.float(), source=embeddings.source).requires_grad_(False)
 
-    def frozen(self, source: str = "learned") -> PromptEmbeddings:
+    def frozen(self) -> PromptEmbeddings:
         """As a file holds them: float32 on the CPU."""
         sequence, pooled = self.sequence.detach().float().cpu(), self.pooled.detach().float().cpu()
-        return PromptEmbeddings(sequence[:-1], pooled[:-1], sequence[-1], pooled[-1], source=source)
+        return PromptEmbeddings(sequence[:-1], pooled[:-1], sequence[-1], pooled[-1], source=self.source)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from segadapt import metrics
 from segadapt.config import TrainGenerativeConfig, TrainGenerativeSettings
 from segadapt.datasets import Dataset
 from segadapt.errors import UserError, did_you_mean
-from segadapt.models.build import build_embeddings, resolve, set_up
+from segadapt.models.build import build_embeddings, check_shapes, resolve, set_up
 from segadapt.models.generative.lora import add_lora, lora_parameters, merge_lora
 from segadapt.models.generative.prompts import save_embeddings
 from segadapt.models.generative.sd3 import Sd3, load_autoencoder, load_transformer, save_generative
@@ -84,6 +84,10 @@ def check_model(settings: TrainGenerativeConfig) -> None:
         raise UserError(f"model.generative.autoencoder=null, train.autoencoder_iters={t.autoencoder_iters} and "
                         f"autoencoder_config={g.autoencoder_config}: there is no trained autoencoder. Give one, "
                         "model.generative.autoencoder=FOLDER, or an architecture and 1 step or more.")  # fmt: skip
+    wants, makes = g.config.get("in_channels", 16), g.autoencoder_config.get("latent_channels", 4)
+    if g.autoencoder is None and wants != makes:
+        raise UserError(f"model.generative.config.in_channels={wants}, but autoencoder_config.latent_channels={makes}: "
+                        "expected the same number. Set one to the other.")  # fmt: skip
 
 
 def _check_checkpoint(settings: TrainGenerativeConfig) -> None:
@@ -120,6 +124,8 @@ def run(settings: TrainGenerativeConfig) -> dict[str, Any]:
         other = None if g.autoencoder is None else str(Path(g.autoencoder).expanduser())
         given = as_stored(load_autoencoder(checkpoint, revision=g.revision, folder=other), getattr(torch, t.save_dtype))
     transformer, tokens = build_teacher(settings, checkpoint, dataset.classes, main)
+    if given is not None:
+        check_shapes(transformer, given, tokens.frozen(), window_px=g.window_px)
     align = Alignment(transformer, t.align, seed=settings.experiment.seed).to(main) if t.align.weight else None
     folder = open_folder(settings, resume=CHECKPOINT if t.resume else None)
     began = time.perf_counter()
@@ -134,7 +140,7 @@ def run(settings: TrainGenerativeConfig) -> dict[str, Any]:
         save_generative(folder.path / "model", stored(plain(transformer, settings), dtype), stored(vae, dtype))
         save_embeddings(
             folder.path / "model" / "embeddings.safetensors",
-            tokens.frozen("learned" if g.config else teacher.embeddings.source),
+            tokens.frozen(),
             classes=dataset.classes,
             dataset_name=settings.data.name,
             model=settings.experiment.name,

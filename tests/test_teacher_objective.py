@@ -147,7 +147,7 @@ def test_tokens_of_embeddings_are_frozen_and_give_them_back(build_teacher):
     embeddings = build_teacher().embeddings
     tokens = ClassTokens.of(embeddings)
     assert not any(p.requires_grad for p in tokens.parameters())
-    back = tokens.frozen(embeddings.source)
+    back = tokens.frozen()
     assert back.fingerprint() == embeddings.fingerprint()
     learned = ClassTokens.random(3, tokens=2, width=5, pooled_width=4)
     assert all(p.requires_grad for p in learned.parameters())

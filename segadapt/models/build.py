@@ -185,7 +185,7 @@ def build_generative(
     folder = None if settings.autoencoder is None else str(Path(settings.autoencoder).expanduser())
     autoencoder = load_autoencoder(checkpoint, revision=settings.revision, folder=folder)
     transformer = load_transformer(checkpoint, revision=settings.revision).requires_grad_(update.generative)
-    _check_shapes(transformer, autoencoder, embeddings, window_px=settings.window_px)
+    check_shapes(transformer, autoencoder, embeddings, window_px=settings.window_px)
     if update.lora_rank:
         add_lora(transformer, rank=update.lora_rank, alpha=update.lora_alpha, seed=seed)
     if settings.gradient_checkpointing:
@@ -206,7 +206,7 @@ def build_generative(
     return Sd3(transformer, autoencoder, embeddings, device=main, precision=precision), placement
 
 
-def _check_shapes(transformer: Any, autoencoder: Any, embeddings: PromptEmbeddings, *, window_px: int) -> None:
+def check_shapes(transformer: Any, autoencoder: Any, embeddings: PromptEmbeddings, *, window_px: int) -> None:
     """UserError: parts of different checkpoints, or windows larger than the transformer has positions for."""
     wants, vae = transformer.config, autoencoder.config
     pairs = {
