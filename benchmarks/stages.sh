@@ -124,6 +124,7 @@ if has search; then search_jobs | sweep; fi
 if has run; then
   chosen_broad=$(chosen broad)
   chosen_narrow=$(chosen narrow)
+  : "${chosen_broad:?the best run is none of this grid}" "${chosen_narrow:?the best run is none of this grid}"
   printf '%s\n' "chosen, broad teacher: $chosen_broad" "chosen, narrow teacher: $chosen_narrow" | tee "$out/$world-chosen.txt"
   run_jobs | sweep
 fi

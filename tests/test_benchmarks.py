@@ -22,7 +22,7 @@ TASKS = ("fog/5", "contrast/5")
 BASH_STUB = """#!/bin/bash
 case $1 in
   *sweep.py) cat >>"$JOBS" ;;
-  *search.py) for folder in "${@:2}"; do [[ $folder == --best ]] || basename "$folder"; done | head -1 ;;
+  *search.py) for folder in "${@:2}"; do [[ $folder == --best ]] || echo "$folder"; done | head -1 ;;
   *) echo "$@" >>"$TABLES" ;;
 esac
 """
@@ -292,18 +292,38 @@ def test_diagnosis_is_shown_at_the_noise_level_of_the_run(script, tmp_path):
 
 def test_best_of_a_search_is_the_adapted_run_of_highest_mean(script, tmp_path):
     search, rng = script("search"), np.random.default_rng(9)
-    folders = [write_run(tmp_path / f"lr{lr}", {"fog/5": confusions(rng, 30, right=right)}, lr=lr)
+    runs = [write_run(tmp_path / f"lr{lr}", {"fog/5": confusions(rng, 30, right=right)}, lr=lr)
                for lr, right in ((1e-5, 0.5), (3e-5, 0.7), (1e-4, 0.2))]  # fmt: skip
     confusion = {"fog/5": confusions(rng, 30, right=0.95)}
-    folders.append(write_run(tmp_path / "source", confusion, method="source"))
+    runs.append(write_run(tmp_path / "source", confusion, method="source"))
+    folders = list(map(str, runs))
     ranked = search.ranked(folders)
-    assert search.best(ranked) == "lr3e-05"
+    assert search.best(ranked) == folders[1]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in search.table(ranked).splitlines()]
     assert cells[0] == ["tta.optimizer.lr", "fog", "mean"]
     assert [line[0] for line in cells[2:]] == ["source", "3e-05", "1e-05", "0.0001"]
-    folders.append(write_run(tmp_path / "other", confusion, data="other"))
+    folders.append(str(write_run(tmp_path / "other", confusion, data="other")))
     with pytest.raises(UserError, match="are not of the same images"):
         search.ranked(folders)
+
+
+def test_joined_runs_are_one_candidate_whose_mean_is_over_all_their_tasks(script, tmp_path):
+    search, rng = script("search"), np.random.default_rng(3)
+
+    def run(lr: float, fog: float, snow: float) -> str:
+        severe = write_run(tmp_path / f"{lr}-5", {"fog/5": confusions(rng, 30, right=fog)}, lr=lr)
+        mild = write_run(tmp_path / f"{lr}-1", {"snow/1": confusions(rng, 30, right=snow)}, lr=lr)
+        return f"{severe},{mild}"
+
+    harmful, careful = run(1e-4, 0.6, 0.3), run(1e-5, 0.5, 0.9)
+    first, second = search.ranked([harmful, careful])
+    assert (first.folder, second.folder) == (careful, harmful)
+    for one in (first, second):
+        scores = [json.loads(Path(f, "results.json").read_text())["mean"]["miou"] for f in one.folder.split(",")]
+        assert one.results["mean"]["miou"] == pytest.approx(sum(scores) / 2, abs=1e-12)
+        assert [task["task"] for task in one.results["tasks"]] == ["fog/5", "snow/1"]
+    with pytest.raises(UserError, match="are not of the same images"):
+        search.ranked([harmful, careful.split(",")[0]])
 
 
 # Sweep
@@ -420,12 +440,13 @@ def test_nothing_is_run_on_the_test_split_where_the_choice_fails(tmp_path):
 
 def test_settings_are_chosen_on_validation_under_the_extra_corruptions(jobs_of):
     searched = {name: job for name, job in jobs_of.items() if name.startswith("search")}
-    assert len(searched) == 1 + 2 * 4  # source; each teacher: 2 rates, 1 rate, 2 bundles
+    assert len(searched) == 2 * (1 + 2 * 4)  # 2 severities; source; each teacher: 2 rates, 1 rate, 2 bundles
+    assert sorted(job.data.severity for job in searched.values()) == [1] * 9 + [5] * 9
     extra = ["speckle_noise", "gaussian_blur", "spatter", "saturate"]
     for job in searched.values():
         assert (job.data.split, job.data.corruptions) == ("validation", extra)
     temperatures = [job.model.loss.temperature for name, job in searched.items() if "broad" in name]
-    assert sorted(temperatures) == [1, 1, 2, 2]
+    assert sorted(temperatures) == [1] * 4 + [2] * 4
     for name, job in jobs_of.items():
         if name.startswith(("segmenter", "teacher")):
             assert (job.data.split, job.data.corruptions, job.train.validation_split) == ("training", [], "validation")
