@@ -99,7 +99,7 @@ def join(parts: tuple, transformer: SD3Transformer2DModel, settings: config.Adap
 
 def loss_of(combined: Combined, image_3HW: torch.Tensor) -> float:
     """Backward of one image: the loss; the gradients stay in the parameters."""
-    with combined._autocast():
+    with combined.autocast():
         logits_BChw = combined.segmenter.logits(image_3HW[None])
     taught, candidates = combined.backward(image_3HW, logits_BChw, task="full_size", key="0")
     assert candidates.counts == (20, 20), candidates.counts

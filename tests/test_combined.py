@@ -232,7 +232,7 @@ def test_every_moving_parameter_has_a_gradient_under_autocast_after_a_forward_wi
     The last block of SD3 drops what its text queries read, so these alone have none, by design.
     """
     combined = build_combined(*LEARN, "runtime.precision=bf16", f"model.generative.max_pairs={max_pairs}")
-    with torch.no_grad(), combined._autocast():
+    with torch.no_grad(), combined.autocast():
         combined.segmenter.logits(random_image()[None])
         latent_Kzyx = combined.generative.encode(torch.zeros(1, 3, 32, 32))
         pair = torch.zeros(1, dtype=torch.long)

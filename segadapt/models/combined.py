@@ -76,7 +76,7 @@ class Combined:
         self.segmenter, self.generative = segmenter, generative
         self.seed, self.precision = seed, precision
         self.device = next(segmenter.net.parameters()).device
-        self._groups: dict[str, dict[str, nn.Parameter]] = {"discriminative": {}, "generative": {}}
+        self.groups: dict[str, dict[str, nn.Parameter]] = {"discriminative": {}, "generative": {}}
         segmenter.net.requires_grad_(False)
         if generative is not None:
             assert model is not None, "a generative model needs its settings"
@@ -91,33 +91,33 @@ class Combined:
     @property
     def trains_discriminative(self) -> bool:
         """Whether any parameter of the segmenter moves."""
-        return bool(self._groups["discriminative"])
+        return bool(self.groups["discriminative"])
 
     @property
     def trains_generative(self) -> bool:
         """Whether any parameter of the teacher moves."""
-        return bool(self._groups["generative"])
+        return bool(self.groups["generative"])
 
     def _choose_parameters(self, update: UpdateSettings) -> None:
         """Name what moves; all else is frozen. Norms are chosen by module type, and of the segmenter alone."""
         assert self.generative is not None
         if update.discriminative:
             norms, all_of_it = self.segmenter.norm_parameters, self.segmenter.parameters
-            self._groups["discriminative"] = norms() if update.update_norm_only else all_of_it()
+            self.groups["discriminative"] = norms() if update.update_norm_only else all_of_it()
         if update.generative:
             adapters = lora_parameters(self.generative.transformer)
             assert bool(adapters) == (update.lora_rank > 0), "adapters come before placement, see models/build.py"
-            self._groups["generative"] = adapters or dict(self.generative.transformer.named_parameters())
-        assert any(self._groups.values()), "parse.py refuses settings under which nothing moves"
+            self.groups["generative"] = adapters or dict(self.generative.transformer.named_parameters())
+        assert any(self.groups.values()), "parse.py refuses settings under which nothing moves"
         for parameter in self.parameters().values():
             parameter.requires_grad_(True)
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """What may move, by name with the model's prefix; all else stays bit-equal."""
-        return {f"{model}.{name}": p for model, group in self._groups.items() for name, p in group.items()}
+        return {f"{model}.{name}": p for model, group in self.groups.items() for name, p in group.items()}
 
     def _new_updates(self) -> Updates:
-        return Updates(self._groups, self.optimizer_settings, fused=self.device.type == "cuda")
+        return Updates(self.groups, self.optimizer_settings, fused=self.device.type == "cuda")
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -143,7 +143,7 @@ class Combined:
             task, key: name the image; noise, sigma and class draws come from (seed, task, key).
         """
         image_3HW = image_3HW.to(self.device, non_blocking=True)
-        with torch.set_grad_enabled(self.trains_discriminative), self._autocast():
+        with torch.set_grad_enabled(self.trains_discriminative), self.autocast():
             logits_BChw = self.segmenter.logits(image_3HW[None])
         scored_Chw = logits_BChw[0].detach()
         if self.generative is None:
@@ -158,7 +158,7 @@ class Combined:
 
         Returns the loss, detached, with what else the velocities tell, and the candidate classes of the rows.
         """
-        q_KCyx, noisy = self._windows(image_3HW, logits_BChw, task=task, key=key)
+        q_KCyx, noisy = self.cut_and_noise(image_3HW, logits_BChw, task=task, key=key)
         candidates = candidate_classes.select(
             q_KCyx.detach(),
             topk=self.loss.topk,
@@ -175,16 +175,18 @@ class Combined:
             q_RCyx.backward(leaf_RCyx.grad)
         return taught, candidates
 
-    def _autocast(self) -> torch.autocast | nullcontext:
+    def autocast(self) -> torch.autocast | nullcontext:
         return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
-    def _windows(self, image_3HW: Tensor, logits_BChw: Tensor, *, task: str, key: str) -> tuple[Tensor, NoisyLatent]:
+    def cut_and_noise(
+        self, image_3HW: Tensor, logits_BChw: Tensor, *, task: str, key: str
+    ) -> tuple[Tensor, NoisyLatent]:
         """Cut image and logits with the same boxes; encode and noise the image. All classes share a row's noise draw.
 
         Returns q_KCyx (differentiable) and the noisy latents of all rows.
         """
         assert self.generative is not None
-        w, boxes_K2 = self.window, self._boxes(image_3HW)
+        w, boxes_K2 = self.window, self.boxes(image_3HW)
         windows_K3ss = 2 * windows.cut(image_3HW, boxes_K2, window_px=w.window_px) - 1
         latent_Rzyx = self.generative.encode(windows_K3ss).repeat_interleave(w.draws, dim=0)
         noise_Rzyx = torch.randn(
@@ -195,17 +197,17 @@ class Combined:
         sigma_R = (w.sigma + (high - w.sigma) * uniform_R).to(latent_Rzyx)
         noisy = add_noise(latent_Rzyx, noise_Rzyx.to(self.device), sigma_R)
         q_BChw = objective.normalise(logits_BChw) if self.loss.logit_norm else logits_BChw
-        return self._on_grid(q_BChw[0], image_3HW, grid=latent_Rzyx.shape[-1]), noisy
+        return self.on_grid(q_BChw[0], image_3HW, grid=latent_Rzyx.shape[-1]), noisy
 
-    def _boxes(self, image_3HW: Tensor) -> Tensor:
+    def boxes(self, image_3HW: Tensor) -> Tensor:
         return windows.plan(*image_3HW.shape[1:], window_px=self.window.window_px, stride_px=self.window.stride_px)
 
-    def _on_grid(self, logits_Chw: Tensor, image_3HW: Tensor, *, grid: int) -> Tensor:
+    def on_grid(self, logits_Chw: Tensor, image_3HW: Tensor, *, grid: int) -> Tensor:
         """Logits of the image on the latent grid of each of its windows: [K, C, y, x], differentiable."""
         height, width = image_3HW.shape[1:]
         return windows.logits_on_grid(
             logits_Chw,
-            self._boxes(image_3HW),
+            self.boxes(image_3HW),
             image_px=(height, width),
             window_px=self.window.window_px,
             grid=grid,
@@ -215,7 +217,7 @@ class Combined:
         """Mean over each window's pixels of the softmax of the raw logits, [K, C]; None unless the fill reads it."""
         if self.loss.fill != "likely" or self.loss.min_classes == 1:
             return None
-        return self._on_grid(logits_BChw[0].detach(), image_3HW, grid=grid).softmax(dim=1).mean(dim=(2, 3))
+        return self.on_grid(logits_BChw[0].detach(), image_3HW, grid=grid).softmax(dim=1).mean(dim=(2, 3))
 
     def _backward_chunks(
         self, leaf_RCyx: Tensor, noisy: NoisyLatent, candidates: candidate_classes.Candidates

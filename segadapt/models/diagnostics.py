@@ -115,17 +115,17 @@ def examine(
     """
     assert combined.generative is not None
     image_3HW, label_HW = image_3HW.to(combined.device), label_HW.to(combined.device).long()
-    with torch.no_grad(), combined._autocast():
+    with torch.no_grad(), combined.autocast():
         logits_BChw = combined.segmenter.logits(image_3HW[None])
-    w, boxes_K2 = combined.window, combined._boxes(image_3HW)
+    w, boxes_K2 = combined.window, combined.boxes(image_3HW)
     latent_Kzyx = combined.generative.encode(2 * windows.cut(image_3HW, boxes_K2, window_px=w.window_px) - 1)
     grid = latent_Kzyx.shape[-1]
     truth_Kyx = _truth(label_HW, boxes_K2, image_px=image_3HW.shape[1:], window_px=w.window_px, grid=grid)
 
     raw_BChw = nn.Parameter(logits_BChw.detach().clone())
     step_logits_BChw = objective.normalise(logits_BChw) if combined.loss.logit_norm else logits_BChw
-    segmenter_KCyx = combined._on_grid(logits_BChw[0], image_3HW, grid=grid)
-    q_KCyx = combined._on_grid(step_logits_BChw[0], image_3HW, grid=grid)
+    segmenter_KCyx = combined.on_grid(logits_BChw[0], image_3HW, grid=grid)
+    q_KCyx = combined.on_grid(step_logits_BChw[0], image_3HW, grid=grid)
     right = cross_entropy_gradient(raw_BChw, label_HW)
     tallies = []
     for sigma in sigmas:
@@ -136,7 +136,7 @@ def examine(
         chosen_KC = candidates.chosen_KC[:: candidates.draws]
         weights_KCyx = objective.class_weights(q_KCyx, chosen_KC, temperature=combined.loss.temperature)
         if sigma is None:
-            noisy = view._windows(image_3HW, raw_BChw.detach(), task=task, key=key)[1]
+            noisy = view.cut_and_noise(image_3HW, raw_BChw.detach(), task=task, key=key)[1]
         else:
             noisy = _noised(latent_Kzyx, sigma, draws, torch_generator(combined.seed, task, key, "diagnose"))
         errors_RCyx = class_errors(combined.generative, noisy, num_classes=q_KCyx.shape[1], max_pairs=w.max_pairs)
@@ -160,7 +160,7 @@ def _onlooker(combined: Combined, logits_BChw: nn.Parameter, latent_Kzyx: Tensor
     It shares the objective and every draw with the run, and encodes nothing anew.
     """
     view, teacher = copy.copy(combined), copy.copy(combined.generative)
-    view._groups = {"discriminative": {"logits": logits_BChw}, "generative": {}}
+    view.groups = {"discriminative": {"logits": logits_BChw}, "generative": {}}
     teacher.encode = lambda windows_K3ss: latent_Kzyx  # type: ignore[union-attr, method-assign]
     view.generative = teacher
     if sigma is not None:
