@@ -1,6 +1,6 @@
 """What each switch of `segadapt train-generative` does to a ToyTown teacher: one run a lever, one table.
 
-python benchmarks/levers.py OUT --dinov2 FILE [--jobs-per-gpu 4] [--only base,align] [--iters 5000] [--workers 3]
+python benchmarks/levers.py OUT --dinov2 FILE_OR_FOLDER [--only base,narrow] [--iters 5000] [--jobs-per-gpu 4]
 
 Every run differs from `base` in the overrides shown. All use the bundled autoencoder, so that latents agree. The
 teachers are judged by `segadapt diagnose` on validation, clean and under the four extra corruptions (severity 5):
@@ -35,7 +35,7 @@ LEVERS = {
     "aligned to DINOv2": "train.align.weight=0.5 train.align.checkpoint={dinov2}",
 }
 LORA = "LoRA on the narrow teacher"
-EXTRA = "data.split=validation data.corruptions=[speckle_noise,gaussian_blur,spatter,saturate] data.limit=20"
+EXTRA = "data.split=validation data.corruptions=[speckle_noise,gaussian_blur,spatter,saturate] data.limit=12"
 
 
 def slug(name: str) -> str:
@@ -87,7 +87,7 @@ def table(out: Path, names: list[str]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--dinov2", default="")
+    parser.add_argument("--dinov2", required=True, help="DINOv2: a folder that from_pretrained reads, or a file")
     parser.add_argument("--only", type=lambda text: text.split(","), default=None)
     parser.add_argument("--iters", type=int, default=5000)
     parser.add_argument("--jobs-per-gpu", type=int, default=4)

@@ -207,9 +207,9 @@ def build(sources: list[str], rows: list[tuple[str, bool]]) -> tuple[tuple[str, 
 
 
 def named_glob(text: str) -> tuple[str, str]:
-    """'NAME=GLOB', or 'GLOB' for source."""
-    name, _, pattern = text.rpartition("=")
-    return name or "source", pattern
+    """'NAME=GLOB'; 'GLOB' is named source."""
+    name, equals, pattern = text.partition("=")
+    return (name, pattern) if equals else ("source", text)
 
 
 # --- tables ---

@@ -110,9 +110,9 @@ tables() {
   python3 "$here"/results.py --source "source=$of-source/s*" --source "source, second training seed=$of-source-second/s*" \
     --row "adapted, broad teacher=$of-broad/s*" --row "adapted, broad, second training seed=$of-broad-second/s*" \
     --row "adapted, broad, both training seeds=$of-broad*/s*" --row "adapted, narrow teacher=$of-narrow/s*" \
-    --row "adapted, broad, temperature 1, no trust=$of-untrusting/s*" \
+    --row "adapted, broad, temperature 1, no trust, same rate=$of-untrusting/s*" \
     --row "adapted, broad, classes shuffled=$of-shuffled/s*" \
-    --control "source, segmenter trained as the broad teacher=$of-source-wide/s*" \
+    --control "source, segmenter trained with the broad operations=$of-source-wide/s*" \
     --diagnosis "broad teacher=$of-diagnose/broad/diagnosis.json" \
     --diagnosis "narrow teacher=$of-diagnose/narrow/diagnosis.json" --json "$of-results.json"
 }

@@ -50,7 +50,7 @@ def haze(pixels_HW3: np.ndarray, rng: np.random.Generator, s: BroadSettings) -> 
 
 
 def sharpness(pixels_HW3: np.ndarray, rng: np.random.Generator, s: BroadSettings) -> np.ndarray:
-    """An oriented Gaussian blur, or as often an unsharp mask. The blur is neither a disk nor a line of motion."""
+    """An oriented Gaussian blur, at its narrowest almost a line, or as often an unsharp mask."""
     if rng.random() < 0.5:
         soft_HW3 = cv2.GaussianBlur(pixels_HW3, (0, 0), rng.uniform(0.5, 2), borderType=cv2.BORDER_REFLECT_101)
         return pixels_HW3 + np.float32(rng.uniform(0, s.sharpen)) * (pixels_HW3 - soft_HW3)

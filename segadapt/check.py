@@ -159,7 +159,7 @@ def check_models(settings: CheckConfig, dataset: Dataset, entry: stream.Entry, c
     combined, start = models.combined, time.perf_counter()
     image_3HW = resize_short_side(dataset.load(entry.task, entry.key).image_HW3, settings.data.short_side_px)
     step = combined.step(image_3HW, task=entry.task.name, key=entry.key)
-    is_finite = bool(step.logits_Chw.isfinite().all()) and (step.loss is None or step.is_updated or step.is_refused)
+    is_finite = bool(step.logits_Chw.isfinite().all()) and step.is_step_finite
     combined.reset()
     numbers = "" if step.loss is None else f"loss {step.loss:.6g}, gradient norm {step.grad_norm:.6g}, "
     console.print(f"one step on {entry.task.name} {entry.key}: {numbers}{time.perf_counter() - start:.2f} s")

@@ -147,7 +147,7 @@ class OptimizerSettings:
     beta1: float = setting("adamw", low=0, high=BELOW_ONE)
     beta2: float = setting("adamw", low=0, high=BELOW_ONE)
     eps: float = setting("adamw", low=0)
-    momentum: float = setting("sgd", low=0)
+    momentum: float = setting("sgd", low=0, high=BELOW_ONE)
     clip_norm: float | None = setting("largest L2 norm of each model's gradient; null: not clipped", low=1e-9)
     accumulate: int = setting("images of one step, their gradients averaged; a task's rest is flushed", low=1)
 
@@ -196,7 +196,9 @@ class BroadSettings:
     blur_px: float = setting("sharpness: largest standard deviation of an oriented Gaussian, px", low=0)
     sharpen: float = setting("sharpness: largest amount of an unsharp mask", low=0)
     haze: float = setting("haze: largest density of a smooth field of one airlight", low=0, high=1)
-    grain: float = setting("grain: largest standard deviation, of 0..1", low=0)
+    grain: float = setting(
+        "grain: largest standard deviation of a cell, of 0..1; interpolation leaves about 0.65 of it", low=0
+    )
     grain_min_px: int = setting(
         "grain: smallest cell, px; 1 would be white noise, as in four of the corruptions", low=1
     )

@@ -75,12 +75,12 @@ def verdict_of(rows: Sequence[Row]) -> dict[str, Any]:
 def sentences(verdict: Row) -> list[str]:
     """The verdict in words."""
     better, worse, cosine = verdict["better"], verdict["worse"], verdict["cosine"]
-    hope = "expect gains there" if better else "expect no gain"
+    hope = "gains are likely there" if better else "expect no gain"
     lines = [f"The teacher is better than the segmenter on {len(better)} of {verdict['tasks']} tasks (accuracy among "
              f"the candidates, sigma {verdict['sigma']:g}; mean {verdict['accuracy_teacher']:.2f} against "
              f"{verdict['accuracy_segmenter']:.2f}); {hope}{_named(better[:MOST_NAMED], len(better))}."]  # fmt: skip
     if worse:
-        lines.append(f"Expect harm where it is worse{_named(worse[:MOST_NAMED], len(worse))}.")
+        lines.append(f"Harm is possible where it is worse{_named(worse[:MOST_NAMED], len(worse))}.")
     if math.isnan(cosine):
         meaning = "no image had two gradients to compare"
     elif cosine > 0:

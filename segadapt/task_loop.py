@@ -170,7 +170,7 @@ class TaskLoop:
             line |= {"classes": classes}
         self.broken += not prediction.is_finite
         if prediction.loss is not None:
-            self.skipped += not (prediction.is_updated or prediction.is_refused)
+            self.skipped += not prediction.is_step_finite
             self.refused += prediction.is_refused
             line |= {
                 "loss": prediction.loss,

@@ -92,9 +92,9 @@ def teacher_loss(
 
 
 def draw_prompts(classes_Byx: Tensor, num_classes: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` different classes for each window, present ones first to be drawn: int64 [B, N]."""
+    """`count` different classes for each window, mostly present ones, however many classes there are: int64 [B, N]."""
     present_BC = torch.zeros(len(classes_Byx), 256, device=classes_Byx.device).scatter_(1, classes_Byx.flatten(1), 1.0)
-    weights_BC = present_BC[:, :num_classes] + 0.05
+    weights_BC = present_BC[:, :num_classes] + 0.6 / num_classes
     return torch.multinomial(weights_BC, count, replacement=False, generator=generator)
 
 

@@ -474,8 +474,8 @@ def test_verdict_compares_candidates_with_the_segmenter_at_the_best_level_of_the
     assert [row["best_sigma"] for row in rows] == [0.25, 0.5, 0.5, 0.5]
     text = "\n".join(diagnosis.sentences(verdict))
     assert "better than the segmenter on 1 of 3 tasks" in text
-    assert "expect gains there: fog/5 (0.60 against 0.50)." in text
-    assert "Expect harm where it is worse: snow/5 (0.50 against 0.70), frost/5 (0.59 against 0.60)." in text
+    assert "gains are likely there: fog/5 (0.60 against 0.50)." in text
+    assert "Harm is possible where it is worse: snow/5 (0.50 against 0.70), frost/5 (0.59 against 0.60)." in text
     assert "Best sigma 0.5; mean gradient cosine +0.15: a small step lowers the cross-entropy" in text
 
 

@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 from segadapt.config import TrustSettings
 from segadapt.errors import UserError
 from segadapt.models.build import build_models, shuffled
+from segadapt.models.generative import loss as objective
 from segadapt.models.generative import trust, windows
 from segadapt.models.generative.prompts import PromptEmbeddings
 from segadapt.models.generative.sd3 import NoisyLatent
@@ -201,6 +202,19 @@ def decide(combined, is_right):
         return taught
 
     combined._backward_chunks = with_truth
+
+
+def test_image_without_a_gradient_makes_no_step(build_combined, random_image, monkeypatch):
+    """AdamW's moments alone would move every weight by about lr."""
+    combined = build_combined(*LEARN)
+    assert combined.step(random_image(), task="t", key="first").is_updated
+    before = state(combined)
+    nothing = lambda weights_KCyx, velocity_Pzyx, *_, **__: 0 * (weights_KCyx.sum((1, 2, 3)) + velocity_Pzyx.sum())  # noqa: E731
+    monkeypatch.setattr(objective, "window_losses", nothing)
+    prediction = combined.step(random_image(seed=1), task="t", key="second")
+    assert (prediction.loss, prediction.grad_norm) == (0, 0)
+    assert (prediction.is_updated, prediction.is_refused, prediction.is_step_finite) == (False, False, True)
+    assert changed(before, state(combined)) == set()
 
 
 @pytest.mark.parametrize("draws", [1, 2])

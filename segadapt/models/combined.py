@@ -32,12 +32,17 @@ class Prediction:
     is_finite: bool  # all of them
     loss: float | None = None  # None: no generative loss was asked for
     grad_norm: float | None = None  # of all moving parameters together
-    is_updated: bool = False  # its gradient is used, now or in a later step; False: none, not finite, or refused
+    is_updated: bool = False  # its gradient is used, now or in a later step; False: none or zero, not finite, refused
     is_refused: bool = False  # finite, but teacher and segmenter agree on more pixels than trust.max_agreement
     candidates: tuple[int, ...] = ()  # classes asked about, each window
     kept: float | None = None  # share of latent pixels that count
     agreement: float | None = None  # mean share of draws that decide for the same class; None with one draw
     teacher_agrees: float | None = None  # share of the asked pixels where teacher and segmenter decide alike
+
+    @property
+    def is_step_finite(self) -> bool:
+        """Loss and gradient, where there are any."""
+        return all(math.isfinite(value) for value in (self.loss, self.grad_norm) if value is not None)
 
 
 @dataclass(frozen=True)
@@ -293,7 +298,8 @@ class Combined:
         loss, grad_norm, is_sound, kept, agreement, agrees = torch.stack([n.float() for n in numbers]).tolist()
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         is_refused = is_finite and agrees > self.trust.max_agreement
-        if is_finite and not is_refused:
+        is_updated = is_finite and not is_refused and grad_norm > 0  # moments alone would move the weights
+        if is_updated:
             self._updates.take()
         self._updates.drop()
         return Prediction(
@@ -301,7 +307,7 @@ class Combined:
             bool(is_sound),
             loss,
             grad_norm,
-            is_updated=is_finite and not is_refused,
+            is_updated=is_updated,
             is_refused=is_refused,
             candidates=candidates.counts[:: candidates.draws],
             kept=kept,

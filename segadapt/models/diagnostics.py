@@ -144,7 +144,7 @@ def examine(
             _tally(
                 truth_Kyx,
                 segmenter_KCyx.argmax(dim=1),
-                errors_RCyx.nan_to_num(nan=torch.inf),  # argmin would take NaN
+                errors_RCyx.nan_to_num(nan=torch.inf, posinf=torch.inf),  # argmin would take NaN
                 weights_KCyx,
                 chosen_KC,
                 masked=1 - float(taught.kept),
