@@ -15,10 +15,4 @@ adapt="data=camvid_c data.data_root=$CAMVID model/discriminative=local model/gen
 model.generative.window_px=352 model.generative.stride_px=176 model.generative.max_pairs=32"
 adapt=${adapt//$'\n'/ }
 LIMIT=${LIMIT:-78} # a third of the test split
-LR_DISCRIMINATIVE=${LR_DISCRIMINATIVE:-1e-5 3e-5 6e-5}
-LR_GENERATIVE=${LR_GENERATIVE:-1e-5}
-OPTIONS=${OPTIONS-"
-model.loss.temperature=0.1
-model.loss.temperature=0.1 model.trust.max_agreement=0.8
-model.loss.temperature=0.1 model.trust.max_agreement=0.7"} # one bundle of overrides a line; an empty line is the defaults
 source "$(dirname "$0")/stages.sh" "$@"

@@ -6,10 +6,16 @@
 shopt -s inherit_errexit
 here=$(dirname "$0") out=$1 stage=${2:-all}
 mkdir -p "$out"
+: "${LR_DISCRIMINATIVE:=1e-5 3e-5 6e-5}" "${LR_GENERATIVE:=1e-5}"
+# one bundle of overrides a line; the empty first line is the defaults
+OPTIONS=${OPTIONS-"
+model.loss.temperature=0.1
+model.loss.temperature=0.1 model.trust.max_agreement=0.7
+model.loss.temperature=0.1 model.trust.max_agreement=0.6"}
 : "${SEEDS:=0 1 2}"                        # of stream, noise and corruption
 : "${SEARCH:=$LIMIT}" "${DIAGNOSE:=20}"    # images a task
 : "${PER_GPU:=4}" "${WORKERS:=2}"          # processes a GPU, and of each for reading
-: "${ONLY:=.}"                           # regular expression of the jobs to run, to share them out by hand
+: "${ONLY:=.}"                             # regular expression of the jobs to run, to share them out by hand
 : "${EXTRA_SEGMENTER:=}" "${EXTRA_TEACHER:=}" "${EXTRA:=}"  # more overrides: segmenters, teachers, all the rest
 source_only="tta.forward_mode=discriminative_only"
 held_out="data.split=validation data.corruptions=[speckle_noise,gaussian_blur,spatter,saturate] data.limit=$SEARCH"

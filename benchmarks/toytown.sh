@@ -13,10 +13,4 @@ clean="data=toytown model/discriminative=toytown"
 # not experiment=toytown_c, which holds the outcome of this search
 adapt="data=toytown_c model/discriminative=toytown model/generative=toytown"
 LIMIT=${LIMIT:-100}
-LR_DISCRIMINATIVE=${LR_DISCRIMINATIVE:-1e-5 3e-5 6e-5}
-LR_GENERATIVE=${LR_GENERATIVE:-1e-5}
-OPTIONS=${OPTIONS-"
-model.loss.temperature=0.1
-model.loss.temperature=0.1 model.trust.max_agreement=0.8
-model.loss.temperature=0.1 model.trust.max_agreement=0.7"} # one bundle of overrides a line; an empty line is the defaults
 source "$(dirname "$0")/stages.sh" "$@"
