@@ -14,5 +14,5 @@ clean="data=camvid data.data_root=$CAMVID model/discriminative=local"
 adapt="data=camvid_c data.data_root=$CAMVID model/discriminative=local model/generative=local
 model.generative.window_px=352 model.generative.stride_px=176 model.generative.max_pairs=32"
 adapt=${adapt//$'\n'/ }
-LIMIT=${LIMIT:-78} # a third of the test split
+LIMIT=${LIMIT:-233} # the test split
 source "$(dirname "$0")/stages.sh" "$@"

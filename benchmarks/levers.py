@@ -19,7 +19,7 @@ from sweep import run
 import segadapt
 
 AUTOENCODER = Path(segadapt.__file__).parent / "weights/toytown/sd3/vae"
-BASE = "train.comparing_weight=0.3 train.sigma_low=0.1 train.sigma_high=0.9"
+BASE = "train.flow_mask=true train.comparing_weight=0.3 train.sigma_low=0.1 train.sigma_high=0.9"
 NARROW = "train/broad=none data.weather=clear data.count=4000"
 LEVERS = {
     "base": "",

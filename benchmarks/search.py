@@ -1,9 +1,10 @@
-"""A search's run folders to one Markdown table, best mean mIoU first; with --best, to the best of the arguments.
+"""A search's run folders to one Markdown table, the chosen one first; with --best, to that one of the arguments.
 
 python benchmarks/search.py OUT/search-source/s0 OUT/search-broad/*
-python benchmarks/search.py --best OUT/a-severe,OUT/a-mild OUT/b-severe,OUT/b-mild
+python benchmarks/search.py --best OUT/source-5,OUT/source-1 OUT/a-5,OUT/a-1 OUT/b-5,OUT/b-1
 
-Folders joined by a comma are one candidate: its mean is over the tasks of all of them.
+Folders joined by a comma are one candidate: its mean is over the tasks of all of them. Chosen is the best mean mIoU
+among those that lose at most --most-loss points to the source on every task; where all lose more, the least loss.
 """
 
 import argparse
@@ -26,6 +27,20 @@ class Tried:
     settings: dict[str, Any]  # dotted names, of the first run
     results: dict[str, Any]
 
+    @property
+    def is_source(self) -> bool:
+        """Nothing was adapted."""
+        return self.settings["method"] == "source"
+
+    @property
+    def miou_T(self) -> list[float]:
+        """Fractions, of its tasks."""
+        return [task["miou"] for task in self.results["tasks"]]
+
+    def worst(self, source: "Tried") -> float:
+        """Smallest gain over the source of any task, a fraction."""
+        return min(own - other for own, other in zip(self.miou_T, source.miou_T, strict=True))
+
 
 def read(given: str) -> Tried:
     """The runs of one argument as one. UserError: unfinished."""
@@ -38,8 +53,16 @@ def read(given: str) -> Tried:
     return Tried(given, settings, first | {"tasks": tasks, "mean": mean, "data_sha256": images})
 
 
-def ranked(arguments: list[str]) -> list[Tried]:
-    """The candidates, best mean mIoU first. UserError: not of the same images, segmenter and teacher."""
+def ranked(arguments: list[str], most_loss: float) -> list[Tried]:
+    """The source and the candidates, the chosen one first.
+
+    Args:
+        arguments: as on the command line; one of them is the source.
+        most_loss: points of mIoU that a candidate may lose on a task.
+
+    Raises:
+        UserError: not of the same images, segmenter and teacher, or not one source.
+    """
     tried = [read(given) for given in arguments]
     first: dict[str, tuple[str, str]] = {}
     for one in tried:
@@ -49,33 +72,40 @@ def ranked(arguments: list[str]) -> list[Tried]:
             if digest != expected:
                 raise UserError(f"{one.folder} and {other} are not of the same {name}; expected runs that differ in "
                                 "settings alone. Name the runs of one search.")  # fmt: skip
-    return sorted(tried, key=lambda one: -one.results["mean"]["miou"])
+    sources = [one for one in tried if one.is_source]
+    if len(sources) != 1 or len(tried) == 1:
+        raise UserError(f"{len(sources)} source runs (tta.forward_mode=discriminative_only) and "
+                        f"{len(tried) - len(sources)} adapted ones; expected one, and one or more. Name the runs of "
+                        "one search.")  # fmt: skip
+    allowed = -most_loss / 100
 
+    def rank(one: Tried) -> tuple[float, float]:
+        return min(round(one.worst(sources[0]) - allowed, 9), 0), one.results["mean"]["miou"]
 
-def best(tried: list[Tried]) -> str:
-    """The best adapted candidate, as it was given."""
-    return next(one.folder for one in tried if one.settings["method"] != "source")
+    return sources + sorted((one for one in tried if not one.is_source), key=rank, reverse=True)
 
 
 def table(tried: list[Tried]) -> str:
-    """One row a run: the settings in which the adapted ones differ, the tasks and their mean; a source run has none."""
-    names = differing([one.settings for one in tried if one.settings["method"] != "source"])
+    """One row a run, the source first: the settings in which the adapted ones differ, tasks, mean, worst gain."""
+    source, *candidates = tried
+    names = differing([one.settings for one in candidates])
     lines = []
     for one in tried:
-        is_source = one.settings["method"] == "source"
-        settings = ["source" if is_source else json.dumps(one.settings.get(name)).strip('"') for name in names]
-        scores = [*(task["miou"] for task in one.results["tasks"]), one.results["mean"]["miou"]]
-        lines.append([*settings, *map(percent, scores)])
-    return markdown([*names, *(short(task["task"]) for task in tried[0].results["tasks"]), "mean"], lines)
+        settings = ["source" if one.is_source else json.dumps(one.settings.get(name)).strip('"') for name in names]
+        scores = [*map(percent, one.miou_T), percent(one.results["mean"]["miou"])]
+        lines.append([*settings, *scores, "" if one.is_source else f"{100 * one.worst(source):+.2f}"])
+    return markdown([*names, *(short(task["task"]) for task in source.results["tasks"]), "mean", "worst gain"], lines)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--best", action="store_true")
+    parser.add_argument("--most-loss", type=float, default=0.5, help="points of mIoU, on each task")
     given = parser.parse_args()
     try:
-        print((best if given.best else table)(ranked(given.folders)))
+        tried = ranked(given.folders, given.most_loss)
+        print(tried[1].folder if given.best else table(tried))
     except UserError as error:
         sys.stderr.write(f"search.py: {error}\n")
         sys.exit(2)

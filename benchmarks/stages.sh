@@ -6,15 +6,17 @@
 shopt -s inherit_errexit
 here=$(dirname "$0") out=$1 stage=${2:-all}
 mkdir -p "$out"
-: "${LR_DISCRIMINATIVE:=1e-5 3e-5 6e-5}" "${LR_GENERATIVE:=1e-5}"
-# one bundle of overrides a line; the empty first line is the defaults
-OPTIONS=${OPTIONS-"
-model.loss.temperature=0.1
-model.loss.temperature=0.1 model.trust.max_agreement=0.7
-model.loss.temperature=0.1 model.trust.max_agreement=0.6"}
+: "${LR_DISCRIMINATIVE:=1e-5 3e-5 6e-5 1e-4}" "${LR_GENERATIVE:=1e-5}"
+# beside the defaults, which are always searched: one bundle of overrides a line
+OPTIONS=${OPTIONS-"model.loss.temperature=0.1 model.trust.max_agreement=0.7
+model.loss.temperature=0.1 model.trust.max_agreement=0.7 model.trust.restore=0.05
+model.loss.temperature=0.1 model.trust.max_agreement=0.7 model.trust.restore=0.1
+model.loss.temperature=0.1 model.trust.max_agreement=0.8 model.trust.restore=0.2"}
+: "${MOST_LOSS:=0.5}"                      # points of mIoU that a chosen candidate may lose on a task of validation
 : "${SEEDS:=0 1 2}"                        # of stream, noise and corruption
 : "${SEARCH:=$LIMIT}" "${DIAGNOSE:=20}"    # images a task
 : "${PER_GPU:=4}" "${WORKERS:=2}"          # processes a GPU, and of each for reading
+: "${CHOSEN_BROAD:=}" "${CHOSEN_NARROW:=}" "${CHOSEN_PLAIN:=}" # overrides found by an earlier search: run takes these
 : "${ONLY:=.}"                             # regular expression of the jobs to run, to share them out by hand
 : "${EXTRA_SEGMENTER:=}" "${EXTRA_TEACHER:=}" "${EXTRA:=}"  # more overrides: segmenters, teachers, all the rest
 source_only="tta.forward_mode=discriminative_only"
@@ -46,8 +48,10 @@ train_jobs() {
   job train segmenter-wide s0 "$segmenter" train/broad=wide "$wide" "$EXTRA_SEGMENTER"
 }
 
-# One point a line: an id, then its overrides.
+# grid KIND: one point a line, an id, then its overrides. KIND is a teacher, or plain: the broad one, default options.
 grid() {
+  local bundles=""
+  if [ "$1" != plain ]; then bundles=$'\n'$OPTIONS; fi
   while IFS= read -r options; do
     for discriminative in $LR_DISCRIMINATIVE; do
       for generative in $LR_GENERATIVE; do
@@ -55,7 +59,7 @@ grid() {
         echo "$discriminative-$generative-$(sha1sum <<<"$options" | cut -c1-6) $point"
       done
     done
-  done <<<"$OPTIONS" | sort -u
+  done <<<"$bundles" | sort -u
 }
 
 search_jobs() {
@@ -63,7 +67,7 @@ search_jobs() {
     held="$adapt $held_out data.severity=$severity"
     job adapt search-source s0-$severity "$held" $source_only "$(models segmenter/s0 teacher-broad/s0)" "$EXTRA"
     for kind in broad narrow; do
-      grid | while read -r id point; do
+      grid $kind | while read -r id point; do
         job adapt search-$kind "$id-$severity" "$held" "$point" "$(models segmenter/s0 teacher-$kind/s0)" "$EXTRA"
       done
     done
@@ -73,50 +77,57 @@ search_jobs() {
 # joined FOLDER: its runs of all severities, with commas between
 joined() { for severity in $severities; do echo "$1-$severity"; done | paste -sd,; }
 
-# searched KIND: the candidates of its grid
-searched() { grid | while read -r id _; do joined "$out/$world-search-$1/$id"; done; }
+# searched KIND [OPTION]: its grid as search.py reads it
+searched() {
+  { joined "$out/$world-search-source/s0"; grid "$1" | while read -r id _; do joined "$out/$world-search-${1/plain/broad}/$id"; done; } |
+    xargs python3 "$here"/search.py --most-loss "$MOST_LOSS" ${2:+"$2"}
+}
 
-# chosen KIND: the overrides of the best mean mIoU on validation
+# chosen KIND: its overrides
 chosen() {
-  best=$(searched "$1" | xargs python3 "$here"/search.py --best)
-  grid | while read -r id point; do if [ "$(joined "$out/$world-search-$1/$id")" = "$best" ]; then echo "$point"; fi; done
+  best=$(searched "$1" --best)
+  grid "$1" | while read -r id point; do if [[ $best == *"/$id-"* ]]; then echo "$point"; fi; done
 }
 
 run_jobs() {
+  test="$adapt data.limit=$LIMIT $EXTRA"
   for seed in $SEEDS; do
-    test="$adapt experiment.seed=$seed data.corruption_seed=$seed data.limit=$LIMIT $EXTRA"
-    job adapt source s$seed "$test" $source_only "$(models segmenter/s0 teacher-broad/s0)"
-    job adapt source-second s$seed "$test" $source_only "$(models segmenter/s1 teacher-broad/s1)"
-    job adapt source-wide s$seed "$test" $source_only "$(models segmenter-wide/s0 teacher-broad/s0)"
-    job adapt broad s$seed "$test" "$chosen_broad" "$(models segmenter/s0 teacher-broad/s0)"
-    job adapt broad-second s$seed "$test" "$chosen_broad" "$(models segmenter/s1 teacher-broad/s1)"
-    job adapt narrow s$seed "$test" "$chosen_narrow" "$(models segmenter/s0 teacher-narrow/s0)"
-    job adapt untrusting s$seed "$test" "$chosen_broad" model.loss.temperature=1.0 model.trust.max_agreement=1.0 \
-      "$(models segmenter/s0 teacher-broad/s0)"
-    job adapt shuffled s$seed "$test" "$chosen_broad" model.generative.shuffle_classes=true \
-      "$(models segmenter/s0 teacher-broad/s0)"
+    seeded="$test experiment.seed=$seed data.corruption_seed=$seed"
+    job adapt source s$seed "$seeded" $source_only "$(models segmenter/s0 teacher-broad/s0)"
+    job adapt broad s$seed "$seeded" "$chosen_broad" "$(models segmenter/s0 teacher-broad/s0)"
+    job adapt narrow s$seed "$seeded" "$chosen_narrow" "$(models segmenter/s0 teacher-narrow/s0)"
+    job adapt source-second s$seed "$seeded" $source_only "$(models segmenter/s1 teacher-broad/s1)"
+    job adapt broad-second s$seed "$seeded" "$chosen_broad" "$(models segmenter/s1 teacher-broad/s1)"
+  done
+  # on the test split and with labels, so only now that the settings are fixed
+  for kind in broad narrow; do
+    chosen_of_kind=chosen_$kind
+    job diagnose diagnose $kind "$adapt" data.limit="$DIAGNOSE" "${!chosen_of_kind}" \
+      "$(models segmenter/s0 teacher-$kind/s0)" "$EXTRA"
   done
   for trained in segmenter/s0 segmenter/s1 segmenter-wide/s0; do
     job evaluate clean "${trained/\//-}" "$clean" "model.discriminative.checkpoint=$out/$world-$trained/model" "$EXTRA"
   done
-  # on the test split and with labels, so only now that the settings are fixed
-  job diagnose diagnose broad "$adapt" data.limit="$DIAGNOSE" "$chosen_broad" \
-    "$(models segmenter/s0 teacher-broad/s0)" "$EXTRA"
-  job diagnose diagnose narrow "$adapt" data.limit="$DIAGNOSE" "$chosen_narrow" \
-    "$(models segmenter/s0 teacher-narrow/s0)" "$EXTRA"
+  for seed in $SEEDS; do
+    seeded="$test experiment.seed=$seed data.corruption_seed=$seed"
+    job adapt source-wide s$seed "$seeded" $source_only "$(models segmenter-wide/s0 teacher-broad/s0)"
+    job adapt plain s$seed "$seeded" "$chosen_plain" "$(models segmenter/s0 teacher-broad/s0)"
+    job adapt shuffled s$seed "$seeded" "$chosen_broad" model.generative.shuffle_classes=true \
+      "$(models segmenter/s0 teacher-broad/s0)"
+  done
 }
 
 tables() {
   of="$out/$world"
   for kind in broad narrow; do
-    echo "Search on validation, $kind teacher:"
-    searched $kind | xargs python3 "$here"/search.py "$(joined "$of-search-source/s0")"
+    echo "Search on validation, $kind teacher, the chosen one after the source:"
+    searched $kind
   done
   echo "Test:"
   python3 "$here"/results.py --source "source=$of-source/s*" --source "source, second training seed=$of-source-second/s*" \
     --row "adapted, broad teacher=$of-broad/s*" --row "adapted, broad, second training seed=$of-broad-second/s*" \
     --row "adapted, broad, both training seeds=$of-broad*/s*" --row "adapted, narrow teacher=$of-narrow/s*" \
-    --row "adapted, broad, temperature 1, no trust, same rate=$of-untrusting/s*" \
+    --row "adapted, broad, default options=$of-plain/s*" \
     --row "adapted, broad, classes shuffled=$of-shuffled/s*" \
     --control "source, segmenter trained with the broad operations=$of-source-wide/s*" \
     --diagnosis "broad teacher=$of-diagnose/broad/diagnosis.json" \
@@ -128,10 +139,13 @@ case $stage in train | search | run | tables | all) ;; *) echo "$stage: train, s
 if has train; then train_jobs | sweep; fi
 if has search; then search_jobs | sweep; fi
 if has run; then
-  chosen_broad=$(chosen broad)
-  chosen_narrow=$(chosen narrow)
-  : "${chosen_broad:?the best run is none of this grid}" "${chosen_narrow:?the best run is none of this grid}"
-  printf '%s\n' "chosen, broad teacher: $chosen_broad" "chosen, narrow teacher: $chosen_narrow" | tee "$out/$world-chosen.txt"
+  chosen_broad=${CHOSEN_BROAD:-$(chosen broad)}
+  chosen_narrow=${CHOSEN_NARROW:-$(chosen narrow)}
+  chosen_plain=${CHOSEN_PLAIN:-$(chosen plain)}
+  none="the best run is none of this grid"
+  : "${chosen_broad:?$none}" "${chosen_narrow:?$none}" "${chosen_plain:?$none}"
+  printf 'chosen, %s\n' "broad teacher: $chosen_broad" "narrow teacher: $chosen_narrow" \
+    "broad teacher, default options: $chosen_plain" | tee "$out/$world-chosen.txt"
   run_jobs | sweep
 fi
 if has tables; then tables | tee "$out/$world-tables.md"; fi

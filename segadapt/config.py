@@ -122,6 +122,9 @@ class TrustSettings:
         "no update by an image where teacher and segmenter agree on more than this share of pixels; 1: always update",
         low=0, high=1,
     )  # fmt: skip
+    restore: float = setting(
+        "share of the way back to the source weights that such an image takes; 0: none", low=0, high=1
+    )
 
 
 @dataclass
@@ -248,7 +251,7 @@ class TrainGenerativeSettings:
     warmup_iters: int = setting("linear warm-up steps; cosine decay to 0 after", low=0)
     ema_decay: float = setting("exponential moving average of the saved weights; 0: none", low=0, high=1)
     flow_mask: bool = setting("the flow loss counts only the pixels of the prompted class; false: all pixels")
-    comparing_weight: float = setting("weight of the class-comparing term beside the masked flow loss", low=0)
+    comparing_weight: float = setting("weight of the class-comparing term beside the flow loss", low=0)
     comparing_scale: float = setting("initial inverse temperature of the class-comparing term", low=1e-6)
     sigma_low: float = setting("smallest noise level drawn", low=1e-6, high=1)
     sigma_high: float = setting("largest noise level drawn", low=1e-6, high=1)

@@ -118,6 +118,11 @@ def _check_adaptation(model: Any) -> None:
             f"model.trust.mode={trust.mode}, but model.generative.draws={generative.draws}: one draw always agrees "
             "with itself. Use 2 draws or more, or set model.trust.mode=none."
         )
+    if trust.restore and trust.max_agreement == 1:
+        raise UserError(
+            f"model.trust.restore={trust.restore}, but model.trust.max_agreement=1: no image is refused, so nothing "
+            "would be restored. Lower max_agreement, or set restore=0."
+        )
     if loss.min_classes > loss.classes_threshold:
         raise UserError(
             f"model.loss.min_classes={loss.min_classes} is above model.loss.classes_threshold="

@@ -114,6 +114,8 @@ def _controls(model: ModelSettings) -> list[str]:
         parts.append("pixels weighted by the agreement of the draws")
     if trust.max_agreement < 1:
         parts.append(f"no update where teacher and segmenter agree on more than {trust.max_agreement:g}")
+    if trust.restore:
+        parts.append(f"there {trust.restore:g} of the way back to the source weights")
     if model.generative.shuffle_classes:
         parts.append("CONTROL: class embeddings shuffled")
     return parts

@@ -68,7 +68,7 @@ class TeacherLoss:
 def teacher_loss(
     error_BNyx: Tensor, prompts_BN: Tensor, classes_Byx: Tensor, scale: Tensor, *, flow_mask: bool = True
 ) -> TeacherLoss:
-    """Class-masked flow matching with a class-comparing term.
+    """Flow matching, class-masked or not, with a class-comparing term.
 
     The masked term alone leaves v_k undefined at pixels of other classes, so that the prompt is ignored; comparing the
     errors of several prompts at the same pixel mends that (a diffusion classifier, Li et al. 2023, trained per pixel).

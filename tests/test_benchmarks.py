@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -22,7 +23,11 @@ TASKS = ("fog/5", "contrast/5")
 BASH_STUB = """#!/bin/bash
 case $1 in
   *sweep.py) cat >>"$JOBS" ;;
-  *search.py) for folder in "${@:2}"; do [[ $folder == --best ]] || echo "$folder"; done | head -1 ;;
+  *search.py) # --most-loss POINTS [--best] SOURCE CANDIDATE...: the first candidate
+    echo "${@:2}" >>"$JOBS.searches"
+    shift 3
+    if [[ $1 == --best ]]; then shift; fi
+    echo "$2" ;;
   *) echo "$@" >>"$TABLES" ;;
 esac
 """
@@ -290,40 +295,115 @@ def test_diagnosis_is_shown_at_the_noise_level_of_the_run(script, tmp_path):
 # Search
 
 
-def test_best_of_a_search_is_the_adapted_run_of_highest_mean(script, tmp_path):
-    search, rng = script("search"), np.random.default_rng(9)
-    runs = [write_run(tmp_path / f"lr{lr}", {"fog/5": confusions(rng, 30, right=right)}, lr=lr)
-               for lr, right in ((1e-5, 0.5), (3e-5, 0.7), (1e-4, 0.2))]  # fmt: skip
-    confusion = {"fog/5": confusions(rng, 30, right=0.95)}
-    runs.append(write_run(tmp_path / "source", confusion, method="source"))
-    folders = list(map(str, runs))
-    ranked = search.ranked(folders)
-    assert search.best(ranked) == folders[1]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in search.table(ranked).splitlines()]
-    assert cells[0] == ["tta.optimizer.lr", "fog", "mean"]
-    assert [line[0] for line in cells[2:]] == ["source", "3e-05", "1e-05", "0.0001"]
-    folders.append(str(write_run(tmp_path / "other", confusion, data="other")))
+def write_tried(folder: Path, of_task: dict[str, float], *, lr: float | None = None, data: str = "") -> str:
+    """A run folder with what a search reads: mIoU of each task, points. Without a rate it is the source."""
+    folder.mkdir(parents=True)
+    tasks = [{"task": task, "miou": points / 100} for task, points in of_task.items()]
+    weights = {"discriminative": "first"} | ({} if lr is None else {"generative": "second"})
+    results = {"tasks": tasks, "weights_sha256": weights, "data_sha256": f"{list(of_task)}{data}"}
+    settings = {"method": "source"} if lr is None else {"method": "generative", "tta": {"optimizer": {"lr": lr}}}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "settings.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+TRIED = {  # mIoU of both tasks; their mean and the worst gain over the source
+    "source": (50.0, 30.0),
+    "gentle": (50.2, 31.0),  # 40.6, +0.2
+    "good": (49.6, 35.0),  # 42.3, -0.4
+    "bold": (47.0, 45.0),  # 46.0, -3.0
+    "harmful": (44.0, 44.0),  # 44.0, -6.0
+}
+
+
+@pytest.fixture
+def tried_folders(tmp_path) -> dict[str, str]:
+    """The runs of TRIED, the source in their midst."""
+    rates = {"gentle": 1e-6, "good": 1e-5, "source": None, "bold": 1e-4, "harmful": 1e-3}
+    return {name: write_tried(tmp_path / name, dict(zip(TASKS, TRIED[name], strict=True)), lr=lr)
+            for name, lr in rates.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("most_loss", "given", "expected"),
+    [
+        (0.5, "gentle good bold harmful", "good gentle bold harmful"),  # the best mean of those that lose little
+        (0.3, "gentle good bold harmful", "gentle good bold harmful"),
+        (0, "gentle good bold harmful", "gentle good bold harmful"),
+        (5, "gentle good bold harmful", "bold good gentle harmful"),
+        (10, "gentle good bold harmful", "bold harmful good gentle"),  # all are allowed: the mean alone
+        (0.3, "good bold harmful", "good bold harmful"),  # none is: the one that loses least, whatever its mean
+        (0.5, "bold harmful", "bold harmful"),
+    ],
+)
+def test_a_search_chooses_the_best_mean_of_those_that_lose_little_on_every_task(
+    script, tried_folders, most_loss, given, expected
+):
+    for order in (1, -1):
+        folders = [tried_folders[name] for name in ["source", *given.split()][::order]]
+        ranked = script("search").ranked(folders, most_loss)
+        assert [Path(one.folder).name for one in ranked] == ["source", *expected.split()]
+
+
+def test_table_of_a_search_shows_the_worst_gain_of_each_candidate(script, tried_folders):
+    search = script("search")
+    text = search.table(search.ranked(list(tried_folders.values()), 0.5))
+    header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert header == ["tta.optimizer.lr", "fog", "contr", "mean", "worst gain"]
+    assert lines == [
+        ["source", "50.00", "30.00", "40.00", ""],
+        ["1e-05", "49.60", "35.00", "42.30", "-0.40"],
+        ["1e-06", "50.20", "31.00", "40.60", "+0.20"],
+        ["0.0001", "47.00", "45.00", "46.00", "-3.00"],
+        ["0.001", "44.00", "44.00", "44.00", "-6.00"],
+    ]
+
+
+def test_a_search_needs_one_source_and_candidates_of_the_same_images(script, tried_folders, tmp_path):
+    ranked = script("search").ranked
+    source, *candidates = (tried_folders[name] for name in ("source", "good", "bold"))
+    second = write_tried(tmp_path / "second", dict.fromkeys(TASKS, 50.0))
+    other = write_tried(tmp_path / "other", dict.fromkeys(TASKS, 50.0), lr=1e-5, data="of another seed")
+    with pytest.raises(UserError, match=r"0 source runs .*forward_mode=discriminative_only\) and 2 adapted"):
+        ranked(candidates, 0.5)
+    with pytest.raises(UserError, match=r"2 source runs .* and 2 adapted ones; expected one, and one or more"):
+        ranked([source, *candidates, second], 0.5)
+    with pytest.raises(UserError, match=r"1 source runs .* and 0 adapted ones"):
+        ranked([source], 0.5)
+    with pytest.raises(UserError, match=r"other and .*source are not of the same images"):
+        ranked([source, *candidates, other], 0.5)
+
+
+def test_joined_runs_are_one_candidate_that_may_lose_on_none_of_all_their_tasks(script, tmp_path):
+    def joined(name: str, fog: float, rain: float, snow: float, lr: float | None = None) -> str:
+        severe = write_tried(tmp_path / f"{name}-5", {"fog/5": fog, "rain/5": rain}, lr=lr)
+        return f"{severe},{write_tried(tmp_path / f'{name}-1', {'snow/1': snow}, lr=lr)}"
+
+    ranked = script("search").ranked
+    source = joined("source", 40, 30, 65)
+    harmful, careful = joined("harmful", 50, 42, 64, lr=1e-4), joined("careful", 44, 33, 65, lr=1e-5)
+    for most_loss, expected in ((0.5, [source, careful, harmful]), (1.5, [source, harmful, careful])):
+        assert [one.folder for one in ranked([harmful, careful, source], most_loss)] == expected
+    first = ranked([source, careful], 0.5)[1].results
+    assert first["mean"]["miou"] == pytest.approx((0.44 + 0.33 + 0.65) / 3, abs=1e-12)
+    assert [task["task"] for task in first["tasks"]] == ["fog/5", "rain/5", "snow/1"]
     with pytest.raises(UserError, match="are not of the same images"):
-        search.ranked(folders)
+        ranked([source, harmful, careful.split(",")[0]], 0.5)
 
 
-def test_joined_runs_are_one_candidate_whose_mean_is_over_all_their_tasks(script, tmp_path):
-    search, rng = script("search"), np.random.default_rng(3)
+def test_search_prints_the_chosen_argument_or_what_is_wrong(script, tried_folders, monkeypatch, capsys):
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["search.py", *arguments])
+        runpy.run_path(str(BENCHMARKS / "search.py"), run_name="__main__")
+        return capsys.readouterr().out
 
-    def run(lr: float, fog: float, snow: float) -> str:
-        severe = write_run(tmp_path / f"{lr}-5", {"fog/5": confusions(rng, 30, right=fog)}, lr=lr)
-        mild = write_run(tmp_path / f"{lr}-1", {"snow/1": confusions(rng, 30, right=snow)}, lr=lr)
-        return f"{severe},{mild}"
-
-    harmful, careful = run(1e-4, 0.6, 0.3), run(1e-5, 0.5, 0.9)
-    first, second = search.ranked([harmful, careful])
-    assert (first.folder, second.folder) == (careful, harmful)
-    for one in (first, second):
-        scores = [json.loads(Path(f, "results.json").read_text())["mean"]["miou"] for f in one.folder.split(",")]
-        assert one.results["mean"]["miou"] == pytest.approx(sum(scores) / 2, abs=1e-12)
-        assert [task["task"] for task in one.results["tasks"]] == ["fog/5", "snow/1"]
-    with pytest.raises(UserError, match="are not of the same images"):
-        search.ranked([harmful, careful.split(",")[0]])
+    folders = list(tried_folders.values())
+    assert run("--best", *folders) == f"{tried_folders['good']}\n"  # 0.5 points
+    assert run("--most-loss", "5", "--best", *folders) == f"{tried_folders['bold']}\n"
+    assert run(*folders).startswith("| tta.optimizer.lr |")
+    with pytest.raises(SystemExit, match="2"):
+        run("--best", tried_folders["good"])
+    assert capsys.readouterr().err.startswith("search.py: 0 source runs")
 
 
 # Sweep
@@ -404,16 +484,22 @@ def test_visible_gpus_keep_their_names(script, monkeypatch, visible, count, expe
 # The jobs of a world
 
 
+OPTION = "model.loss.temperature=2 model.trust.max_agreement=0.7 model.trust.restore=0.1"
+
+
 @pytest.fixture(scope="module", params=["toytown", "camvid"])
-def jobs_of(request, tmp_path_factory):
-    """All jobs of a world's script, as {NAME/ID: settings}; a stub in place of python3 collects them."""
+def scripted(request, tmp_path_factory):
+    """All jobs of a world's script, as {NAME/ID: settings}, and the arguments of its searches.
+
+    A stub in place of python3 collects them.
+    """
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "python3").write_text(BASH_STUB)
     (folder / "python3").chmod(0o755)
     environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "JOBS": str(folder / "jobs"), "SEEDS": "0 1",
                    "TABLES": str(folder / "tables"), "CAMVID": str(folder), "TAESD3": str(folder), "LIMIT": "7",
-                   "LR_DISCRIMINATIVE": "1e-5 2e-5", "LR_GENERATIVE": "3e-5",
-                   "OPTIONS": "\nmodel.loss.temperature=2"}  # fmt: skip
+                   "LR_DISCRIMINATIVE": "1e-5 2e-5", "LR_GENERATIVE": "3e-5", "MOST_LOSS": "1.5",
+                   "OPTIONS": OPTION}  # fmt: skip
     command = ["bash", str(BENCHMARKS / f"{request.param}.sh"), str(folder / "out")]
     (folder / "out").mkdir()
     subprocess.run([*command, "all"], env=environment, check=True, capture_output=True)
@@ -426,7 +512,12 @@ def jobs_of(request, tmp_path_factory):
         name = f"{settings.experiment.name.removeprefix(request.param + '-')}/{settings.experiment.id}"
         assert name not in out
         out[name] = settings
-    return out
+    return out, [line.split() for line in (folder / "jobs.searches").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def jobs_of(scripted):
+    return scripted[0]
 
 
 def test_nothing_is_run_on_the_test_split_where_the_choice_fails(tmp_path):
@@ -454,9 +545,37 @@ def test_settings_are_chosen_on_validation_under_the_extra_corruptions(jobs_of):
             assert job.data.split == "test"
 
 
+def test_searches_compare_all_that_was_tried_with_the_source(scripted):
+    jobs, searches = scripted
+    chosen, shown = [line for line in searches if "--best" in line], [line for line in searches if "--best" not in line]
+    assert (len(chosen), len(shown)) == (3, 2)  # broad, narrow and plain; the tables of broad and narrow
+    tried = []
+    for option, points, *folders in [[part for part in line if part != "--best"] for line in searches]:
+        assert (option, points) == ("--most-loss", "1.5")
+        joined = [[Path(part) for part in folder.split(",")] for folder in folders]
+        of_search = [[f"{part.parent.name.partition('-')[2]}/{part.name}" for part in parts] for parts in joined]
+        for names in of_search:
+            assert [jobs[name].data.severity for name in names] == [5, 1]
+        assert [[jobs[name].tta.forward_mode for name in names] for names in of_search] == [
+            ["discriminative_only"] * 2, *[["tta"] * 2] * (len(of_search) - 1)
+        ]  # fmt: skip
+        tried.append([names[0] for names in of_search[1:]])
+    broad, narrow, plain, *both = tried
+    assert both == [broad, narrow]
+    for names, kind in ((broad, "broad"), (narrow, "narrow")):
+        assert set(names) == {name for name in jobs if name.startswith(f"search-{kind}/") and name.endswith("-5")}
+    assert set(plain) == {name for name in broad if jobs[name].model.loss.temperature == 1}
+    assert [jobs[name].model.trust.restore for name in sorted(set(broad) - set(plain))] == [0.1] * 2
+    for names, kind in ((broad, "broad"), (narrow, "narrow"), (plain, "plain")):  # the stub chooses the first
+        run, searched = jobs[f"{kind}/s0"], jobs[names[0]]
+        assert (run.model.loss, run.model.trust) == (searched.model.loss, searched.model.trust)
+        assert run.tta.optimizer == searched.tta.optimizer
+
+
 def test_rows_of_the_test_differ_in_what_they_say(jobs_of):
+    names = ("source", "broad", "narrow", "plain", "shuffled", "source-wide")
     for seed in (0, 1):
-        test = {name: jobs_of[f"{name}/s{seed}"] for name in ("source", "broad", "narrow", "shuffled", "source-wide")}
+        test = {name: jobs_of[f"{name}/s{seed}"] for name in names}
         for job in test.values():
             assert (job.experiment.seed, job.data.corruption_seed, job.data.limit) == (seed, seed, 7)
             assert len(job.data.corruptions) == 15
@@ -468,8 +587,11 @@ def test_rows_of_the_test_differ_in_what_they_say(jobs_of):
         assert test["broad"].tta.optimizer.lr_generative == 3e-5
         checkpoints = {name: job.model.generative.checkpoint.split("/")[-3] for name, job in test.items()}
         assert checkpoints["narrow"].endswith("teacher-narrow")
-        assert checkpoints["broad"] == checkpoints["shuffled"]
+        assert checkpoints["broad"] == checkpoints["shuffled"] == checkpoints["plain"]
         assert checkpoints["broad"].endswith("teacher-broad")
+        trust, loss = test["plain"].model.trust, test["plain"].model.loss
+        assert (loss.temperature, trust.max_agreement, trust.restore) == (1, 1, 0)
+        assert test["broad"].model.trust == test["shuffled"].model.trust
         second = jobs_of[f"broad-second/s{seed}"].model
         for part in (second.discriminative, second.generative):
             assert Path(part.checkpoint).parent.name == "s1"

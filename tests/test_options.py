@@ -1,6 +1,5 @@
 """Options of the adaptation: draws, trust, fill, clipping, accumulation, the shuffle control; and how they are told."""
 
-import dataclasses
 import itertools
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from conftest import CLASSES
 from hypothesis import given
 from hypothesis import strategies as st
-from test_combined import ALL_CLASSES, LEARN, changed, optimizer_state, poison_velocity, same, state, watch
+from test_combined import ALL_CLASSES, LEARN, MOVING, changed, optimizer_state, poison_velocity, same, state, watch
 from torch.nn.functional import interpolate
 
 from segadapt.config import TrustSettings
@@ -99,7 +98,7 @@ def verdict_of(mode, threshold=1.0, draws=3):
     error_RCyx = random(2 * draws, 5, 4, 4).square()
     q_RCyx = random(2, 5, 4, 4, seed=1).repeat_interleave(draws, dim=0)
     keep_Ryx = (random(2, 4, 4, seed=2) > -0.5).repeat_interleave(draws, dim=0)
-    settings = TrustSettings(mode=mode, threshold=threshold, max_agreement=1.0)
+    settings = TrustSettings(mode=mode, threshold=threshold, max_agreement=1.0, restore=0.0)
     return error_RCyx, q_RCyx, keep_Ryx, trust.judge(error_RCyx, q_RCyx, keep_Ryx, draws=draws, trust=settings)
 
 
@@ -253,6 +252,138 @@ def test_what_is_not_finite_is_skipped_and_not_refused(build_combined, random_im
     poison_velocity(combined, float("nan"))
     prediction = combined.step(random_image(), task="t", key="k")
     assert (prediction.is_updated, prediction.is_refused) == (False, False)
+
+
+# -- restore -----------------------------------------------------------------------------------------------------------
+
+REFUSING = (*LEARN, "model.trust.max_agreement=0.999")  # only images on which all is alike
+
+
+def refused(combined, image_3HW, task="t"):
+    """A step on an image for which the teacher decides everywhere as the segmenter does."""
+    chunks = combined._backward_chunks
+    decide(combined, is_right=True)
+    prediction = combined.step(image_3HW, task=task, key="agreed")
+    combined._backward_chunks = chunks
+    assert (prediction.is_refused, prediction.is_updated) == (True, False)
+    return prediction
+
+
+@torch.no_grad()
+def disturb(combined):
+    """Every weight and buffer away from the source, what is frozen too."""
+    for net in (combined.segmenter.net, combined.generative.transformer, combined.generative.autoencoder):
+        for value in net.state_dict().values():
+            value += 1 if value.dtype == torch.int64 else 0.01
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.8])
+def test_refused_image_takes_the_weights_that_share_of_the_way_to_the_source(build_combined, random_image, share):
+    """After n of them (1 - share)^n of the distance is left, of each weight."""
+    combined = build_combined(*REFUSING, f"model.trust.restore={share}", dtype=torch.float64)
+    source, image_3HW = state(combined), random_image(dtype=torch.float64)
+    for seed in range(2):
+        assert combined.step(random_image(seed=seed, dtype=torch.float64), task="t", key=str(seed)).is_updated
+    learned = state(combined)
+    assert len(changed(source, learned)) > len(source) / 2
+    for n in (1, 2, 3):
+        refused(combined, image_3HW)
+        for name, value in combined.parameters().items():
+            distance = (1 - share) ** n * (learned[name] - source[name])
+            torch.testing.assert_close(value.detach(), source[name] + distance, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_restoring_nothing_or_all_is_exact_to_the_bit(build_combined, random_image, share):
+    combined = build_combined(*REFUSING, f"model.trust.restore={share}")
+    source = state(combined)
+    steps(combined, "ab")
+    learned = state(combined)
+    refused(combined, random_image())
+    assert changed(source, learned)
+    assert changed(source if share else learned, state(combined)) == set()
+
+
+def test_refused_image_is_scored_before_the_weights_go_back(build_combined, random_image):
+    fresh, combined = build_combined(*REFUSING), build_combined(*REFUSING, "model.trust.restore=1")
+    steps(combined, "ab")
+    with torch.no_grad():
+        learned_Chw, source_Chw = (each.segmenter.logits(random_image()[None])[0] for each in (combined, fresh))
+    assert not torch.equal(learned_Chw, source_Chw)
+    assert torch.equal(refused(combined, random_image()).logits_Chw, learned_Chw)
+    assert torch.equal(combined.step(random_image(), task="t", key="next").logits_Chw, source_Chw)
+
+
+def test_an_image_that_updates_does_not_restore(build_combined):
+    restoring, plain = (build_combined(*REFUSING, f"model.trust.restore={share}") for share in (0.5, 0))
+    for each in (restoring, plain):
+        assert all(prediction.is_updated for prediction in steps(each, "abc"))
+    assert changed(state(restoring), state(plain)) == set()
+
+
+def test_an_image_without_a_finite_gradient_or_with_none_does_not_restore(build_combined, random_image, monkeypatch):
+    nothing = lambda weights_KCyx, velocity_Pzyx, *_, **__: 0 * (weights_KCyx.sum((1, 2, 3)) + velocity_Pzyx.sum())  # noqa: E731
+    for fault, limit in (("nan", 0), ("zero", 0.999)):
+        combined = build_combined(*LEARN, f"model.trust.max_agreement={limit}", "model.trust.restore=0.5")
+        disturb(combined)
+        before = state(combined)
+        if fault == "nan":
+            poison_velocity(combined, float("nan"))
+        else:
+            monkeypatch.setattr(objective, "window_losses", nothing)
+        prediction = combined.step(random_image(), task="t", key="k")
+        assert (prediction.is_updated, prediction.is_refused) == (False, False)
+        assert changed(before, state(combined)) == set()
+
+
+@pytest.mark.parametrize("flags", MOVING)
+def test_frozen_weights_are_not_restored(build_combined, random_image, flags):
+    overrides, is_chosen = MOVING[flags]
+    combined = build_combined(*REFUSING, *overrides, "model.trust.restore=0.5")
+    disturb(combined)
+    before = state(combined)
+    refused(combined, random_image())
+    went_back = changed(before, state(combined))
+    assert went_back == set(combined.parameters())
+    assert went_back
+    assert all(map(is_chosen, went_back))
+
+
+def test_restoring_leaves_moments_and_waiting_gradients_as_they_are(build_combined, random_image):
+    combined = build_combined(*REFUSING, "model.trust.restore=0.5", "tta.optimizer.accumulate=2")
+    steps(combined, "abc")  # one step, and one image that waits
+    before, moments = state(combined), [value.clone() for value in optimizer_state(combined)]
+    waiting = [value.clone() for value in combined._updates._sums.values()]
+    refused(combined, random_image())
+    assert changed(before, state(combined))
+    assert moments
+    assert same(moments, optimizer_state(combined))
+    assert waiting
+    assert same(waiting, list(combined._updates._sums.values()))
+    assert combined._updates.waiting == 1
+
+
+def test_continual_tasks_are_restored_to_the_source_and_not_to_where_they_began(build_combined, random_image):
+    combined = build_combined(*REFUSING, "model.trust.restore=1")
+    source = state(combined)
+    for task in "AB":  # no reset between them: tta.continual=true
+        began = state(combined)
+        for seed in range(2):
+            assert combined.step(random_image(seed=seed), task=task, key=str(seed)).is_updated
+        combined.flush()
+    assert changed(source, began)
+    refused(combined, random_image(), task="B")
+    assert changed(source, state(combined)) == set()
+
+
+def test_reset_after_restoring_is_the_source_state(build_combined, random_image):
+    combined = build_combined(*REFUSING, "model.trust.restore=0.5")
+    source = state(combined)
+    steps(combined, "ab")
+    refused(combined, random_image())
+    combined.reset()
+    assert changed(source, state(combined)) == set()
+    assert optimizer_state(combined) == []
 
 
 # -- fill --------------------------------------------------------------------------------------------------------------
@@ -447,6 +578,7 @@ def test_shuffle_control_reaches_the_teacher(saved_models, compose_settings):
     [
         (["model.trust.mode=skip"], r"model\.trust\.mode=skip, but model\.generative\.draws=1"),
         (["model.trust.mode=weight"], r"model\.trust\.mode=weight, but model\.generative\.draws=1"),
+        (["model.trust.restore=0.1"], r"model\.trust\.restore=0\.1, but model\.trust\.max_agreement=1"),
         (["model.loss.min_classes=21"], r"model\.loss\.min_classes=21 is above model\.loss\.classes_threshold=20"),
         (["model.update.lora_rank=2", "model.update.generative=false"], r"model\.update\.lora_rank=2, but"),
     ],
@@ -480,12 +612,16 @@ def test_protocol_names_every_option_that_is_on_and_no_other(compose_settings):
         options = ("model.generative.draws=2", "model.trust.threshold=0.75")
         assert words in sentence(*options, f"model.trust.mode={mode}")
         assert words not in sentence(*options)
+    refusing = "model.trust.max_agreement=0.7"  # what `there` refers to comes just before
+    words = "agree on more than 0.7; there 0.05 of the way back to the source weights;"
+    assert words in sentence(refusing, "model.trust.restore=0.05")
+    assert "source weights" not in sentence(refusing)
 
 
 def test_default_options_change_nothing(compose_settings):
     """The shipped values are the method as it is published here: each is the one that switches its option off."""
     model, optimizer = compose_settings().model, compose_settings().tta.optimizer
-    assert dataclasses.astuple(model.trust)[::2] == ("none", 1.0)
+    assert (model.trust.mode, model.trust.max_agreement, model.trust.restore) == ("none", 1, 0)
     assert (model.generative.draws, model.generative.shuffle_classes) == (1, False)
     assert (model.loss.min_classes, model.update.lora_rank) == (1, 0)
     assert (optimizer.clip_norm, optimizer.accumulate) == (None, 1)

@@ -135,6 +135,12 @@ class Combined:
             parameter.grad = None
         self._updates = self._new_updates()
 
+    @torch.no_grad()
+    def _move_to_source(self, share: float) -> None:
+        """Weights alone, as an image that needs no teacher asks for none of what was learned; moments stay."""
+        for name, parameter in self.parameters().items():
+            parameter.lerp_(self._source[name].to(parameter.device), share)
+
     def flush(self) -> None:
         """The step of the images that still wait for one (optimizer.accumulate); for the end of a task."""
         if self.generative is not None:
@@ -302,6 +308,8 @@ class Combined:
         if is_updated:
             self._updates.take()
         self._updates.drop()
+        if is_refused and self.trust.restore:
+            self._move_to_source(self.trust.restore)
         return Prediction(
             scored_Chw,
             bool(is_sound),
