@@ -145,7 +145,10 @@ def differing(settings: list[dict[str, Any]]) -> list[str]:
 
 
 def pair(run: Run, sources: list[Run], *, is_control: bool) -> tuple[Run, Run]:
-    """(run, its source run). UserError: there is none of the same data, and of the same segmenter unless a control."""
+    """(run, its source run).
+
+    UserError: there is none of the same data and, unless a control, of the same segmenter; or another protocol.
+    """
     same = [source for source in sources if source.data == run.data]
     if not is_control:
         same = [source for source in same if source.segmenter == run.segmenter]
@@ -153,6 +156,10 @@ def pair(run: Run, sources: list[Run], *, is_control: bool) -> tuple[Run, Run]:
         what = "data" if is_control else "data and segmenter"
         raise UserError(f"{run.folder}: no source run has the same {what}; expected one a seed to pair it with. Run "
                         "tta.forward_mode=discriminative_only with the same seeds and data.limit.")  # fmt: skip
+    for name in differing([run.settings, same[0].settings]):
+        if name == "runtime.precision" or (name.startswith("data.") and name != "data.data_root"):
+            raise UserError(f"{run.folder} and {same[0].folder} differ in {name}; expected one protocol. Run both with "
+                            "the same data settings and precision.")  # fmt: skip
     return run, same[0]
 
 

@@ -152,6 +152,7 @@ class OptimizerSettings:
     eps: float = setting("adamw", low=0)
     momentum: float = setting("sgd", low=0, high=BELOW_ONE)
     clip_norm: float | None = setting("largest L2 norm of each model's gradient; null: not clipped", low=1e-9)
+    warmup: int = setting("the n-th step after a reset takes n / warmup of the rates, up to all; 0: all at once", low=0)
     accumulate: int = setting("images of one step, their gradients averaged; a task's rest is flushed", low=1)
 
 
@@ -186,6 +187,9 @@ class RuntimeSettings:
     device: str = setting("auto: all visible GPUs, else the CPU", choices=("auto", "cpu", "cuda"))
     precision: str = setting("bf16: autocast over float32 weights; fp32", choices=("bf16", "fp32"))
     deterministic: bool = setting("refuse algorithms whose result varies from run to run")
+    compile: bool = setting(
+        "compile the teacher's blocks: slow at first, then faster; on a CPU it needs a C++ compiler"
+    )
     threads: int | None = setting("CPU threads of torch; null: its own choice", low=1)
 
 

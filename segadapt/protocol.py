@@ -86,6 +86,7 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
             + (" (norms only)" if update.update_norm_only else "")
             + (f" (adapters of rank {update.lora_rank}, alpha {update.lora_alpha:g})" if update.lora_rank else "")
             + (f", clipped to norm {opt.clip_norm:g}" if opt.clip_norm is not None else "")
+            + (f", rates rise over {opt.warmup} steps" if opt.warmup else "")
             + (f", a step every {opt.accumulate} images" if opt.accumulate > 1 else ""),
             "continual" if settings.tta.continual else "reset before each task",
         ]  # fmt: skip

@@ -17,7 +17,7 @@ from transformers import Dinov2Model
 
 from segadapt.config import AlignSettings, TrainGenerativeSettings
 from segadapt.errors import UserError
-from segadapt.models.checkpoint_errors import explain_checkpoint_errors
+from segadapt.models.checkpoint_errors import explain_checkpoint_errors, local_folder
 from segadapt.models.discriminative.segformer import IMAGENET_MEAN, IMAGENET_STD, without_load_report
 from segadapt.models.generative.prompts import PromptEmbeddings
 from segadapt.models.generative.sd3 import Sd3, add_noise
@@ -156,7 +156,7 @@ def load_dinov2(checkpoint: str) -> Dinov2Model:
     is_one_file = file.suffix == ".safetensors"
     blamed = str(file.parent) if is_one_file else checkpoint
     with explain_checkpoint_errors("DINOv2", blamed, setting), tempfile.TemporaryDirectory() as folder:
-        source = str(file) if file.is_dir() else checkpoint
+        source = "" if is_one_file else str(local_folder(checkpoint, setting) or checkpoint)
         if is_one_file:
             configs = sorted(file.parent.glob("dinov2*config.json"))
             if len(configs) != 1 or not file.is_file():

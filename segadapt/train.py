@@ -225,7 +225,7 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         # once in a while: read the loss (a CPU-GPU sync), stop before a broken model is saved
-        if step % LOG_EVERY == 0 or step == t.iters:
+        if step % LOG_EVERY == 0 or step % t.validate_every == 0 or step == t.iters:
             value = loss.item()
             if not torch.isfinite(loss):
                 raise UserError(f"train.lr={t.lr}: the loss is {value} at step {step}; expected a finite number. "

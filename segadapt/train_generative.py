@@ -4,6 +4,7 @@ B windows of a batch   N prompts of a window   P (window, class) pairs   s windo
 """
 
 import inspect
+import itertools
 import json
 import math
 import time
@@ -255,8 +256,8 @@ def train_transformer(
         torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
         state.advance()
         step = state.step
-        # once in a while: read the numbers (a CPU-GPU sync)
-        if step % LOG_EVERY == 0 or step == t.iters:
+        # once in a while: read the numbers (a CPU-GPU sync), stop before a broken state is saved
+        if step % LOG_EVERY == 0 or step % t.validate_every == 0 or step == t.iters:
             terms = {"flow": loss.flow, "comparing": loss.comparing, "accuracy": loss.accuracy, **extra}
             line = {name: value.item() for name, value in terms.items()} | {"scale": log_scale.exp().item()}
             if not math.isfinite(line["flow"]):
@@ -299,8 +300,9 @@ def validate(teacher: Sd3, held_out: Dataset, settings: TrainGenerativeConfig) -
     """The teacher as classifier of clean held-out windows: all classes asked, one noise draw, latent grid."""
     t, matrix = settings.train, metrics.ConfusionMatrix(len(held_out.classes), teacher.device)
     iters = math.ceil(t.validation_images / t.batch_size)
-    for windows_B3ss, label_Bss in batches(held_out, settings, iters=iters, purpose="validation", plain=True):
-        for window_3ss, label_ss in zip(windows_B3ss, label_Bss, strict=True):
-            predicted_Kyx = classify(teacher, window_3ss[None], sigma=VALIDATION_SIGMA, seed=settings.experiment.seed)
-            matrix.update(predicted_Kyx, true_classes(label_ss[None], predicted_Kyx.shape[-1]))
+    loader = batches(held_out, settings, iters=iters, purpose="validation", plain=True)
+    samples = (sample for windows_B3ss, label_Bss in loader for sample in zip(windows_B3ss, label_Bss, strict=True))
+    for window_3ss, label_ss in itertools.islice(samples, t.validation_images):
+        predicted_Kyx = classify(teacher, window_3ss[None], sigma=VALIDATION_SIGMA, seed=settings.experiment.seed)
+        matrix.update(predicted_Kyx, true_classes(label_ss[None], predicted_Kyx.shape[-1]))
     return metrics.scores(matrix.counts())

@@ -1,5 +1,6 @@
 """Tiny real models and composed settings: a SegFormer of 4 blocks, an SD3 of 2, windows of 32 px, 4 x 4 latents."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,16 @@ import hypothesis
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from quick_settings import quick_settings
 from sd3_folder import build_transformer
 from torch import Tensor
 
-from segadapt import config
+from segadapt import config, wandb_mirror
 from segadapt.models.combined import Combined
 from segadapt.models.discriminative.segformer import Segmenter, build_segformer
 from segadapt.models.generative.prompts import PromptEmbeddings, save_embeddings
 from segadapt.models.generative.sd3 import Sd3, save_generative
-from segadapt.parse import from_overrides
+from segadapt.wandb_mirror import NoWandb
 
 hypothesis.settings.register_profile("same every time", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same every time")
@@ -61,12 +63,19 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def libraries_are_no_garbage():
+    """Collections pass over what the imports made: each took 0.3 s, and encoding prompts asks for one."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def compose_settings() -> Callable[..., config.AdaptConfig]:
     """compose_settings(*overrides): the shipped configuration for tiny models, as `segadapt adapt` reads it."""
 
     def build(*overrides: str) -> config.AdaptConfig:
-        return from_overrides("adapt", [*SETTINGS, *overrides], config.AdaptConfig)
+        return quick_settings("adapt", [*SETTINGS, *overrides], config.AdaptConfig)
 
     return build
 
@@ -159,3 +168,28 @@ def saved_models(tmp_path_factory, build_segmenter, build_teacher) -> Callable[.
         )
 
     return save
+
+
+class Remembered(NoWandb):
+    """A W&B copy that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.names, self.logged, self.last, self.finished = set(), [], {}, 0
+
+    def log(self, values, step) -> None:
+        self.names |= set(values)
+        self.logged.append((step, dict(values)))
+
+    def summary(self, values) -> None:
+        self.last |= dict(values)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.fixture
+def mirror(monkeypatch) -> Remembered:
+    """What the W&B copy of a run is given in this test."""
+    kept = Remembered()
+    monkeypatch.setattr(wandb_mirror, "open_mirror", lambda *_, **__: kept)
+    return kept

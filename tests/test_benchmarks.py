@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from quick_settings import quick_settings
 
 from segadapt import metrics
 from segadapt.__main__ import VERBS
 from segadapt.errors import UserError
-from segadapt.parse import from_overrides
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TASKS = ("fog/5", "contrast/5")
@@ -79,8 +79,9 @@ def write_run(
     method: str = "generative",
     lr: float = 1e-5,
     data: str = "",
+    more: dict[str, dict[str, object]] | None = None,
 ) -> Path:
-    """A run folder with these confusion matrices, [n, C, C] a task."""
+    """A run folder with these confusion matrices, [n, C, C] a task; more: sections of its settings."""
     folder.mkdir(parents=True)
     tasks, records = [], []
     for task, confusion_nCC in of_task.items():
@@ -94,6 +95,7 @@ def write_run(
                "weights_sha256": {"discriminative": segmenter}}  # fmt: skip
     settings = {"experiment": {"seed": seed}, "method": method}
     settings |= {} if method == "source" else {"tta": {"optimizer": {"lr": lr}}}
+    settings |= more or {}
     timings = [{"started": "now"}, {"seconds": 0.1}, {"seconds": 0.2}, {"seconds": 0.9}]
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "settings.json").write_text(json.dumps(settings))
@@ -247,6 +249,39 @@ def test_runs_that_cannot_be_compared_are_refused(script, tmp_path):
         results.main(source)
     with pytest.raises(UserError, match="no folder"):
         results.main(["--source", f"{tmp_path}/nothing*"])
+
+
+DATA, RUNTIME = {"short_side_px": 512, "data_root": "/here"}, {"precision": "fp32", "devices": None}
+
+
+def write_two(root: Path, *, data: dict[str, object], runtime: dict[str, object]) -> None:
+    """source/s0 of DATA and RUNTIME, and adapted/s0 of the same images with other settings."""
+    of_task = {task: confusions(np.random.default_rng(5), 12, right=0.5) for task in TASKS}
+    write_run(root / "source/s0", of_task, method="source", more={"data": DATA, "runtime": RUNTIME})
+    write_run(root / "adapted/s0", of_task, more={"data": DATA | data, "runtime": RUNTIME | runtime})
+
+
+@pytest.mark.parametrize("option", ["--row", "--control"])
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        (r"data\.short_side_px", {"data": {"short_side_px": 1024}, "runtime": {}}),
+        (r"data\.limit", {"data": {"limit": 7}, "runtime": {}}),  # of another version: one has the setting
+        (r"runtime\.precision", {"data": {"data_root": "/there"}, "runtime": {"precision": "bf16"}}),
+    ],
+)
+def test_a_gain_across_two_protocols_is_refused_in_one_line(script, tmp_path, option, name, changed):
+    """The same images at another size or precision: part of the difference would not be the method's."""
+    write_two(tmp_path, **changed)
+    said = rf"^{tmp_path}/adapted/s0 and {tmp_path}/source/s0 differ in {name}; expected one protocol\. [^\n]*$"
+    with pytest.raises(UserError, match=said):
+        script("results").main(["--source", f"{tmp_path}/source/s*", option, f"ours={tmp_path}/adapted/s*"])
+
+
+def test_the_data_may_lie_elsewhere_and_run_on_other_devices(script, tmp_path):
+    write_two(tmp_path, data={"data_root": "/there"}, runtime={"devices": [1]})
+    text = script("results").main(["--source", f"{tmp_path}/source/s*", "--row", f"ours={tmp_path}/adapted/s*"])
+    assert "| gain | +0.00 | +0.00 | +0.00 |" in text
 
 
 def test_control_of_another_segmenter_is_paired_by_its_data(script, tmp_path):
@@ -508,7 +543,7 @@ def scripted(request, tmp_path_factory):
     for line in (folder / "jobs").read_text().splitlines():
         verb, *overrides = shlex.split(line)
         primary, schema, *_ = VERBS[verb]
-        settings = from_overrides(primary, overrides, schema)
+        settings = quick_settings(primary, overrides, schema)
         name = f"{settings.experiment.name.removeprefix(request.param + '-')}/{settings.experiment.id}"
         assert name not in out
         out[name] = settings

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import SETTINGS
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
+from quick_settings import quick_settings
+from training_runs import TINY, TINY_SD3, TINY_SEGFORMER, TINY_VAE
 
 from segadapt import config
 from segadapt.__main__ import VERBS
 from segadapt.datasets.build import build_files, class_names
 from segadapt.errors import UserError
-from segadapt.parse import parse
+from segadapt.parse import from_overrides, parse
 
 CONF = Path(config.__file__).parent / "conf"
 ROOT = Path(__file__).parent.parent
@@ -121,6 +124,32 @@ def test_every_group_option_composes_and_parses(primary, group, option):
     assert isinstance(parsed, SCHEMAS[primary])
 
 
+QUICK = {
+    "adapt": (
+        (*SETTINGS, "model.loss.topk=2", "tta.optimizer.lr_discriminative=null", "data.corruptions=[fog,snow]"),
+        ("data=folder", "data.classes=camvid", "data.data_root='/my data'", "data.image_path='{data_root}/{key}.*'"),
+        ("experiment=toytown_c", "experiment.name=other", "tta.optimizer.lr=1e-3"),
+    ),
+    "train": ((*TINY, TINY_SEGFORMER, "train/broad=wide", "train.broad.probability=0.5", "train.lr=1e30"),),
+    "train_generative": (
+        ("model.generative.window_px=48", "model.generative.stride_px=48", *TINY, TINY_SD3, TINY_VAE, "runtime=cpu"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("primary", "overrides"), [(primary, each) for primary in QUICK for each in QUICK[primary]])
+def test_settings_of_the_tests_are_those_of_the_command_line(primary, overrides):
+    """Other tests get theirs by a shorter way."""
+    schema = SCHEMAS[primary]
+    assert quick_settings(primary, overrides, schema) == from_overrides(primary, overrides, schema)
+
+
+def test_settings_of_a_test_are_its_own():
+    first, second = (quick_settings("train", TINY, config.TrainConfig) for _ in range(2))
+    first.train.iters += 1
+    assert quick_settings("train", TINY, config.TrainConfig) == second != first
+
+
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_experiment_parses_with_the_verb_that_its_comment_names(path):
     verb = re.findall(rf"segadapt (\S+) experiment={path.stem}\b", path.read_text())[0]
@@ -158,16 +187,16 @@ def raised(whole, schema) -> str:
 @pytest.mark.parametrize("primary", SCHEMAS)
 def test_a_letter_too_few_or_too_many_names_the_right_setting(primary):
     schema = SCHEMAS[primary]
-    original = OmegaConf.to_container(completed(primary))
-    assert isinstance(original, dict)
+    whole = OmegaConf.create(OmegaConf.to_container(completed(primary)))
     for name in config.fields_of(schema):
         *folders, last = name.split(".")
+        node = OmegaConf.select(whole, ".".join(folders)) if folders else whole
         for typo in (last[1:], last + last[-1]):
-            whole = OmegaConf.create(original)
-            node = OmegaConf.select(whole, ".".join(folders)) if folders else whole
             node[typo] = node.pop(last)
             wrong = ".".join([*folders, typo])
             assert raised(whole, schema) == f"{wrong} is not a setting. Did you mean {name}?"
+            node[last] = node.pop(typo)
+    assert isinstance(parse(whole, schema), schema)
 
 
 BOUNDED = [

@@ -230,7 +230,7 @@ def test_task_that_cannot_be_written_is_refused(tmp_path, task, message):
 
 def test_mistake_found_in_a_worker_reaches_the_caller(tmp_path):
     with pytest.raises(UserError, match="corruptions need 32 px"):
-        _write(Drawn(side_px=8), tmp_path, workers=2)
+        _write(Drawn(("a",), side_px=8), tmp_path, workers=2)  # one image: only one of the two is started
 
 
 def test_jpeg_is_written_at_the_asked_quality(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLASSES
+from quick_settings import quick_settings
 from rich.console import Console
 from test_combined import ALL_CLASSES, joint_loss, state
 from torch.nn.functional import cross_entropy, interpolate
@@ -21,7 +22,6 @@ from segadapt.errors import UserError
 from segadapt.models.build import build_models
 from segadapt.models.diagnostics import Tally, cosine, examine
 from segadapt.models.generative.sd3 import add_noise
-from segadapt.parse import from_overrides
 from segadapt.seeds import torch_generator
 
 # K windows   C classes   P (window, class) pairs   z y x latent channels and grid
@@ -192,7 +192,8 @@ def test_nothing_is_touched(build_combined, random_image, options):
     one, other = (each.step(random_image(seed=2), task="t", key="next") for each in (combined, untouched))
     assert torch.equal(one.logits_Chw, other.logits_Chw)
     assert (one.loss, one.grad_norm) == (other.loss, other.grad_norm)
-    assert all(torch.equal(value, state(untouched)[name]) for name, value in state(combined).items())
+    expected = state(untouched)
+    assert all(torch.equal(value, expected[name]) for name, value in state(combined).items())
 
 
 def test_an_image_has_the_same_numbers_whatever_was_asked_before(build_combined, random_image):
@@ -380,7 +381,7 @@ def overrides(saved_models) -> list[str]:
 
 
 def settings_of(overrides, root, *more) -> config.DiagnoseConfig:
-    return from_overrides("diagnose", [*overrides, f"logging.root={root}", *more], config.DiagnoseConfig)
+    return quick_settings("diagnose", [*overrides, f"logging.root={root}", *more], config.DiagnoseConfig)
 
 
 def test_the_verb_leaves_numbers_and_a_plot_and_ends_in_a_verdict(overrides, tmp_path, capsys):
@@ -398,7 +399,8 @@ def test_the_verb_leaves_numbers_and_a_plot_and_ends_in_a_verdict(overrides, tmp
     assert "never choose settings by it on a test split" in printed
 
 
-def test_a_task_has_the_same_numbers_alone_and_in_company(overrides, tmp_path):
+def test_a_task_has_the_same_numbers_alone_and_in_company(overrides, tmp_path, monkeypatch):
+    monkeypatch.setattr(diagnose, "plot", lambda *_, **__: b"")  # 0.7 s a run, and other tests look at it
     few = ("diagnose.sigmas=[0.25]", "data.limit=1")
     whole = diagnose.run(settings_of(overrides, tmp_path / "a", *few))["tasks"]
     again = diagnose.run(settings_of(overrides, tmp_path / "b", *few))["tasks"]
@@ -511,7 +513,7 @@ def test_table_fits_a_terminal_of_80_columns_and_the_plot_any_number_of_tasks():
 def test_diagnostics_of_every_second_image_leave_the_run_as_it_is(overrides, tmp_path):
     found = {}
     for every in (0, 2):
-        settings = from_overrides(
+        settings = quick_settings(
             "adapt",
             [*overrides, "data.limit=3", "tta.optimizer.lr=0.01", "tta.save_adapted=true", "model.generative.draws=2",
              f"logging.root={tmp_path / str(every)}", f"tta.diagnose_every={every}"],
@@ -528,9 +530,10 @@ def test_diagnostics_of_every_second_image_leave_the_run_as_it_is(overrides, tmp
     assert found[2][3] == {(task, index) for task in ("fog/5", "contrast/5") for index in (0, 2)}
 
 
-def test_columns_are_those_of_the_weights_before_the_step(overrides, tmp_path):
+def test_columns_are_those_of_the_weights_before_the_step(overrides, tmp_path, monkeypatch):
     """The first image of a task is judged by the source weights: as the verb judges it, but for the noise."""
-    settings = from_overrides(
+    monkeypatch.setattr(diagnose, "plot", lambda *_, **__: b"")
+    settings = quick_settings(
         "adapt",
         [*overrides, "data.limit=1", "tta.optimizer.lr=1", f"logging.root={tmp_path}", "tta.diagnose_every=1"],
         config.AdaptConfig,
@@ -546,7 +549,7 @@ def test_columns_are_those_of_the_weights_before_the_step(overrides, tmp_path):
 
 
 def test_diagnostics_of_a_run_need_labels(overrides, tmp_path):
-    settings = from_overrides("adapt", [*overrides, "tta.diagnose_every=2", f"logging.root={tmp_path}"],
+    settings = quick_settings("adapt", [*overrides, "tta.diagnose_every=2", f"logging.root={tmp_path}"],
                               config.AdaptConfig)  # fmt: skip
     settings.data = dataclasses.replace(settings.data, kind="files", label_path=None)
     settings.logging.predictions = "all"

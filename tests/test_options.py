@@ -83,7 +83,7 @@ def test_agreement_and_decision_are_those_of_a_plain_loop(windows, draws, classe
 def test_errors_are_infinite_for_classes_that_were_not_asked():
     velocity_Pzyx, target_Rzyx = random(3, 4, 2, 2), random(2, 4, 2, 2, seed=1)
     rows, classes = torch.tensor([0, 0, 1]), torch.tensor([1, 4, 2])
-    error_RCyx = trust.class_errors(velocity_Pzyx, target_Rzyx, pair_row_P=rows, pair_class_P=classes, num_classes=5)
+    error_RCyx = trust.asked_errors(velocity_Pzyx, target_Rzyx, pair_row_P=rows, pair_class_P=classes, num_classes=5)
     asked = {(0, 1): 0, (0, 4): 1, (1, 2): 2}
     for row, index in itertools.product(range(2), range(5)):
         got_yx, pair = error_RCyx[row, index], asked.get((row, index))
@@ -475,6 +475,23 @@ def single_gradients(build_combined, names):
     return out
 
 
+def test_first_steps_after_a_reset_take_a_growing_share_of_each_models_rate(build_combined):
+    rates = ("tta.optimizer.lr_discriminative=0.2", "tta.optimizer.lr_generative=0.1")
+    combined = build_combined(*SGD, *rates, "tta.optimizer.momentum=0", "tta.optimizer.warmup=4")
+    seen = watch(combined)
+    for _ in range(2):
+        for share in (0.25, 0.5, 0.75, 1.0, 1.0):
+            before = {name: p.detach().double() for name, p in combined.parameters().items()}
+            steps(combined, "a")
+            for name, gradient in seen[-1][1].items():
+                if gradient is None:
+                    continue
+                rate = share * (0.2 if name.startswith("discriminative") else 0.1)
+                moved = before[name] - combined.parameters()[name].detach().double()
+                torch.testing.assert_close(moved, rate * gradient.double(), rtol=1e-3, atol=1e-6, msg=name)
+        combined.reset()
+
+
 def test_accumulated_step_moves_by_the_mean_gradient(build_combined):
     combined, source = build_combined(*SGD, "tta.optimizer.accumulate=2"), build_combined(*SGD)
     before = state(combined)
@@ -596,6 +613,7 @@ TOLD = {
     "model.trust.max_agreement=0.9": "no update where teacher and segmenter agree on more than 0.9",
     "model.update.lora_rank=8": "(adapters of rank 8, alpha 16)",
     "tta.optimizer.clip_norm=0.5": "clipped to norm 0.5",
+    "tta.optimizer.warmup=9": "rates rise over 9 steps",
     "tta.optimizer.accumulate=6": "a step every 6 images",
     "model.generative.shuffle_classes=true": "CONTROL: class embeddings shuffled",
 }
@@ -624,4 +642,4 @@ def test_default_options_change_nothing(compose_settings):
     assert (model.trust.mode, model.trust.max_agreement, model.trust.restore) == ("none", 1, 0)
     assert (model.generative.draws, model.generative.shuffle_classes) == (1, False)
     assert (model.loss.min_classes, model.update.lora_rank) == (1, 0)
-    assert (optimizer.clip_norm, optimizer.accumulate) == (None, 1)
+    assert (optimizer.clip_norm, optimizer.warmup, optimizer.accumulate) == (None, 0, 1)

@@ -32,7 +32,7 @@ def shipped() -> config.TrainGenerativeSettings:
 @pytest.fixture(scope="module")
 def dinov2_folder(tmp_path_factory) -> Path:
     """As `from_pretrained` reads it."""
-    folder = tmp_path_factory.mktemp("dinov2")
+    folder = tmp_path_factory.mktemp("dinov2", numbered=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         Dinov2Model(Dinov2Config(**DINOV2)).save_pretrained(folder)
@@ -354,3 +354,25 @@ def test_wrong_files_of_dinov2_are_one_line(single_file, capfd, spoil, said):
 def test_a_folder_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"^train\.align\.checkpoint=[^\n]*neither a folder[^\n]*$"):
         load_dinov2(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("name", ["dinov2-base", "./dinov2", "~/absent-dinov2", "facebook/dinov2/base"])
+def test_a_name_that_is_no_folder_and_no_hub_id_is_one_line_and_nobody_is_asked(tmp_path, monkeypatch, name):
+    """Without a slash it was once looked for at the hub."""
+
+    def ask(*arguments, **more):
+        raise AssertionError(f"asked for {arguments}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Dinov2Model, "from_pretrained", ask)
+    with pytest.raises(
+        UserError, match=rf"^train\.align\.checkpoint={name} is neither a folder that exists nor [^\n]*$"
+    ):
+        load_dinov2(name)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "./dinov2", "~/dinov2"])
+def test_a_folder_may_be_named_from_here_or_from_home(dinov2_folder, monkeypatch, name):
+    monkeypatch.chdir(dinov2_folder.parent)
+    monkeypatch.setenv("HOME", str(dinov2_folder.parent))
+    assert load_dinov2(name).config.hidden_size == DINOV2["hidden_size"]

@@ -26,6 +26,7 @@ from segadapt.errors import UserError
 from segadapt.models.combined import Combined
 from segadapt.models.discriminative.segformer import Segmenter, load_segformer
 from segadapt.models.generative import placement as placing
+from segadapt.models.generative.compiled import compile_blocks
 from segadapt.models.generative.lora import add_lora, plain_state
 from segadapt.models.generative.prompts import PromptEmbeddings, load_embeddings, prompt_embeddings
 from segadapt.models.generative.sd3 import Sd3, load_autoencoder, load_transformer
@@ -166,6 +167,7 @@ def build_generative(
     seed: int,
     main_bytes: int,
     accumulates: bool = False,
+    compiled: bool = False,
     force_hooks: bool = False,
 ) -> tuple[Sd3, placing.Placement]:
     """The teacher, its transformer split over the devices; everything else of it on the first one.
@@ -175,6 +177,7 @@ def build_generative(
         seed: of the adapters and of the shuffle control.
         main_bytes: what the main device holds beside the teacher (segmenter and logits graph).
         accumulates: gradients are summed over images.
+        compiled: by torch.compile, block by block.
         force_hooks: accelerate's hooks even on one device, to test the split path.
     """
     main = torch.device(devices[0])
@@ -203,6 +206,8 @@ def build_generative(
         fixed_main_bytes=main_bytes + placing.training_bytes(autoencoder, trained=False) + text_bytes,
         force_hooks=force_hooks,
     )
+    if compiled:
+        compile_blocks(transformer)
     return Sd3(transformer, autoencoder, embeddings, device=main, precision=precision), placement
 
 
@@ -253,6 +258,7 @@ def build_models(
         seed=settings.experiment.seed,
         main_bytes=segmenter_bytes(segmenter, is_trained=update.discriminative, accumulates=accumulates),
         accumulates=accumulates,
+        compiled=settings.runtime.compile,
         force_hooks=force_hooks,
     )
     fingerprints |= {

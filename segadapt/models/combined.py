@@ -256,7 +256,7 @@ class Combined:
             velocity_Pzyx.requires_grad_(self.trains_generative)
             pair_row_P, target_Rzyx = pair_row_P - of_rows.start, noisy.target_Kzyx[of_rows]
             verdict = trust.judge(
-                trust.class_errors(
+                trust.asked_errors(
                     velocity_Pzyx,
                     target_Rzyx,
                     pair_row_P=pair_row_P,

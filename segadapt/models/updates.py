@@ -32,6 +32,8 @@ class Updates:
         if s.name == "adamw":
             extra = {"betas": (s.beta1, s.beta2), "eps": s.eps}
         self.optimizer = OPTIMIZERS[s.name](by_model, weight_decay=s.weight_decay, fused=fused, **extra)
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._steps = 0
         self.waiting = 0  # images whose gradients wait for a step
         self._sums: dict[nn.Parameter, Tensor] = {}  # empty unless images accumulate
 
@@ -69,7 +71,11 @@ class Updates:
         return [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
 
     def _step(self) -> None:
-        """One optimizer step with .grad, each model's clipped to its own norm."""
+        """One optimizer step with .grad, each model's clipped to its own norm; the first ones shorter if asked."""
+        self._steps += 1
+        if self.settings.warmup:
+            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * min(1, self._steps / self.settings.warmup)
         if self.settings.clip_norm is not None:
             for group in self.optimizer.param_groups:
                 torch.nn.utils.clip_grad_norm_(group["params"], self.settings.clip_norm)

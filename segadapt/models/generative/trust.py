@@ -22,7 +22,7 @@ class Verdict:
 
 
 @torch.no_grad()
-def class_errors(
+def asked_errors(
     velocity_Pzyx: Tensor, target_Rzyx: Tensor, *, pair_row_P: Tensor, pair_class_P: Tensor, num_classes: int
 ) -> Tensor:
     """Mean over channels of (v_k - target)^2 at each pixel: [R, C, y, x], inf for classes that were not asked."""
@@ -50,7 +50,7 @@ def judge(error_RCyx: Tensor, q_RCyx: Tensor, keep_Ryx: Tensor, *, draws: int, t
     """Compare the draws of each window with each other, and the teacher with the segmenter's own top class.
 
     Args:
-        error_RCyx: of whole windows, as class_errors gives them.
+        error_RCyx: of whole windows, as asked_errors gives them.
         q_RCyx: the segmenter's logits, the same in all rows of a window.
         keep_Ryx: pixels asked about: the segmenter's top class is a candidate.
     """
