@@ -156,11 +156,18 @@ def pair(run: Run, sources: list[Run], *, is_control: bool) -> tuple[Run, Run]:
         what = "data" if is_control else "data and segmenter"
         raise UserError(f"{run.folder}: no source run has the same {what}; expected one a seed to pair it with. Run "
                         "tta.forward_mode=discriminative_only with the same seeds and data.limit.")  # fmt: skip
-    for name in differing([run.settings, same[0].settings]):
-        if name == "runtime.precision" or (name.startswith("data.") and name != "data.data_root"):
-            raise UserError(f"{run.folder} and {same[0].folder} differ in {name}; expected one protocol. Run both with "
-                            "the same data settings and precision.")  # fmt: skip
+    unlike = {source.folder: protocol_differences(run, source) for source in same}
+    same = [source for source in same if not unlike[source.folder]] or same
+    if unlike[same[0].folder]:
+        raise UserError(f"{run.folder} and {same[0].folder} differ in {unlike[same[0].folder][0]}; expected one "
+                        "protocol. Run both with the same data settings and precision.")  # fmt: skip
     return run, same[0]
+
+
+def protocol_differences(run: Run, source: Run) -> list[str]:
+    """Settings beside the method's that both must share; the same data may lie elsewhere."""
+    names = differing([run.settings, source.settings])
+    return [n for n in names if n == "runtime.precision" or (n.startswith("data.") and n != "data.data_root")]
 
 
 def bootstrap(pairs: list[tuple[Run, Run]]) -> tuple[float, float] | None:

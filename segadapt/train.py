@@ -4,6 +4,7 @@ B images of a batch   C classes   s crop px   h w logits, ceil(px / 4)
 """
 
 import copy
+import math
 import time
 from dataclasses import asdict
 from typing import Any
@@ -221,15 +222,18 @@ def fit(
             logits_BChw = segmenter.logits(image_B3ss.to(main, non_blocking=True))
         loss = segmentation_loss(logits_BChw, label_Bss.to(main, non_blocking=True))
         loss.backward()
+        # once in a while: read the loss (a CPU-GPU sync), stop before a broken model is saved
+        if is_read := step % LOG_EVERY == 0 or step % t.validate_every == 0 or step == t.iters:
+            value = loss.item()
+            grads = [parameter.grad for parameter in segmenter.net.parameters() if parameter.grad is not None]
+            if not math.isfinite(value) or not math.isfinite(norm := torch.nn.utils.get_total_norm(grads).item()):
+                what = f"loss is {value}" if not math.isfinite(value) else f"norm of the gradient is {norm}"
+                raise UserError(f"train.lr={t.lr}: the {what} at step {step}; expected a finite number. "
+                                "Lower train.lr or set runtime.precision=fp32.")  # fmt: skip
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        # once in a while: read the loss (a CPU-GPU sync), stop before a broken model is saved
-        if step % LOG_EVERY == 0 or step % t.validate_every == 0 or step == t.iters:
-            value = loss.item()
-            if not torch.isfinite(loss):
-                raise UserError(f"train.lr={t.lr}: the loss is {value} at step {step}; expected a finite number. "
-                                "Lower train.lr or set runtime.precision=fp32.")  # fmt: skip
+        if is_read:
             records.append({"step": step, "loss": value, "lr": schedule.get_last_lr()[0]})
             mirror.log({"train/loss": value}, step=step)
         if step % t.validate_every == 0 or step == t.iters:

@@ -253,16 +253,18 @@ def train_transformer(
         generator = torch.Generator(main).manual_seed(derive(settings.experiment.seed, "training noise", state.step))
         loss, extra = batch_loss(teacher, tokens, align, windows_B3ss, label_Bss, log_scale.exp(), t, generator)
         (loss.total(t.comparing_weight) + sum(extra.values())).backward()
-        torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), 1.0)  # not finite if any term is not
         state.advance()
         step = state.step
         # once in a while: read the numbers (a CPU-GPU sync), stop before a broken state is saved
         if step % LOG_EVERY == 0 or step % t.validate_every == 0 or step == t.iters:
             terms = {"flow": loss.flow, "comparing": loss.comparing, "accuracy": loss.accuracy, **extra}
             line = {name: value.item() for name, value in terms.items()} | {"scale": log_scale.exp().item()}
-            if not math.isfinite(line["flow"]):
-                raise UserError(f"train.lr={t.lr}: the flow loss is {line['flow']} at step {step}; expected a finite "
-                                "number. Lower train.lr.")  # fmt: skip
+            if not math.isfinite(norm.item()):
+                flow = line["flow"]
+                what = f"norm of the gradient is {norm.item()}" if math.isfinite(flow) else f"flow loss is {flow}"
+                raise UserError(f"train.lr={t.lr}: the {what} at step {step}; expected a finite number. "
+                                "Lower train.lr.")  # fmt: skip
             records.append({"stage": "transformer", "step": step} | line)
             mirror.log({f"train/{name}": value for name, value in line.items()}, step=step)
         if step % t.validate_every == 0 or step == t.iters:
