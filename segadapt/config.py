@@ -188,7 +188,7 @@ class RuntimeSettings:
     precision: str = setting("bf16: autocast over float32 weights; fp32", choices=("bf16", "fp32"))
     deterministic: bool = setting("refuse algorithms whose result varies from run to run")
     compile: bool = setting(
-        "compile the teacher's blocks: slow at first, then faster; on a CPU it needs a C++ compiler"
+        "compile the teacher's blocks with torch.compile, slow at first; on a CPU it needs a C++ compiler"
     )
     threads: int | None = setting("CPU threads of torch; null: its own choice", low=1)
 
