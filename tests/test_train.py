@@ -71,6 +71,19 @@ def test_the_copy_is_finished_even_if_the_run_fails(tmp_path, verb, prepared, mi
     assert mirror.finished == 1
 
 
+def test_a_gradient_that_is_not_finite_stops_before_the_step_under_a_finite_loss(tmp_path, monkeypatch):
+    """Of the last step nothing else would tell, and its model would be saved."""
+    loss_of = train.segmentation_loss
+
+    def steep(logits_BChw, label_Bss):
+        return loss_of(logits_BChw, label_Bss) + (0 * logits_BChw).sum().sqrt()  # adds 0, with a gradient of nan
+
+    monkeypatch.setattr(train, "segmentation_loss", steep)
+    with pytest.raises(UserError, match=r"^train\.lr=\S+: the norm of the gradient is nan at step \d+; [^\n]*$"):
+        train.run(training(tmp_path, "train.iters=1"))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 @BOTH
 def test_a_broken_model_is_noticed_before_it_is_validated_or_saved(tmp_path, verb, prepared):
     """Between two lines of the record a checkpoint of NaN was once saved, from which the run then went on."""
