@@ -101,7 +101,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--best", action="store_true")
-    parser.add_argument("--most-loss", type=float, default=0.5, help="points of mIoU, on each task")
+    parser.add_argument("--most-loss", type=float, default=0.2, help="points of mIoU, on each task")
     given = parser.parse_args()
     try:
         tried = ranked(given.folders, given.most_loss)

@@ -13,4 +13,11 @@ clean="data=toytown model/discriminative=toytown"
 # not experiment=toytown_c, which holds the outcome of this search
 adapt="data=toytown_c model/discriminative=toytown model/generative=toytown"
 LIMIT=${LIMIT:-100}
+LR_DISCRIMINATIVE=${LR_DISCRIMINATIVE:-1e-5 1e-4 2e-4}
+known="model.loss.temperature=0.1 model.trust.max_agreement=0.7"
+OPTIONS=${OPTIONS-"$known
+$known model.trust.restore=0.1
+$known model.trust.restore=0.1 tta.optimizer.warmup=10
+$known model.trust.restore=0.1 tta.optimizer.warmup=20
+$known model.trust.restore=0.2 tta.optimizer.warmup=10"}
 source "$(dirname "$0")/stages.sh" "$@"
