@@ -23,6 +23,7 @@ from segadapt.models.build import segmenter_bytes
 from segadapt.models.combined import Combined
 from segadapt.models.discriminative.segformer import Segmenter
 from segadapt.models.generative import placement as placing
+from segadapt.models.generative.plan import training_bytes
 from segadapt.models.generative.prompts import PromptEmbeddings
 from segadapt.models.generative.sd3 import Sd3
 from segadapt.parse import from_overrides
@@ -70,7 +71,7 @@ def place(transformer: SD3Transformer2DModel, parts: tuple, g: config.Generative
         checkpointing=g.gradient_checkpointing,
         bf16=True,
         fixed_main_bytes=segmenter_bytes(segmenter, is_trained=True)
-        + placing.training_bytes(vae, trained=False)
+        + training_bytes(vae, trained=False)
         + 2 * CLASSES * TOKENS * transformer.config["joint_attention_dim"],
         force_hooks=len(devices) > 1,
     )

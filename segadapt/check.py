@@ -25,7 +25,7 @@ from segadapt.datasets.resize import resize_short_side
 from segadapt.errors import UserError
 from segadapt.models.build import Models, build_models
 from segadapt.models.generative import windows
-from segadapt.models.generative.placement import GIB
+from segadapt.models.generative.plan import GIB
 from segadapt.terminal import results_table
 
 MOST_PROBLEMS = 20  # shown; all are counted

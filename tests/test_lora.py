@@ -8,7 +8,7 @@ from test_combined import changed, state
 
 from segadapt.models.build import build_models
 from segadapt.models.generative.lora import add_lora, lora_parameters, merge_lora, plain_state
-from segadapt.models.generative.placement import training_bytes
+from segadapt.models.generative.plan import training_bytes
 from segadapt.models.generative.sd3 import load_transformer
 
 RANK = ("model.update.lora_rank=2", "model.update.lora_alpha=4", "tta.optimizer.lr=1e-2", "model.loss.topk=6")

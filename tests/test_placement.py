@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from sd3_folder import build_transformer
 
 from segadapt.errors import UserError
-from segadapt.models.generative.placement import GIB, activation_bytes, assert_placed, place, plan, training_bytes
+from segadapt.models.generative.placement import assert_placed, place
+from segadapt.models.generative.plan import GIB, activation_bytes, plan, training_bytes
 
 MEDIUM = [84_980_736 * 16] * 23 + [54_294_528 * 16]  # bytes to train the blocks of SD3-medium
 TINY = {"trained": True, "max_pairs": 2, "tokens": 23, "checkpointing": False}

@@ -28,6 +28,7 @@ from segadapt.models.discriminative.segformer import Segmenter, load_segformer
 from segadapt.models.generative import placement as placing
 from segadapt.models.generative.compiled import compile_blocks
 from segadapt.models.generative.lora import add_lora, plain_state
+from segadapt.models.generative.plan import GIB, training_bytes
 from segadapt.models.generative.prompts import PromptEmbeddings, load_embeddings, prompt_embeddings
 from segadapt.models.generative.sd3 import Sd3, load_autoencoder, load_transformer
 from segadapt.seeds import numpy_generator
@@ -203,7 +204,7 @@ def build_generative(
         checkpointing=settings.gradient_checkpointing,
         bf16=precision == "bf16",
         accumulates=accumulates,
-        fixed_main_bytes=main_bytes + placing.training_bytes(autoencoder, trained=False) + text_bytes,
+        fixed_main_bytes=main_bytes + training_bytes(autoencoder, trained=False) + text_bytes,
         force_hooks=force_hooks,
     )
     if compiled:
@@ -233,8 +234,8 @@ def segmenter_bytes(segmenter: Segmenter, *, is_trained: bool, accumulates: bool
 
     Measured with B5 at 512x683: the segmenter's graph, the autoencoder's activations, logits, text embeddings in use.
     """
-    weights = placing.training_bytes(segmenter.net, trained=is_trained, accumulates=accumulates)
-    return weights + (6 * placing.GIB if is_trained and weights > placing.GIB else 0)
+    weights = training_bytes(segmenter.net, trained=is_trained, accumulates=accumulates)
+    return weights + (6 * GIB if is_trained and weights > GIB else 0)
 
 
 def build_models(

@@ -1,9 +1,4 @@
-"""Which transformer block lives on which device: an own plan, carried out by accelerate.dispatch_model.
-
-The split is sequential: it buys memory, not speed. accelerate's own planner counts weights only, measures what is free
-at the moment, and puts the overflow on the CPU without an error; this one counts training, depends on the configuration
-alone, and refuses.
-"""
+"""Which transformer block lives on which device: an own plan, carried out by accelerate.dispatch_model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,23 +9,9 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import nn
 
 from segadapt.errors import UserError
-
-GIB = 2**30
-# Bytes kept for backward per token and channel of one block, bf16 autocast over float32 weights. Measured on
-# SD3-medium: 41 GiB for 16 more pairs, 24 blocks, 1024 + 333 tokens, width 1536 (0.107 GiB per pair and block).
-ACTIVATION_BYTES = 55
-CHECKPOINTED_BYTES = 4  # the same with activation checkpointing: the block's input, float32 at most
-RESERVE_BYTES = GIB  # CUDA context, cuBLAS workspace, fragmentation
+from segadapt.models.generative.plan import GIB, RESERVE_BYTES, Plan, activation_bytes, plan, run_text, training_bytes
 
 Device = int | str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Contiguous blocks of each device that is used, and the bytes expected on it."""
-
-    blocks: tuple[range, ...]
-    loads: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -46,133 +27,6 @@ class Placement:
         owners = [module for module in self.device_map if name == module or name.startswith(f"{module}.")]
         assert len(owners) == 1, f"{name} is covered by {owners} in the device map; expected exactly one entry"
         return torch.device(self.device_map[owners[0]])
-
-
-def training_bytes(module: nn.Module, *, trained: bool, bf16_copies: bool = False, accumulates: bool = False) -> int:
-    """Bytes of weights and buffers, and if trained of gradients and both AdamW moments: 16 per float32 parameter.
-
-    Gradients and moments are counted for parameters that require a gradient, so adapters alone cost little.
-
-    bf16_copies: autocast keeps a bf16 copy of every weight until backward, frozen ones beside adapters too (not where
-        blocks are recomputed).
-    accumulates: a sum of gradients is kept from image to image.
-    """
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-    buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
-    if not trained:
-        return weights + buffers
-    moving = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    cast = 2 * sum(parameter.numel() for parameter in module.parameters()) if bf16_copies else 0
-    return weights + (4 if accumulates else 3) * moving + cast + buffers
-
-
-def activation_bytes(*, max_pairs: int, tokens: int, width: int, checkpointing: bool = False) -> int:
-    """Bytes that one block keeps until backward for a chunk of `max_pairs` pairs of `tokens` image + text tokens."""
-    return max_pairs * tokens * width * (CHECKPOINTED_BYTES if checkpointing else ACTIVATION_BYTES)
-
-
-def plan(
-    costs: Sequence[int],
-    capacities: Sequence[int],
-    *,
-    fixed_main: int = 0,
-    fixed_each: int = 0,
-    names: Sequence[str] | None = None,
-    trained: bool = True,
-    checkpointing: bool = False,
-) -> Plan:
-    """Split blocks into contiguous runs, one for each device, with the smallest largest load; then the most even one.
-
-    Exact dynamic programming over integers: first the smallest possible maximum, then under it the smallest sum of
-    squared loads; of equal plans the one with fewer blocks on the later devices. With more devices than blocks, the
-    first devices get one block each.
-
-    Args:
-        costs: bytes of each block, in order.
-        capacities: bytes that each device can hold; the first one is the main device.
-        fixed_main: bytes on the main device beside its blocks.
-        fixed_each: bytes on every device beside its blocks, such as one block's activations while it is recomputed.
-        names: of the devices; like trained and checkpointing for the message alone.
-    Raises:
-        UserError: no split fits.
-    """
-    count = min(len(capacities), len(costs))
-    fixed = [fixed_each + (fixed_main if device == 0 else 0) for device in range(count)]
-    prefix = [0]
-    for cost in costs:
-        prefix.append(prefix[-1] + cost)
-
-    def load(device: int, start: int, stop: int) -> int:
-        return fixed[device] + prefix[stop] - prefix[start]
-
-    def cuts(largest: int | None) -> tuple[int, list[int]] | None:
-        """Best (score, ends of the runs): score is the maximum, or under a given maximum the sum of squares."""
-        best: list[tuple[int, list[int]] | None] = [(0, [])] + [None] * len(costs)
-        for device in range(count):
-            row: list[tuple[int, list[int]] | None] = [None] * (len(costs) + 1)
-            for stop in range(device + 1, len(costs) + 1):
-                for start in range(device, stop):
-                    bytes_here, before = load(device, start, stop), best[start]
-                    if before is None or bytes_here > capacities[device]:
-                        continue
-                    if largest is None:
-                        score = max(before[0], bytes_here)
-                    elif bytes_here <= largest:
-                        score = before[0] + bytes_here**2
-                    else:
-                        continue
-                    if (known := row[stop]) is None or score <= known[0]:
-                        row[stop] = (score, [*before[1], stop])
-            best = row
-        return best[-1]
-
-    smallest = cuts(None)
-    if smallest is None:
-        names = names or [f"device {device}" for device in range(count)]
-        cures = ["lower model.generative.max_pairs"]
-        if trained and not checkpointing:
-            cures.append("set model.generative.gradient_checkpointing=true")
-        if trained:
-            cures.append("freeze it (model.update.generative=false)")
-        raise UserError(_no_room(costs, capacities[:count], fixed, names=names, trained=trained, cures=cures))
-    even = cuts(smallest[0])
-    assert even is not None, "the plan with the smallest maximum satisfies its own maximum"
-    stops = even[1]
-    blocks = tuple(range(start, stop) for start, stop in zip([0, *stops[:-1]], stops, strict=True))
-    return Plan(blocks, tuple(load(device, run.start, run.stop) for device, run in enumerate(blocks)))
-
-
-def _no_room(
-    costs: Sequence[int],
-    capacities: Sequence[int],
-    fixed: Sequence[int],
-    *,
-    names: Sequence[str],
-    trained: bool,
-    cures: Sequence[str],
-) -> str:
-    """The message for a model that does not fit: what it needs, how far the devices go, what to do."""
-    parts, start = [], 0
-    for name, capacity, bytes_here in zip(names, capacities, fixed, strict=True):
-        stop = start
-        while stop < len(costs) and bytes_here + costs[stop] <= capacity:
-            bytes_here, stop = bytes_here + costs[stop], stop + 1
-        what = f"blocks {_run(range(start, stop))}" if stop > start else "room for no block"
-        parts.append(f"{name} {what} ({bytes_here / GIB:.1f} of {capacity / GIB:.1f} GiB)")
-        start = stop
-    missing = sum(costs[start:])
-    purpose = "to train (weights, gradients, AdamW, activations)" if trained else "frozen (weights, activations)"
-    needs = f"The generative model needs {(sum(costs) + sum(fixed)) / GIB:.1f} GiB {purpose}, segmenter included"
-    if missing:
-        fate = "where it cannot be trained" if trained else "where it would crawl"
-        parts.append(f"no room for {_run(range(start, len(costs)))}")
-        needs += f"; {missing / GIB:.1f} GiB would land on the CPU, {fate}"
-        first = "Make another GPU visible"
-    else:
-        needs += "; every device must hold at least one block"
-        first = "Hide the device without room (CUDA_VISIBLE_DEVICES)"
-    *others, last = cures
-    return f"{needs}. Plan: {', '.join(parts)}. {', '.join([first, *others])}, or {last}."
 
 
 def place(
@@ -294,13 +148,9 @@ def _name(device: Device) -> str:
     return f"cuda:{device}" if isinstance(device, int) else device
 
 
-def _run(run: range) -> str:
-    return f"{run.start}-{run.stop - 1}" if len(run) > 1 else f"{run.start}"
-
-
 def _lines(names: Sequence[str], split: Plan) -> tuple[str, ...]:
     lines = [
-        f"{name}: blocks {_run(run)}, {bytes_here / GIB:.1f} GiB estimated"
+        f"{name}: blocks {run_text(run)}, {bytes_here / GIB:.1f} GiB estimated"
         for name, run, bytes_here in zip(names, split.blocks, split.loads, strict=False)
     ]
     lines[0] += " (main device: loose modules, segmenter, autoencoder and loss included)"
