@@ -3,8 +3,10 @@
 python benchmarks/search.py OUT/search-source/s0 OUT/search-broad/*
 python benchmarks/search.py --best OUT/source-5,OUT/source-1 OUT/a-5,OUT/a-1 OUT/b-5,OUT/b-1
 
-Folders joined by a comma are one candidate: its mean is over the tasks of all of them. Chosen is the best mean mIoU
-among those that lose at most --most-loss points to the source on every task; where all lose more, the least loss.
+Folders joined by a comma are one candidate: its mean is over the tasks of all of them. Safe is what loses at most
+--most-loss points to the source on every task. Chosen is, of the safe ones whose mean is within --equal points of the
+best safe mean, the one of the smallest learning rate (of the segmenter), then the best mean: differences that small are
+chance, and a rate too high drifts. Where none is safe, the least loss.
 """
 
 import argparse
@@ -37,6 +39,12 @@ class Tried:
         """Fractions, of its tasks."""
         return [task["miou"] for task in self.results["tasks"]]
 
+    @property
+    def rate(self) -> float:
+        """Learning rate of the segmenter."""
+        own = self.settings.get("tta.optimizer.lr_discriminative")
+        return float(self.settings["tta.optimizer.lr"] if own is None else own)
+
     def worst(self, source: "Tried") -> float:
         """Smallest gain over the source of any task, a fraction."""
         return min(own - other for own, other in zip(self.miou_T, source.miou_T, strict=True))
@@ -53,12 +61,13 @@ def read(given: str) -> Tried:
     return Tried(given, settings, first | {"tasks": tasks, "mean": mean, "data_sha256": images})
 
 
-def ranked(arguments: list[str], most_loss: float) -> list[Tried]:
+def ranked(arguments: list[str], most_loss: float, equal: float) -> list[Tried]:
     """The source and the candidates, the chosen one first.
 
     Args:
         arguments: as on the command line; one of them is the source.
         most_loss: points of mIoU that a candidate may lose on a task.
+        equal: points of mean mIoU that do not count.
 
     Raises:
         UserError: not of the same images, segmenter and teacher, or not one source.
@@ -77,12 +86,16 @@ def ranked(arguments: list[str], most_loss: float) -> list[Tried]:
         raise UserError(f"{len(sources)} source runs (tta.forward_mode=discriminative_only) and "
                         f"{len(tried) - len(sources)} adapted ones; expected one, and one or more. Name the runs of "
                         "one search.")  # fmt: skip
-    allowed = -most_loss / 100
+    source, adapted = sources[0], [one for one in tried if not one.is_source]
+    excess = {one.folder: max(round(-one.worst(source) - most_loss / 100, 9), 0) for one in adapted}
+    safe_means = [one.results["mean"]["miou"] for one in adapted if not excess[one.folder]]
 
-    def rank(one: Tried) -> tuple[float, float]:
-        return min(round(one.worst(sources[0]) - allowed, 9), 0), one.results["mean"]["miou"]
+    def rank(one: Tried) -> tuple[float, bool, float, float]:
+        mean = one.results["mean"]["miou"]
+        is_best = not excess[one.folder] and round(max(safe_means) - mean - equal / 100, 9) <= 0
+        return excess[one.folder], not is_best, one.rate if is_best else 0.0, -mean
 
-    return sources + sorted((one for one in tried if not one.is_source), key=rank, reverse=True)
+    return [source, *sorted(adapted, key=rank)]
 
 
 def table(tried: list[Tried]) -> str:
@@ -102,9 +115,10 @@ if __name__ == "__main__":
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--best", action="store_true")
     parser.add_argument("--most-loss", type=float, default=0.2, help="points of mIoU, on each task")
+    parser.add_argument("--equal", type=float, default=0.5, help="points of mean mIoU that do not count")
     given = parser.parse_args()
     try:
-        tried = ranked(given.folders, given.most_loss)
+        tried = ranked(given.folders, given.most_loss, given.equal)
         print(tried[1].folder if given.best else table(tried))
     except UserError as error:
         sys.stderr.write(f"search.py: {error}\n")

@@ -375,13 +375,31 @@ def test_a_search_chooses_the_best_mean_of_those_that_lose_little_on_every_task(
 ):
     for order in (1, -1):
         folders = [tried_folders[name] for name in ["source", *given.split()][::order]]
-        ranked = script("search").ranked(folders, most_loss)
+        ranked = script("search").ranked(folders, most_loss, 0.5)
         assert [Path(one.folder).name for one in ranked] == ["source", *expected.split()]
+
+
+@pytest.mark.parametrize(
+    ("equal", "expected"),
+    [
+        (0, "fast slow quick slowest wild"),  # the mean alone
+        (0.5, "slow fast quick slowest wild"),  # 45.8 and 46.0 are equal
+        (1, "slow quick fast slowest wild"),  # 45.0 too, at a higher rate than slow
+        (3, "slowest slow quick fast wild"),  # 43.0 too
+    ],
+)
+def test_of_means_that_are_about_equal_a_search_takes_the_smallest_rate(script, tmp_path, equal, expected):
+    tried = {"slowest": (1e-6, 43.0), "slow": (1e-5, 45.8), "quick": (5e-5, 45.0), "fast": (1e-4, 46.0)}
+    folders = [write_tried(tmp_path / name, {"fog/5": points}, lr=lr) for name, (lr, points) in tried.items()]
+    source = write_tried(tmp_path / "source", {"fog/5": 40.0})
+    wild = write_tried(tmp_path / "wild", {"fog/5": 39.0}, lr=1e-7)  # not safe: neither chosen nor what others equal
+    ranked = script("search").ranked([wild, *folders, source], 0.5, equal)
+    assert [Path(one.folder).name for one in ranked] == ["source", *expected.split()]
 
 
 def test_table_of_a_search_shows_the_worst_gain_of_each_candidate(script, tried_folders):
     search = script("search")
-    text = search.table(search.ranked(list(tried_folders.values()), 0.5))
+    text = search.table(search.ranked(list(tried_folders.values()), 0.5, 0.5))
     header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert header == ["tta.optimizer.lr", "fog", "contr", "mean", "worst gain"]
     assert lines == [
@@ -399,13 +417,13 @@ def test_a_search_needs_one_source_and_candidates_of_the_same_images(script, tri
     second = write_tried(tmp_path / "second", dict.fromkeys(TASKS, 50.0))
     other = write_tried(tmp_path / "other", dict.fromkeys(TASKS, 50.0), lr=1e-5, data="of another seed")
     with pytest.raises(UserError, match=r"0 source runs .*forward_mode=discriminative_only\) and 2 adapted"):
-        ranked(candidates, 0.5)
+        ranked(candidates, 0.5, 0.5)
     with pytest.raises(UserError, match=r"2 source runs .* and 2 adapted ones; expected one, and one or more"):
-        ranked([source, *candidates, second], 0.5)
+        ranked([source, *candidates, second], 0.5, 0.5)
     with pytest.raises(UserError, match=r"1 source runs .* and 0 adapted ones"):
-        ranked([source], 0.5)
+        ranked([source], 0.5, 0.5)
     with pytest.raises(UserError, match=r"other and .*source are not of the same images"):
-        ranked([source, *candidates, other], 0.5)
+        ranked([source, *candidates, other], 0.5, 0.5)
 
 
 def test_joined_runs_are_one_candidate_that_may_lose_on_none_of_all_their_tasks(script, tmp_path):
@@ -417,12 +435,12 @@ def test_joined_runs_are_one_candidate_that_may_lose_on_none_of_all_their_tasks(
     source = joined("source", 40, 30, 65)
     harmful, careful = joined("harmful", 50, 42, 64, lr=1e-4), joined("careful", 44, 33, 65, lr=1e-5)
     for most_loss, expected in ((0.5, [source, careful, harmful]), (1.5, [source, harmful, careful])):
-        assert [one.folder for one in ranked([harmful, careful, source], most_loss)] == expected
-    first = ranked([source, careful], 0.5)[1].results
+        assert [one.folder for one in ranked([harmful, careful, source], most_loss, 0.5)] == expected
+    first = ranked([source, careful], 0.5, 0.5)[1].results
     assert first["mean"]["miou"] == pytest.approx((0.44 + 0.33 + 0.65) / 3, abs=1e-12)
     assert [task["task"] for task in first["tasks"]] == ["fog/5", "rain/5", "snow/1"]
     with pytest.raises(UserError, match="are not of the same images"):
-        ranked([source, harmful, careful.split(",")[0]], 0.5)
+        ranked([source, harmful, careful.split(",")[0]], 0.5, 0.5)
 
 
 def test_search_prints_the_chosen_argument_or_what_is_wrong(script, tried_folders, monkeypatch, capsys):
@@ -432,7 +450,10 @@ def test_search_prints_the_chosen_argument_or_what_is_wrong(script, tried_folder
         return capsys.readouterr().out
 
     folders = list(tried_folders.values())
-    assert run("--best", *folders) == f"{tried_folders['good']}\n"  # 0.5 points
+    assert run("--most-loss", "0.5", "--best", *folders) == f"{tried_folders['good']}\n"
+    assert run("--best", *folders) == f"{tried_folders['gentle']}\n"  # 0.2 points
+    assert run("--most-loss", "10", "--equal", "2", "--best", *folders) == f"{tried_folders['bold']}\n"
+    assert run("--most-loss", "10", "--equal", "9", "--best", *folders) == f"{tried_folders['gentle']}\n"
     assert run("--most-loss", "5", "--best", *folders) == f"{tried_folders['bold']}\n"
     assert run(*folders).startswith("| tta.optimizer.lr |")
     with pytest.raises(SystemExit, match="2"):
@@ -535,7 +556,7 @@ def scripted(request, tmp_path_factory):
                    "LR_DISCRIMINATIVE": "1e-5 2e-5", "LR_GENERATIVE": "3e-5", "MOST_LOSS": "1.5",
                    "OPTIONS": OPTION}  # fmt: skip
     command = ["bash", str(BENCHMARKS / f"{request.param}.sh"), str(folder / "out")]
-    (folder / "out").mkdir()
+    (folder / "out" / f"{request.param}-search-source").mkdir(parents=True)  # the tables of a search need one
     subprocess.run([*command, "all"], env=environment, check=True, capture_output=True)
     assert subprocess.run([*command, "al"], env=environment, capture_output=True).returncode == 2
     out = {}
@@ -565,13 +586,13 @@ def test_nothing_is_run_on_the_test_split_where_the_choice_fails(tmp_path):
 
 def test_settings_are_chosen_on_validation_under_the_extra_corruptions(jobs_of):
     searched = {name: job for name, job in jobs_of.items() if name.startswith("search")}
-    assert len(searched) == 2 * (1 + 2 * 4)  # 2 severities; source; each teacher: 2 rates, 1 rate, 2 bundles
-    assert sorted(job.data.severity for job in searched.values()) == [1] * 9 + [5] * 9
+    assert len(searched) == 3 * (1 + 2 * 4)  # 3 severities; source; each teacher: 2 rates, 1 rate, 2 bundles
+    assert sorted(job.data.severity for job in searched.values()) == [1] * 9 + [3] * 9 + [5] * 9
     extra = ["speckle_noise", "gaussian_blur", "spatter", "saturate"]
     for job in searched.values():
         assert (job.data.split, job.data.corruptions) == ("validation", extra)
     temperatures = [job.model.loss.temperature for name, job in searched.items() if "broad" in name]
-    assert sorted(temperatures) == [1] * 4 + [2] * 4
+    assert sorted(temperatures) == [1] * 6 + [2] * 6
     for name, job in jobs_of.items():
         if name.startswith(("segmenter", "teacher")):
             assert (job.data.split, job.data.corruptions, job.train.validation_split) == ("training", [], "validation")
@@ -589,9 +610,9 @@ def test_searches_compare_all_that_was_tried_with_the_source(scripted):
         joined = [[Path(part) for part in folder.split(",")] for folder in folders]
         of_search = [[f"{part.parent.name.partition('-')[2]}/{part.name}" for part in parts] for parts in joined]
         for names in of_search:
-            assert [jobs[name].data.severity for name in names] == [5, 1]
+            assert [jobs[name].data.severity for name in names] == [5, 3, 1]
         assert [[jobs[name].tta.forward_mode for name in names] for names in of_search] == [
-            ["discriminative_only"] * 2, *[["tta"] * 2] * (len(of_search) - 1)
+            ["discriminative_only"] * 3, *[["tta"] * 3] * (len(of_search) - 1)
         ]  # fmt: skip
         tried.append([names[0] for names in of_search[1:]])
     broad, narrow, plain, *both = tried
