@@ -46,8 +46,8 @@ def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str
     folder.start_over(asdict(settings))
     sentence = protocol(settings, order_sha256=order_sha256)
     console.print(f"run folder {folder.path}", f"protocol: {sentence}", sep="\n", highlight=False, soft_wrap=True)
-    if models.placement is not None:
-        console.print("generative model on", *models.placement.lines, sep="\n  ", highlight=False, soft_wrap=True)
+    if models.placements:
+        console.print("generative model on", *models.map_lines, sep="\n  ", highlight=False, soft_wrap=True)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     results = []
     samples = stream.read(dataset, flat, short_side_px=settings.data.short_side_px, workers=settings.data.workers)

@@ -173,7 +173,7 @@ def describe(models: Models) -> list[str]:
     """Sizes, embeddings, autoencoder, placement and host memory of the loaded models."""
     combined, teacher = models.combined, models.combined.generative
     lines = [f"segmenter: {_millions(combined.segmenter.net)}"]
-    if teacher is None or models.placement is None:
+    if teacher is None:
         return [*lines, "teacher: none (tta.forward_mode=discriminative_only)"]
     vae, text = teacher.autoencoder, teacher.embeddings
     latents = "already shifted and scaled"
@@ -185,7 +185,7 @@ def describe(models: Models) -> list[str]:
         f"teacher: transformer {_millions(teacher.transformer)}, autoencoder {_millions(vae)}",
         f"latents: {latents}",
         f"embeddings: {text.source}, sequence {tuple(text.sequence_CLE.shape)}, pooled {tuple(text.pooled_CD.shape)}",
-        *(f"placement: {line}" for line in models.placement.lines),
+        *(f"placement: {line}" for line in models.map_lines),
         f"host memory of the source state: {snapshot / GIB:.2f} GiB",
     ]
 

@@ -78,7 +78,12 @@ class GenerativeSettings:
     autoencoder: str | None = setting("folder of another autoencoder (diffusers or TAESD3); null: the checkpoint's own")
     embeddings: str | None = setting("file of class embeddings; null: the checkpoint's own if it has one, else prompts")
     gradient_checkpointing: bool = setting("recompute activations in backward: a third of the memory, 40 % more time")
-    max_pairs: int = setting("(window, class) pairs in one forward of the transformer", low=1)
+    max_pairs: int = setting(
+        "(window, class) pairs whose activations one transformer keeps at a time; more: faster, more memory", low=1
+    )
+    placement: str = setting("over several GPUs: split the transformer, or a whole copy on each",
+                             choices=("dispatch", "replicate"))  # fmt: skip
+    parts: int = setting("forwards of one image's pairs that overlap on several GPUs, at least one a copy", low=1)
     window_px: int = setting("side of a sliding window, px; a multiple of 16", low=16)
     stride_px: int = setting("distance between window starts along the long side, px", low=1)
     sigma: float = setting("noise level in (0, 1], the papers' t; lower end of its range", low=1e-6, high=1)

@@ -21,7 +21,6 @@ from segadapt.errors import UserError
 from segadapt.models.build import build_models
 from segadapt.models.combined import Combined
 from segadapt.models.diagnostics import Tally, examine
-from segadapt.models.generative.placement import assert_placed
 from segadapt.protocol import identity, peak_memory_gib, versions, without
 from segadapt.record import RunFolder, write_bytes, write_json
 from segadapt.terminal import TaskProgress
@@ -49,12 +48,11 @@ def run(settings: DiagnoseConfig, *, console: Console | None = None) -> dict[str
     models = build_models(frozen(settings), dataset.classes)
     combined = models.combined
     assert combined.generative is not None
-    assert models.placement is not None
-    assert_placed(combined.generative.transformer, models.placement)
+    models.assert_placed()
     folder.start_over(asdict(settings))
     sentence = protocol(settings, order_sha256=stream.order_hash(flat))
     console.print(f"run folder {folder.path}", f"protocol: {sentence}", sep="\n", highlight=False, soft_wrap=True)
-    console.print("generative model on", *models.placement.lines, sep="\n  ", highlight=False, soft_wrap=True)
+    console.print("generative model on", *models.map_lines, sep="\n  ", highlight=False, soft_wrap=True)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     with mirrored(settings, folder, job_type="diagnose", protocol=sentence) as mirror:
         rows = []

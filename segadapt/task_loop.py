@@ -15,7 +15,6 @@ from segadapt.datasets import Dataset, Task
 from segadapt.models.build import Models
 from segadapt.models.combined import Prediction
 from segadapt.models.diagnostics import examine
-from segadapt.models.generative.placement import assert_placed
 from segadapt.record import JsonLines, RunFolder, write_json, write_png_palette
 from segadapt.terminal import TaskProgress
 from segadapt.wandb_mirror import Mirror
@@ -70,8 +69,7 @@ class TaskLoop:
         shared, task, combined = self.shared, self.task, self.shared.models.combined
         if not (isinstance(shared.settings, AdaptConfig) and shared.settings.tta.continual):
             combined.reset()
-        if shared.models.placement is not None and combined.generative is not None:
-            assert_placed(combined.generative.transformer, shared.models.placement)
+        shared.models.assert_placed()
         start = time.perf_counter()
         progress = TaskProgress(
             task.name,

@@ -28,6 +28,7 @@ from segadapt.models.discriminative.segformer import Segmenter, load_segformer
 from segadapt.models.generative import placement as placing
 from segadapt.models.generative.compiled import compile_blocks
 from segadapt.models.generative.lora import add_lora, plain_state
+from segadapt.models.generative.parallel import Parallel
 from segadapt.models.generative.plan import GIB, training_bytes
 from segadapt.models.generative.prompts import PromptEmbeddings, load_embeddings, prompt_embeddings
 from segadapt.models.generative.sd3 import Sd3, load_autoencoder, load_transformer
@@ -39,11 +40,22 @@ BUNDLED = "segadapt:"  # prefix of the models inside the package
 
 @dataclass(frozen=True)
 class Models:
-    """What a run needs of the models, and where the transformer lies (None: no teacher)."""
+    """What a run needs of the models, and where each transformer lies (nowhere: no teacher)."""
 
     combined: Combined
-    placement: placing.Placement | None
+    placements: tuple[placing.Placement, ...]
     fingerprints: dict[str, str]  # sha256 of the weights as loaded, by model
+
+    @property
+    def map_lines(self) -> list[str]:
+        """Where the transformers live, as printed."""
+        return [line for placement in self.placements for line in placement.lines]
+
+    def assert_placed(self) -> None:
+        """RuntimeError: a part of a transformer is no longer where it was placed."""
+        if self.placements:
+            for transformer, placement in zip(self.combined.parallel.transformers, self.placements, strict=True):
+                placing.assert_placed(transformer, placement)
 
 
 def resolve(checkpoint: str | None, setting: str) -> str:
@@ -170,8 +182,8 @@ def build_generative(
     accumulates: bool = False,
     compiled: bool = False,
     force_hooks: bool = False,
-) -> tuple[Sd3, placing.Placement]:
-    """The teacher, its transformer split over the devices; everything else of it on the first one.
+) -> tuple[Sd3, tuple[placing.Placement, ...]]:
+    """The teacher, its transformer split over the devices or copied to each; everything else of it on the first one.
 
     Args:
         update: what of it moves; adapters are added here.
@@ -195,21 +207,31 @@ def build_generative(
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     text_bytes = sum(t.numel() * t.element_size() for t in (embeddings.sequence_CLE, embeddings.pooled_CD))
-    placement = placing.place(
-        transformer,
-        devices,
-        trained=update.generative,
-        max_pairs=settings.max_pairs,
-        tokens=(settings.window_px // 16) ** 2 + embeddings.sequence_CLE.shape[1],
-        checkpointing=settings.gradient_checkpointing,
-        bf16=precision == "bf16",
-        accumulates=accumulates,
-        fixed_main_bytes=main_bytes + training_bytes(autoencoder, trained=False) + text_bytes,
-        force_hooks=force_hooks,
-    )
+    cost = {
+        "trained": update.generative,
+        "max_pairs": settings.max_pairs,
+        "tokens": (settings.window_px // 16) ** 2 + embeddings.sequence_CLE.shape[1],
+        "checkpointing": settings.gradient_checkpointing,
+        "bf16": precision == "bf16",
+        "accumulates": accumulates,
+        "fixed_main_bytes": main_bytes + training_bytes(autoencoder, trained=False) + text_bytes,
+    }
+    comparison = placing.comparison(transformer, devices, **cost) if len(devices) > 1 else None
+    if settings.placement == "replicate":
+        transformers, placements = placing.replicate(transformer, devices, **cost)
+    else:
+        placements = [placing.place(transformer, devices, force_hooks=force_hooks, **cost)]
+        transformers = [transformer]
+    if comparison:
+        placements[-1] = dataclasses.replace(placements[-1], lines=(*placements[-1].lines, comparison))
+    parts = settings.parts if len(devices) > 1 else 1
     if compiled:
-        compile_blocks(transformer)
-    return Sd3(transformer, autoencoder, embeddings, device=main, precision=precision), placement
+        for each in transformers:
+            compile_blocks(each)
+    on = [torch.device(device) for device in devices]
+    parallel = Parallel(transformers, on, parts=max(parts, len(transformers)))
+    teacher = Sd3(transformer, autoencoder, embeddings, device=main, precision=precision, parallel=parallel)
+    return teacher, tuple(placements)
 
 
 def check_shapes(transformer: Any, autoencoder: Any, embeddings: PromptEmbeddings, *, window_px: int) -> None:
@@ -247,9 +269,9 @@ def build_models(
     fingerprints = {"discriminative": fingerprint(segmenter.net)}
     if not isinstance(settings, AdaptConfig) or settings.tta.forward_mode == "discriminative_only":
         combined = Combined(segmenter, None, seed=settings.experiment.seed, precision=settings.runtime.precision)
-        return Models(combined, None, fingerprints)
+        return Models(combined, (), fingerprints)
     update, accumulates = settings.model.update, settings.tta.optimizer.accumulate > 1
-    generative, placement = build_generative(
+    generative, placements = build_generative(
         settings.model.generative,
         classes=classes,
         dataset_name=settings.data.name,
@@ -275,4 +297,4 @@ def build_models(
         seed=settings.experiment.seed,
         precision=settings.runtime.precision,
     )
-    return Models(combined, placement, fingerprints)
+    return Models(combined, placements, fingerprints)

@@ -88,7 +88,8 @@ class Combined:
             assert optimizer is not None
             self.loss, self.window, self.trust = model.loss, model.generative, model.trust
             self.optimizer_settings = optimizer
-            generative.transformer.requires_grad_(False)
+            self.parallel = generative.parallel
+            self.pairs_at_once = model.generative.max_pairs * len(self.parallel.transformers)
             self._choose_parameters(model.update)
             self._source = {name: value.detach().to("cpu", copy=True) for name, value in self.parameters().items()}
             self._updates = self._new_updates()
@@ -112,10 +113,14 @@ class Combined:
         if update.generative:
             adapters = lora_parameters(self.generative.transformer)
             assert bool(adapters) == (update.lora_rank > 0), "adapters come before placement, see models/build.py"
-            self.groups["generative"] = adapters or dict(self.generative.transformer.named_parameters())
+            names = list(adapters or dict(self.generative.transformer.named_parameters()))
+            self.groups["generative"] = self.parallel.own(names)
         assert any(self.groups.values()), "parse.py refuses settings under which nothing moves"
-        for parameter in self.parameters().values():
+        for parameter in self.groups["discriminative"].values():
             parameter.requires_grad_(True)
+        for copy in self.parallel.transformers:
+            for name, parameter in copy.named_parameters():
+                parameter.requires_grad_(name in self.groups["generative"])
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """What may move, by name with the model's prefix; all else stays bit-equal."""
@@ -133,6 +138,7 @@ class Combined:
         for name, parameter in self.parameters().items():
             parameter.copy_(self._source[name])
             parameter.grad = None
+        self.parallel.spread()
         self._updates = self._new_updates()
 
     @torch.no_grad()
@@ -140,11 +146,13 @@ class Combined:
         """Weights alone, as an image that needs no teacher asks for none of what was learned; moments stay."""
         for name, parameter in self.parameters().items():
             parameter.lerp_(self._source[name].to(parameter.device), share)
+        self.parallel.spread()
 
     def flush(self) -> None:
         """The step of the images that still wait for one (optimizer.accumulate); for the end of a task."""
         if self.generative is not None:
             self._updates.flush()
+            self.parallel.spread()
 
     def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
         """Predict one image, then adapt on it: one loss, one backward into both models, one update.
@@ -182,6 +190,7 @@ class Combined:
         q_RCyx = q_KCyx.repeat_interleave(self.window.draws, dim=0)
         leaf_RCyx = q_RCyx.detach().requires_grad_(self.trains_discriminative)
         taught = self._backward_chunks(leaf_RCyx, noisy, candidates)
+        self.parallel.sum_gradients()
         if self.trains_discriminative:
             q_RCyx.backward(leaf_RCyx.grad)
         return taught, candidates
@@ -233,7 +242,7 @@ class Combined:
     def _backward_chunks(
         self, leaf_RCyx: Tensor, noisy: NoisyLatent, candidates: candidate_classes.Candidates
     ) -> Taught:
-        """Backward of (1/R) sum_r loss_r into the teacher and into the leaf, at most max_pairs pairs at a time.
+        """Backward of (1/R) sum_r loss_r into the teacher and into the leaf, at most pairs_at_once pairs at a time.
 
         Equal to the joint backward: whole windows are summed, and a window of more pairs than fit (all its draws
         together) is run twice, first without graph for the velocities, then chunk by chunk with the gradient that the
@@ -244,11 +253,11 @@ class Combined:
         assert self.generative is not None
         total = leaf_RCyx.new_zeros(())
         sums_4 = torch.zeros(4, dtype=torch.float64, device=leaf_RCyx.device)
-        for of_rows, of_pairs in candidates.groups(self.window.max_pairs):
+        for of_rows, of_pairs in candidates.groups(self.pairs_at_once):
             pair_row_P = candidates.pair_window_P[of_pairs]
             pair_class_P = candidates.pair_class_P[of_pairs]
             chunks = list(
-                zip(pair_row_P.split(self.window.max_pairs), pair_class_P.split(self.window.max_pairs), strict=True)
+                zip(pair_row_P.split(self.pairs_at_once), pair_class_P.split(self.pairs_at_once), strict=True)
             )
             twice = self.trains_generative and len(chunks) > 1
             with torch.set_grad_enabled(self.trains_generative and not twice):
@@ -285,7 +294,7 @@ class Combined:
             share.backward()
             if twice:
                 assert velocity_Pzyx.grad is not None
-                for chunk, grad_Pzyx in zip(chunks, velocity_Pzyx.grad.split(self.window.max_pairs), strict=True):
+                for chunk, grad_Pzyx in zip(chunks, velocity_Pzyx.grad.split(self.pairs_at_once), strict=True):
                     self.generative.velocity(noisy, *chunk).backward(grad_Pzyx)
             total += share.detach()
             sums_4 += verdict.sums_4
@@ -307,6 +316,7 @@ class Combined:
         is_updated = is_finite and not is_refused and grad_norm > 0  # moments alone would move the weights
         if is_updated:
             self._updates.take()
+            self.parallel.spread()
         self._updates.drop()
         if is_refused and self.trust.restore:
             self._move_to_source(self.trust.restore)

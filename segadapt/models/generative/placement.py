@@ -1,7 +1,9 @@
-"""Which transformer block lives on which device: an own plan, carried out by accelerate.dispatch_model."""
+"""Where the transformer lives: its blocks split over the devices by accelerate.dispatch_model, or a copy on each."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import dispatch_model
@@ -93,6 +95,80 @@ def place(
     dispatch_model(transformer, device_map, main_device=main_device, force_hooks=force_hooks)  # pyright: ignore
     assert_placed(transformer, placement)
     return placement
+
+
+def replicate(
+    transformer: SD3Transformer2DModel,
+    devices: Sequence[int] | Sequence[str],
+    *,
+    capacities: Sequence[int] | None = None,
+    **cost: Any,
+) -> tuple[list[SD3Transformer2DModel], list[Placement]]:
+    """The transformer itself on the first device, and a copy on each other; adapters and requires_grad come before.
+
+    Args:
+        devices, capacities: as in place.
+        cost: as copy_bytes takes it.
+    Raises:
+        UserError: a copy does not fit, or as in place.
+    """
+    names = [_name(device) for device in devices]
+    _check_devices(transformer, devices, names)
+    loads = copy_bytes(transformer, copies=len(devices), **cost)
+    for name, load, capacity in zip(names, loads, capacities or map(_capacity, devices), strict=True):
+        if load > capacity:
+            raise UserError(f"model.generative.placement=replicate: a copy of the generative model needs "
+                            f"{load / GIB:.1f} GiB on {name}; it has {capacity / GIB:.1f}. Lower "
+                            "model.generative.max_pairs, set model.generative.gradient_checkpointing=true, or split "
+                            "the model (model.generative.placement=dispatch).")  # fmt: skip
+    copies, placements = [transformer, *(copy.deepcopy(transformer) for _ in devices[1:])], []
+    for device, name, load, one in zip(devices, names, loads, copies, strict=True):
+        nn.Module.to(one, torch.device(device))
+        main = " (main device: segmenter, autoencoder and loss included)" if one is transformer else ""
+        line = f"{name}: whole copy, {load / GIB:.1f} GiB estimated{main}"
+        placements.append(Placement({child: device for child, _ in one.named_children()}, device, (line,)))
+        assert_placed(one, placements[-1])
+    return copies, placements
+
+
+def copy_bytes(
+    transformer: SD3Transformer2DModel,
+    *,
+    copies: int,
+    trained: bool,
+    max_pairs: int,
+    tokens: int,
+    checkpointing: bool,
+    bf16: bool = False,
+    accumulates: bool = False,
+    fixed_main_bytes: int = 0,
+) -> list[int]:
+    """Bytes on each device that holds a whole transformer, the main one first; arguments as in place."""
+    width, blocks = transformer.inner_dim, len(transformer.transformer_blocks)
+    one_block = activation_bytes(max_pairs=max_pairs, tokens=tokens, width=width)
+    kept = blocks * activation_bytes(max_pairs=max_pairs, tokens=tokens, width=width, checkpointing=checkpointing)
+    weights = training_bytes(
+        transformer, trained=trained, bf16_copies=bf16 and not checkpointing, accumulates=accumulates, copies=copies
+    )
+    each = weights + (kept if trained else 0) + (one_block if checkpointing or not trained else 0)
+    return [each + (fixed_main_bytes if index == 0 else 0) for index in range(copies)]
+
+
+def comparison(
+    transformer: SD3Transformer2DModel,
+    devices: Sequence[int] | Sequence[str],
+    *,
+    capacities: Sequence[int] | None = None,
+    **cost: Any,
+) -> str:
+    """Whether copies are a choice on these devices, and why they would be, in one line; arguments as in replicate."""
+    loads = copy_bytes(transformer, copies=len(devices), **cost)
+    limits = list(capacities or map(_capacity, devices))
+    if all(load <= limit for load, limit in zip(loads, limits, strict=True)):
+        why = "fits: there no device waits for another"
+    else:
+        why = f"does not fit ({min(limits) / GIB:.1f} GiB there): the split is the way"
+    return f"model.generative.placement=replicate, a whole copy of {max(loads) / GIB:.1f} GiB on each device, {why}"
 
 
 def assert_placed(transformer: nn.Module, placement: Placement) -> None:

@@ -27,7 +27,9 @@ class Plan:
     loads: tuple[int, ...]
 
 
-def training_bytes(module: nn.Module, *, trained: bool, bf16_copies: bool = False, accumulates: bool = False) -> int:
+def training_bytes(
+    module: nn.Module, *, trained: bool, bf16_copies: bool = False, accumulates: bool = False, copies: int = 1
+) -> int:
     """Bytes of weights and buffers, and if trained of gradients and both AdamW moments: 16 per float32 parameter.
 
     Gradients and moments are counted for parameters that require a gradient, so adapters alone cost little.
@@ -35,6 +37,7 @@ def training_bytes(module: nn.Module, *, trained: bool, bf16_copies: bool = Fals
     bf16_copies: autocast keeps a bf16 copy of every weight until backward, frozen ones beside adapters too (not where
         blocks are recomputed).
     accumulates: a sum of gradients is kept from image to image.
+    copies: whole models that share out the moments and the sum; each keeps gradients of all its parameters.
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
@@ -42,7 +45,7 @@ def training_bytes(module: nn.Module, *, trained: bool, bf16_copies: bool = Fals
         return weights + buffers
     moving = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
     cast = 2 * sum(parameter.numel() for parameter in module.parameters()) if bf16_copies else 0
-    return weights + (4 if accumulates else 3) * moving + cast + buffers
+    return weights + moving + (3 if accumulates else 2) * moving // copies + cast + buffers
 
 
 def activation_bytes(*, max_pairs: int, tokens: int, width: int, checkpointing: bool = False) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from segadapt.errors import UserError
 from segadapt.models.checkpoint_errors import explain_checkpoint_errors
+from segadapt.models.generative.parallel import Parallel
 from segadapt.models.generative.prompts import PromptEmbeddings
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -131,8 +132,13 @@ class Sd3:
         *,
         device: torch.device,
         precision: str = "bf16",
+        parallel: Parallel | None = None,
     ):
-        self.transformer = transformer.eval()
+        self.parallel = parallel or Parallel([transformer], [device], parts=1)
+        assert self.parallel.transformers[0] is transformer
+        self.transformer = transformer
+        for copy in self.parallel.transformers:
+            copy.eval()
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         torch.nn.Module.to(self.autoencoder, device)
         self.embeddings = embeddings
@@ -159,19 +165,24 @@ class Sd3:
             return (posterior.mean - config["shift_factor"]) * config["scaling_factor"]
 
     def velocity(self, noisy: NoisyLatent, pair_window_P: Tensor, pair_class_P: Tensor) -> Tensor:
-        """One conditional forward for all pairs: [P, z, y, x] in the dtype of the latents (float32). No CFG.
+        """Conditional velocities of all pairs: [P, z, y, x] in the dtype of the latents (float32). No CFG.
 
         The timestep, 1000 * sigma, stays float32: bf16 would turn 333 into 332.
         """
-        with self.autocast():
-            velocity_Pzyx = self.transformer(
-                hidden_states=noisy.x_t_Kzyx[pair_window_P],
-                encoder_hidden_states=self._sequence_CLE[pair_class_P],
-                pooled_projections=self._pooled_CD[pair_class_P],
-                timestep=1000 * noisy.sigma_K[pair_window_P],
-                return_dict=False,
-            )[0]
-        return velocity_Pzyx.to(noisy.x_t_Kzyx.dtype)
+
+        def part(transformer: SD3Transformer2DModel, of_pairs: slice) -> Tensor:
+            window_P, class_P = pair_window_P[of_pairs], pair_class_P[of_pairs]
+            with self.autocast():
+                velocity_Pzyx = transformer(
+                    hidden_states=noisy.x_t_Kzyx[window_P],
+                    encoder_hidden_states=self._sequence_CLE[class_P],
+                    pooled_projections=self._pooled_CD[class_P],
+                    timestep=1000 * noisy.sigma_K[window_P],
+                    return_dict=False,
+                )[0]
+            return velocity_Pzyx.to(noisy.x_t_Kzyx.dtype)
+
+        return self.parallel.velocities(part, len(pair_window_P))
 
 
 def save_generative(folder: Path, transformer: SD3Transformer2DModel, autoencoder: torch.nn.Module) -> None:

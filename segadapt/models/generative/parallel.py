@@ -1,0 +1,142 @@
+"""Several devices at work at once: parts of the pairs pass through a split transformer, or through whole copies of it.
+
+P (row, class) pairs   z y x latent channels and grid
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from torch import Tensor, nn
+
+Part = Callable[[SD3Transformer2DModel], Tensor]
+
+
+class Lane:
+    """A stream on every device for work that others must not wait for; on the CPU nothing.
+
+    A copy between two GPUs makes both current streams wait for each other (PyTorch, aten/src/ATen/native/cuda/Copy.cu).
+    On one stream a device, the second part would therefore begin when the first is back on the main device. Autograd
+    runs the backward of an operation on the stream of its forward, so that backward overlaps as forward does.
+    """
+
+    def __init__(self, devices: Sequence[torch.device]):
+        self._streams = [torch.cuda.Stream(device) for device in devices if device.type == "cuda"]
+
+    def fork(self) -> None:
+        """Let the lane wait for what its devices were given so far."""
+        for stream in self._streams:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Work given inside is the lane's."""
+        with ExitStack() as entered:
+            for stream in reversed(self._streams):  # the main device last: entering makes a device the current one
+                entered.enter_context(torch.cuda.stream(stream))
+            yield
+
+    def join(self) -> None:
+        """Let the devices wait for the lane."""
+        for stream in self._streams:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+
+class Parallel:
+    """A transformer and how its work is shared out.
+
+    One transformer, split over the devices or not: parts follow each other through it like cars through a line of
+    stations (GPipe, Huang et al. 2019). Several, one a device: each takes a part. Then every parameter belongs to one
+    of the copies: its gradient there is the sum over all, and it alone is updated (so the optimizer's state is shared
+    out, as in ZeRO stage 1, Rajbhandari et al. 2020).
+
+    Args:
+        transformers: placed; the first one's inputs and outputs live on devices[0]. More than one: a copy each on
+            devices[0], devices[1], ...
+        devices: all that are used, the main one first.
+        parts: into how many parts pairs are cut, at most; as many as copies or more.
+    """
+
+    def __init__(self, transformers: Sequence[SD3Transformer2DModel], devices: Sequence[torch.device], *, parts: int):
+        assert parts >= 1, parts
+        assert len(transformers) in (1, len(devices)), (len(transformers), devices)
+        assert parts >= len(transformers), (parts, len(transformers))
+        self.transformers, self.devices, self.parts = tuple(transformers), tuple(devices), parts
+        self._lanes = [Lane(devices) for _ in range(parts)] if parts > 1 else []
+        self._owner: dict[str, int] = {}  # of the parameters that move; empty for one transformer
+
+    # --- forward ---
+
+    def velocities(self, part: Callable[[SD3Transformer2DModel, slice], Tensor], pairs: int) -> Tensor:
+        """[P, z, y, x] on the main device.
+
+        Args:
+            part: velocities of a slice of the pairs by a transformer, on the main device.
+        """
+        count = min(self.parts, pairs)
+        if count == 1:
+            return part(self.transformers[0], slice(0, pairs))
+        ends = [pairs * index // count for index in range(count + 1)]
+        lanes, out = self._lanes[:count], []
+        for lane in lanes:
+            lane.fork()
+        for index, lane in enumerate(lanes):
+            with lane():
+                out.append(part(self.transformers[index % len(self.transformers)], slice(*ends[index : index + 2])))
+        for lane in lanes:
+            lane.join()
+        for velocity_Pzyx in out:
+            if velocity_Pzyx.is_cuda:  # its memory is the lane's; the current stream reads it
+                velocity_Pzyx.record_stream(torch.cuda.current_stream(velocity_Pzyx.device))
+        return torch.cat(out)
+
+    # --- copies ---
+
+    def own(self, names: Sequence[str]) -> dict[str, nn.Parameter]:
+        """The parameters that move, by name: of several copies the owner's, so that each owns about as many numbers."""
+        first = dict(self.transformers[0].named_parameters())
+        if len(self.transformers) == 1:
+            return {name: first[name] for name in names}
+        load = [0] * len(self.transformers)
+        for name in sorted(names, key=lambda name: (-first[name].numel(), name)):
+            self._owner[name] = load.index(min(load))
+            load[self._owner[name]] += first[name].numel()
+        everywhere = [dict(transformer.named_parameters()) for transformer in self.transformers]
+        return {name: everywhere[self._owner[name]][name] for name in names}
+
+    @torch.no_grad()
+    def sum_gradients(self) -> None:
+        """Give each owner the sum of its parameter's gradients, in the order of the copies, and drop the others."""
+        for own, others in self._by_owner():
+            for parameter, *copies in zip(own, *others, strict=True):
+                for copy in copies:
+                    if copy.grad is None:
+                        continue
+                    arrived = copy.grad.to(parameter.device)
+                    parameter.grad = arrived if parameter.grad is None else parameter.grad.add_(arrived)
+                    copy.grad = None
+
+    @torch.no_grad()
+    def spread(self) -> None:
+        """Give every copy the owners' values; for after each change of a parameter."""
+        for own, others in self._by_owner():
+            for parameter, *copies in zip(own, *others, strict=True):
+                for copy in copies:
+                    copy.copy_(parameter)
+
+    def _by_owner(self) -> Iterator[tuple[list[nn.Parameter], list[list[nn.Parameter]]]]:
+        """Of each owner its parameters and those of the other copies, inside a lane of its own: all links at once."""
+        if not self._owner:
+            return
+        everywhere: list[Mapping[str, nn.Parameter]] = [dict(t.named_parameters()) for t in self.transformers]
+        lanes = self._lanes[: len(self.transformers)]
+        for lane in lanes:
+            lane.fork()
+        for index, lane in enumerate(lanes):
+            names = [name for name, owner in self._owner.items() if owner == index]
+            of_copy = [[parameters[name] for name in names] for parameters in everywhere]
+            with lane():
+                yield of_copy.pop(index), of_copy
+        for lane in lanes:
+            lane.join()

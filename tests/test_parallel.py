@@ -1,0 +1,191 @@
+"""Parts and copies of the transformer: the same losses, gradients and weights as one transformer in one piece."""
+
+import copy
+
+import pytest
+import torch
+from sd3_folder import build_transformer
+
+from segadapt import config
+from segadapt.errors import UserError
+from segadapt.models.build import build_models
+from segadapt.models.combined import Combined
+from segadapt.models.generative.parallel import Lane, Parallel
+from segadapt.models.generative.placement import comparison, replicate
+from segadapt.models.generative.sd3 import Sd3
+
+CPU = torch.device("cpu")
+COST = {"trained": True, "max_pairs": 2, "tokens": 23, "checkpointing": False}
+PLAIN = ("model.generative.max_pairs=100",)
+
+
+@pytest.fixture
+def build(compose_settings, build_segmenter, build_teacher):
+    """build(*overrides, copies, parts): the tiny models in float64, the transformer in so many copies."""
+
+    def build(*overrides: str, copies: int = 1, parts: int = 1) -> Combined:
+        settings: config.AdaptConfig = compose_settings(*overrides)
+        one = build_teacher(dtype=torch.float64)
+        transformers = [one.transformer, *(copy.deepcopy(one.transformer) for _ in range(copies - 1))]
+        parallel = Parallel(transformers, [CPU] * copies, parts=max(parts, copies))
+        teacher = Sd3(one.transformer, one.autoencoder, one.embeddings, device=CPU, precision="fp32", parallel=parallel)
+        segmenter = build_segmenter(dtype=torch.float64)
+        return Combined(segmenter, teacher, settings.model, settings.tta.optimizer, seed=0, precision="fp32")
+
+    return build
+
+
+def backward(combined, image_3HW):
+    taught, candidates = combined.backward(
+        image_3HW, combined.segmenter.logits(image_3HW[None]), task="task", key="image"
+    )
+    grads = {name: p.grad for name, p in combined.parameters().items() if p.grad is not None}
+    return taught.loss, grads, sum(candidates.counts)
+
+
+def assert_copies_are_equal(combined):
+    first, *others = (dict(t.named_parameters()) for t in combined.parallel.transformers)
+    for other in others:
+        assert all(torch.equal(value, first[name]) for name, value in other.items())
+
+
+@pytest.mark.parametrize("max_pairs", [100, 2])
+@pytest.mark.parametrize(("copies", "parts"), [(1, 2), (1, 3), (1, 50), (2, 2), (3, 3), (2, 5)])
+def test_loss_and_gradients_equal_those_in_one_piece(build, random_image, copies, parts, max_pairs):
+    image_3HW = random_image(dtype=torch.float64)
+    expected, wanted, pairs = backward(build(*PLAIN), image_3HW)
+    assert pairs >= 6, "too few pairs to share out"
+    combined = build(f"model.generative.max_pairs={max_pairs}", copies=copies, parts=parts)
+    loss, grads, _ = backward(combined, image_3HW)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    assert grads.keys() == wanted.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-9, atol=1e-14, msg=name)
+    held = [p for t in combined.parallel.transformers for p in t.parameters() if p.grad is not None]
+    assert len(held) == sum(name.startswith("generative") for name in grads), "gradients left in a copy"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("model.update.discriminative=false",),
+        ("model.update.generative=false",),
+        ("tta.optimizer.accumulate=2",),
+        ("model.trust.max_agreement=0.99", "model.trust.restore=0.5"),
+        ("tta.optimizer.name=sgd", "tta.optimizer.clip_norm=0.1"),
+    ],
+)
+def test_steps_and_reset_equal_those_of_one_transformer(build, random_image, overrides):
+    one, several = build(*PLAIN, *overrides), build(*PLAIN, *overrides, copies=3)
+    source = {name: value.detach().clone() for name, value in one.parameters().items()}
+    for key in "abc":
+        image_3HW = random_image(seed=ord(key), dtype=torch.float64)
+        predicted, expected = (c.step(image_3HW, task="t", key=key) for c in (several, one))
+        assert predicted.loss == pytest.approx(expected.loss, rel=1e-9)
+        assert predicted.is_updated == expected.is_updated
+        assert_copies_are_equal(several)
+    for combined in (one, several):
+        combined.flush()
+    assert_copies_are_equal(several)
+    moved = one.parameters()
+    assert any(not torch.equal(value, source[name]) for name, value in moved.items()), "nothing was learned"
+    for name, value in several.parameters().items():
+        torch.testing.assert_close(value, moved[name], rtol=1e-6, atol=1e-9, msg=name)
+    several.reset()
+    assert_copies_are_equal(several)
+    assert all(torch.equal(value, source[name]) for name, value in several.parameters().items())
+
+
+def test_every_parameter_has_one_owner_and_owners_share_the_optimizer_state(build):
+    combined = build(copies=3)
+    first, *others = (dict(t.named_parameters()) for t in combined.parallel.transformers)
+    owned = combined.groups["generative"]
+    assert owned.keys() == first.keys()
+    share = [sum(p.numel() for name, p in owned.items() if p is parameters[name]) for parameters in (first, *others)]
+    assert sum(share) == sum(p.numel() for p in first.values())
+    assert max(share) <= 1.1 * min(share)
+
+
+def test_adapters_are_copied_and_owned(saved_models, compose_settings, monkeypatch, random_image):
+    from segadapt.models import build as building
+
+    models = saved_models(("sky", "road", "tree"))
+    monkeypatch.setattr(building, "devices_of", lambda runtime: ["cpu", "cpu"])
+    settings = compose_settings(*models, "model.update.lora_rank=2", "model.generative.placement=replicate")
+    built = build_models(settings, ("sky", "road", "tree"))
+    assert [line.split(",")[0] for line in built.map_lines] == [
+        "cpu: whole copy", "cpu: whole copy", "model.generative.placement=replicate"]  # fmt: skip
+    combined = built.combined
+    assert len(combined.parallel.transformers) == 2
+    before = {name: value.detach().clone() for name, value in combined.parameters().items()}
+    assert combined.step(random_image(), task="t", key="k").is_updated
+    changed = {name for name, value in combined.parameters().items() if not torch.equal(value, before[name])}
+    assert any(".lora_B." in name for name in changed)
+    assert_copies_are_equal(combined)
+    built.assert_placed()
+
+
+@pytest.mark.parametrize(
+    ("placement", "parts", "expected"),
+    [("dispatch", 1, 1), ("dispatch", 3, 3), ("replicate", 1, 2), ("replicate", 5, 5)],
+)
+def test_parts_of_two_devices(saved_models, compose_settings, monkeypatch, placement, parts, expected):
+    from segadapt.models import build as building
+
+    models = saved_models(("sky", "road", "tree"))
+    monkeypatch.setattr(building, "devices_of", lambda runtime: ["cpu", "cpu"])
+    overrides = (f"model.generative.placement={placement}", f"model.generative.parts={parts}")
+    built = build_models(compose_settings(*models, *overrides), ("sky", "road", "tree"), force_hooks=True)
+    assert built.combined.parallel.parts == expected
+    assert built.map_lines[-1].startswith("model.generative.placement=replicate, a whole copy of 0.0 GiB")
+    assert built.map_lines[-1].endswith("fits: there no device waits for another")
+
+
+def test_one_device_cuts_nothing_up(saved_models, compose_settings):
+    models = saved_models(("sky", "road", "tree"))
+    built = build_models(compose_settings(*models, "model.generative.parts=4"), ("sky", "road", "tree"))
+    assert built.combined.parallel.parts == 1
+
+
+def test_copies_that_do_not_fit_are_refused_and_the_comparison_says_so():
+    transformer = build_transformer(num_layers=2)
+    with pytest.raises(UserError, match=r"placement=replicate: a copy .* on cpu; it has 0\.0\. Lower .*dispatch"):
+        replicate(transformer, ["cpu"] * 2, capacities=[10**6] * 2, **COST)
+    line = comparison(transformer, ["cpu"] * 2, capacities=[10**6] * 2, **COST)
+    assert "does not fit (0.0 GiB there): the split is the way" in line
+
+
+def test_a_lane_on_the_cpu_is_nothing():
+    lane = Lane([CPU])
+    lane.fork()
+    with lane():
+        total = torch.ones(3).sum()
+    lane.join()
+    assert total == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("placement", ["dispatch", "replicate"])
+def test_overlapping_parts_on_gpus_equal_one_gpu(saved_models, compose_settings, monkeypatch, random_image, placement):
+    from segadapt.models import build as building
+
+    classes = ("sky", "road", "tree", "car", "person", "sign")
+    models, found = saved_models(classes), []
+    for gpus in ([0], list(range(torch.cuda.device_count()))):
+        monkeypatch.setattr(building, "devices_of", lambda runtime, gpus=gpus: gpus)
+        overrides = [*models, "runtime=default", "model.generative.parts=4", "runtime.precision=fp32"]
+        overrides.append(f"model.generative.placement={placement}")
+        combined = build_models(compose_settings(*overrides), classes).combined
+        for key in "abcde":  # streams race where they do not wait
+            loss, grads, _ = backward(combined, random_image(seed=ord(key)).cuda())
+            found.append((loss.cpu(), {name: grad.cpu() for name, grad in grads.items()}))
+            for transformer in combined.parallel.transformers:
+                transformer.zero_grad()
+            combined.segmenter.net.zero_grad()
+    for (expected, wanted), (loss, grads) in zip(found[:5], found[5:], strict=True):
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+        assert grads.keys() == wanted.keys()
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, wanted[name], rtol=1e-3, atol=1e-6, msg=name)
