@@ -102,7 +102,8 @@ def loss_of(combined: Combined, image_3HW: torch.Tensor) -> float:
     """Backward of one image: the loss; the gradients stay in the parameters."""
     with combined.autocast():
         logits_BChw = combined.segmenter.logits(image_3HW[None])
-    taught, candidates = combined.backward(image_3HW, logits_BChw, task="full_size", key="0")
+    noisy = combined.noise(image_3HW, task="full_size", key="0")
+    taught, candidates = combined.backward(image_3HW, logits_BChw, noisy, task="full_size", key="0")
     assert candidates.counts == (20, 20), candidates.counts
     return taught.loss.item()
 

@@ -45,7 +45,8 @@ def joint_backward(combined: Combined, image_3HW: torch.Tensor, key: str, *, pai
     assert combined.generative is not None
     with combined.autocast():  # around everything: one bf16 copy of each weight
         logits_BChw = combined.segmenter.logits(image_3HW[None])
-        q_KCyx, noisy = combined.cut_and_noise(image_3HW, logits_BChw, task="step", key=key)
+        noisy = combined.noise(image_3HW, task="step", key=key)
+        q_KCyx = combined.in_windows(logits_BChw, image_3HW, grid=noisy.x_t_Kzyx.shape[-1])
         loss = combined.loss
         chosen = candidate_classes.select(
             q_KCyx.detach(),
@@ -76,9 +77,10 @@ def joint_backward(combined: Combined, image_3HW: torch.Tensor, key: str, *, pai
 
 def our_backward(combined: Combined, image_3HW: torch.Tensor, key: str) -> float:
     """The package's."""
+    noisy = combined.noise(image_3HW, task="step", key=key)
     with combined.autocast():
         logits_BChw = combined.segmenter.logits(image_3HW[None])
-    taught, _ = combined.backward(image_3HW, logits_BChw, task="step", key=key)
+    taught, _ = combined.backward(image_3HW, logits_BChw, noisy, task="step", key=key)
     return taught.loss.item()
 
 
@@ -154,10 +156,7 @@ def transformer_part(combined: Combined, image_3HW: torch.Tensor, *, pairs: int,
     """Forward and backward of all pairs in chunks, as the step runs them, with a given gradient."""
     teacher = combined.generative
     assert teacher is not None
-    with torch.no_grad(), combined.autocast():
-        _, noisy = combined.cut_and_noise(
-            image_3HW, combined.segmenter.logits(image_3HW[None]), task="step", key="transformer"
-        )
+    noisy = combined.noise(image_3HW, task="step", key="transformer")
     window_P = torch.arange(pairs, device=combined.device) * len(noisy.x_t_Kzyx) // pairs
     class_P = torch.arange(pairs, device=combined.device)
 

@@ -38,8 +38,7 @@ def test_several_draws_give_the_mean_of_the_losses_and_gradients_of_each(
     options += ("model.loss.classes_threshold=4",)
     image_3HW = random_image(width=64, dtype=torch.float64)
     combined = build_combined(*options, f"model.generative.draws={D}", dtype=torch.float64)
-    logits_BChw = combined.segmenter.logits(image_3HW[None])
-    noisy = combined.cut_and_noise(image_3HW, logits_BChw, task="t", key="k")[1]
+    noisy = combined.noise(image_3HW, task="t", key="k")
     assert len(noisy.sigma_K) == 3 * D
     assert len(noisy.x_t_Kzyx.flatten(1).unique(dim=0)) == 3 * D  # every row has its own noise
     assert len(noisy.sigma_K.unique()) == (1 if sigma_high == "null" else 3 * D)
@@ -51,8 +50,7 @@ def test_several_draws_give_the_mean_of_the_losses_and_gradients_of_each(
     for draw in range(D):
         single = build_combined(*options, dtype=torch.float64)
         rows = NoisyLatent(*(value[draw::D] for value in vars(noisy).values()))
-        cut = single.cut_and_noise
-        single.cut_and_noise = lambda *args, cut=cut, rows=rows, **names: (cut(*args, **names)[0], rows)
+        single.noise = lambda *_, rows=rows, **__: rows
         seen = watch(single)
         assert single.step(image_3HW, task="t", key="k").candidates == prediction.candidates
         losses.append(seen[0][0])
@@ -135,7 +133,8 @@ def trusted_loss(combined, image_3HW, mode, threshold):
     """The trust of a step written out on all pairs at once: loss, share of pixels that count, mean agreement."""
     D, q = combined.window.draws, []
     logits_BChw = combined.segmenter.logits(image_3HW[None])
-    q_KCyx, noisy = combined.cut_and_noise(image_3HW, logits_BChw, task="t", key="k")
+    noisy = combined.noise(image_3HW, task="t", key="k")
+    q_KCyx = combined.in_windows(logits_BChw, image_3HW, grid=noisy.x_t_Kzyx.shape[-1])
     losses, kept, steady = [], [], []
     every = torch.arange(len(CLASSES))
     for row in range(len(noisy.sigma_K)):

@@ -162,22 +162,24 @@ class Combined:
             task, key: name the image; noise, sigma and class draws come from (seed, task, key).
         """
         image_3HW = image_3HW.to(self.device, non_blocking=True)
+        # noise first: a GPU encodes the windows while the host is still naming the segmenter's many small kernels
+        noisy = None if self.generative is None else self.noise(image_3HW, task=task, key=key)
         with torch.set_grad_enabled(self.trains_discriminative), self.autocast():
             logits_BChw = self.segmenter.logits(image_3HW[None])
         scored_Chw = logits_BChw[0].detach()
-        if self.generative is None:
+        if noisy is None:
             return Prediction(scored_Chw, bool(scored_Chw.isfinite().all()))
-        taught, candidates = self.backward(image_3HW, logits_BChw, task=task, key=key)
+        taught, candidates = self.backward(image_3HW, logits_BChw, noisy, task=task, key=key)
         return self._update(scored_Chw, taught, candidates)
 
     def backward(
-        self, image_3HW: Tensor, logits_BChw: Tensor, *, task: str, key: str
+        self, image_3HW: Tensor, logits_BChw: Tensor, noisy: NoisyLatent, *, task: str, key: str
     ) -> tuple[Taught, candidate_classes.Candidates]:
         """The generative loss of one image and its gradients in every parameter that moves; no update.
 
         Returns the loss, detached, with what else the velocities tell, and the candidate classes of the rows.
         """
-        q_KCyx, noisy = self.cut_and_noise(image_3HW, logits_BChw, task=task, key=key)
+        q_KCyx = self.in_windows(logits_BChw, image_3HW, grid=noisy.x_t_Kzyx.shape[-1])
         candidates = candidate_classes.select(
             q_KCyx.detach(),
             topk=self.loss.topk,
@@ -198,13 +200,8 @@ class Combined:
     def autocast(self) -> torch.autocast | nullcontext:
         return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
-    def cut_and_noise(
-        self, image_3HW: Tensor, logits_BChw: Tensor, *, task: str, key: str
-    ) -> tuple[Tensor, NoisyLatent]:
-        """Cut image and logits with the same boxes; encode and noise the image. All classes share a row's noise draw.
-
-        Returns q_KCyx (differentiable) and the noisy latents of all rows.
-        """
+    def noise(self, image_3HW: Tensor, *, task: str, key: str) -> NoisyLatent:
+        """The image's windows, encoded and noised: one row for each draw. All classes share a row's noise."""
         assert self.generative is not None
         w, boxes_K2 = self.window, self.boxes(image_3HW)
         windows_K3ss = 2 * windows.cut(image_3HW, boxes_K2, window_px=w.window_px) - 1
@@ -214,10 +211,17 @@ class Combined:
         )
         high = w.sigma if w.sigma_high is None else w.sigma_high
         uniform_R = torch.rand(len(latent_Rzyx), generator=torch_generator(self.seed, task, key, "sigma"))
-        sigma_R = (w.sigma + (high - w.sigma) * uniform_R).to(latent_Rzyx)
-        noisy = add_noise(latent_Rzyx, noise_Rzyx.to(self.device), sigma_R)
+        sigma_R = (w.sigma + (high - w.sigma) * uniform_R).to(latent_Rzyx.dtype)
+        return add_noise(latent_Rzyx, self._send(noise_Rzyx), self._send(sigma_R))
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        """From the host to the main device; from pinned memory, as the host must not wait for the device's work."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def in_windows(self, logits_BChw: Tensor, image_3HW: Tensor, *, grid: int) -> Tensor:
+        """What the objective reads of the logits, on the latent grid of each window: [K, C, y, x], differentiable."""
         q_BChw = objective.normalise(logits_BChw) if self.loss.logit_norm else logits_BChw
-        return self.on_grid(q_BChw[0], image_3HW, grid=latent_Rzyx.shape[-1]), noisy
+        return self.on_grid(q_BChw[0], image_3HW, grid=grid)
 
     def boxes(self, image_3HW: Tensor) -> Tensor:
         return windows.plan(*image_3HW.shape[1:], window_px=self.window.window_px, stride_px=self.window.stride_px)

@@ -123,22 +123,20 @@ def examine(
     truth_Kyx = _truth(label_HW, boxes_K2, image_px=image_3HW.shape[1:], window_px=w.window_px, grid=grid)
 
     raw_BChw = nn.Parameter(logits_BChw.detach().clone())
-    step_logits_BChw = objective.normalise(logits_BChw) if combined.loss.logit_norm else logits_BChw
     segmenter_KCyx = combined.on_grid(logits_BChw[0], image_3HW, grid=grid)
-    q_KCyx = combined.on_grid(step_logits_BChw[0], image_3HW, grid=grid)
+    q_KCyx = combined.in_windows(logits_BChw, image_3HW, grid=grid)
     right = cross_entropy_gradient(raw_BChw, label_HW)
     tallies = []
     for sigma in sigmas:
         view = _onlooker(combined, raw_BChw, latent_Kzyx, sigma=sigma)
         raw_BChw.grad = None
-        taught, candidates = view.backward(image_3HW, raw_BChw, task=task, key=key)
+        own = view.noise(image_3HW, task=task, key=key)
+        taught, candidates = view.backward(image_3HW, raw_BChw, own, task=task, key=key)
         assert raw_BChw.grad is not None
         chosen_KC = candidates.chosen_KC[:: candidates.draws]
         weights_KCyx = objective.class_weights(q_KCyx, chosen_KC, temperature=combined.loss.temperature)
-        if sigma is None:
-            noisy = view.cut_and_noise(image_3HW, raw_BChw.detach(), task=task, key=key)[1]
-        else:
-            noisy = _noised(latent_Kzyx, sigma, draws, torch_generator(combined.seed, task, key, "diagnose"))
+        generator = torch_generator(combined.seed, task, key, "diagnose")
+        noisy = own if sigma is None else _noised(latent_Kzyx, sigma, draws, generator)
         errors_RCyx = class_errors(combined.generative, noisy, num_classes=q_KCyx.shape[1], max_pairs=w.max_pairs)
         tallies.append(
             _tally(
