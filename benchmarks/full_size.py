@@ -12,6 +12,8 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -23,6 +25,7 @@ from segadapt.models.build import segmenter_bytes
 from segadapt.models.combined import Combined
 from segadapt.models.discriminative.segformer import Segmenter
 from segadapt.models.generative import placement as placing
+from segadapt.models.generative.parallel import Parallel
 from segadapt.models.generative.plan import training_bytes
 from segadapt.models.generative.prompts import PromptEmbeddings
 from segadapt.models.generative.sd3 import Sd3
@@ -38,7 +41,12 @@ B_TINY = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 20, 32], "num_attentio
           "decoder_hidden_size": 16}  # fmt: skip
 VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32}
 VAE_TINY = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
-CLASSES, TOKENS = 150, 333
+CLASSES = 150
+
+
+def tokens_of(transformer_config: Mapping[str, Any]) -> int:
+    """Text tokens of a pair: SD3's 333; fewer at toy size, where a CPU pays for each."""
+    return 333 if transformer_config["joint_attention_dim"] == SD3_MEDIUM["joint_attention_dim"] else 13
 
 
 def build(args: argparse.Namespace, main: torch.device) -> tuple[Segmenter, SD3Transformer2DModel, AutoencoderKL]:
@@ -59,42 +67,50 @@ def build(args: argparse.Namespace, main: torch.device) -> tuple[Segmenter, SD3T
     return Segmenter(net), transformer, vae
 
 
+def cost_of(transformer: SD3Transformer2DModel, parts: tuple, g: config.GenerativeSettings) -> dict[str, Any]:
+    """What a placement counts."""
+    segmenter, vae = parts
+    tokens = tokens_of(transformer.config)
+    fixed = segmenter_bytes(segmenter, is_trained=True) + training_bytes(vae, trained=False)
+    return {
+        "trained": True,
+        "max_pairs": g.max_pairs,
+        "tokens": (g.window_px // 16) ** 2 + tokens,
+        "checkpointing": g.gradient_checkpointing,
+        "bf16": True,
+        "fixed_main_bytes": fixed + 2 * CLASSES * tokens * transformer.config["joint_attention_dim"],
+    }
+
+
 def place(transformer: SD3Transformer2DModel, parts: tuple, g: config.GenerativeSettings, devices: list) -> None:
     """Split the transformer over the devices, print the map, assert that every device is used."""
-    segmenter, vae = parts
-    placement = placing.place(
-        transformer,
-        devices,
-        trained=True,
-        max_pairs=g.max_pairs,
-        tokens=(g.window_px // 16) ** 2 + TOKENS,
-        checkpointing=g.gradient_checkpointing,
-        bf16=True,
-        fixed_main_bytes=segmenter_bytes(segmenter, is_trained=True)
-        + training_bytes(vae, trained=False)
-        + 2 * CLASSES * TOKENS * transformer.config["joint_attention_dim"],
-        force_hooks=len(devices) > 1,
-    )
+    placement = placing.place(transformer, devices, force_hooks=len(devices) > 1, **cost_of(transformer, parts, g))
     print("map:", *placement.lines, sep="\n  ", flush=True)
     placing.assert_placed(transformer, placement)
     used = {str(parameter.device) for parameter in transformer.parameters()}
     assert used == {str(torch.device(device)) for device in devices}, (used, devices)
 
 
-def join(parts: tuple, transformer: SD3Transformer2DModel, settings: config.AdaptConfig, precision: str) -> Combined:
+def join(
+    parts: tuple,
+    transformer: SD3Transformer2DModel,
+    settings: config.AdaptConfig,
+    precision: str,
+    parallel: Parallel | None = None,
+) -> Combined:
     """The two models as `segadapt adapt` joins them, with random text embeddings."""
     segmenter, vae = parts
     main = next(segmenter.net.parameters()).device
     width = transformer.config["joint_attention_dim"], transformer.config["pooled_projection_dim"]
-    generator = torch.Generator().manual_seed(1)
+    tokens, generator = tokens_of(transformer.config), torch.Generator().manual_seed(1)
     text = PromptEmbeddings(
-        torch.randn(CLASSES, TOKENS, width[0], generator=generator),
+        torch.randn(CLASSES, tokens, width[0], generator=generator),
         torch.randn(CLASSES, width[1], generator=generator),
-        torch.zeros(TOKENS, width[0]),
+        torch.zeros(tokens, width[0]),
         torch.zeros(width[1]),
         source="learned",
     )
-    teacher = Sd3(transformer, vae, text, device=main, precision=precision)
+    teacher = Sd3(transformer, vae, text, device=main, precision=precision, parallel=parallel)
     return Combined(segmenter, teacher, settings.model, settings.tta.optimizer, seed=0, precision=precision)
 
 

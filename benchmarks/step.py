@@ -1,38 +1,46 @@
-"""One adaptation step in three forms, in one process and on the same inputs: seconds, memory, rate, equality.
+"""One adaptation step in several forms, in one process and on the same inputs: seconds, memory, rate, equality.
 
-CUDA_VISIBLE_DEVICES=0 python benchmarks/step.py                 SegFormer-B5 and SD3-medium shapes, random weights
+CUDA_VISIBLE_DEVICES=0,1 python benchmarks/step.py --rows windows,classes,segadapt,dispatch-2,replicate-2 --compile
 python benchmarks/step.py --tiny --device cpu                    toy size, under a minute; no claim of speed
 
-    windows    as the public implementations: a forward a window with all its classes, every graph kept until one joint
-               backward, AdamW not fused
-    classes    the same, a forward a class
-    segadapt   this package's step; --compile compiles the transformer's blocks
+    windows      as the public implementations: a forward a window with all its classes, every graph kept until one
+                 joint backward, AdamW not fused
+    classes      the same, a forward a class
+    segadapt     this package's step on one card
+    dispatch-N   the transformer split over the first N cards; replicate-N: a copy on each of them
 
-Workload: one 512x683 image, 150 classes, 2 windows x --classes candidates, 333 text tokens, both models updated, bf16
-autocast over float32 weights. A form that does not fit the card prints null. The rate of the transformer part is that
-of forward and backward of the same pairs in the same chunks, in operations of real pairs: no padding, no recomputation.
+SegFormer-B5 and SD3-medium shapes, random weights. Workload: one 512x683 image, 150 classes, 2 windows x --classes
+candidates, 333 text tokens, both models updated, bf16 autocast over float32 weights. Loss and gradients of one image
+are compared with those of the first row. A row that does not fit the card prints null. --compile compiles the blocks of
+all but the first two forms. The rate of the transformer part is that of forward and backward of the same pairs in the
+same chunks, in operations of real pairs: no padding, no recomputation.
 """
 
 import argparse
 import copy
+import gc
 import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-from full_size import SD3_MEDIUM, SD3_TINY, TOKENS, build, difference, join, place
+from full_size import SD3_MEDIUM, SD3_TINY, build, cost_of, difference, join, place, tokens_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from segadapt import config
 from segadapt.models.combined import Combined
 from segadapt.models.generative import candidates as candidate_classes
 from segadapt.models.generative import loss as objective
+from segadapt.models.generative import placement as placing
 from segadapt.models.generative.compiled import compile_blocks
+from segadapt.models.generative.parallel import Parallel
 from segadapt.models.updates import Updates
 from segadapt.parse import from_overrides
 from segadapt.seeds import torch_generator
@@ -84,13 +92,13 @@ def our_backward(combined: Combined, image_3HW: torch.Tensor, key: str) -> float
     return taught.loss.item()
 
 
-def forms(combined: Combined, image_3HW: torch.Tensor, *, pairs: int) -> dict[str, tuple[Step, Step]]:
-    """Of each form: backward alone, and the whole step."""
-    plain = Updates(combined.groups, combined.optimizer_settings, fused=False)
+def forms(combined: Combined, image_3HW: torch.Tensor, *, pairs: int, name: str) -> tuple[Step, Step]:
+    """Of a row: backward alone, and the whole step."""
+    if name in ("windows", "classes"):
+        plain = Updates(combined.groups, combined.optimizer_settings, fused=False)
 
-    def joint(pairs_a_time: int) -> tuple[Step, Step]:
         def backward(key: str) -> float:
-            return joint_backward(combined, image_3HW, key, pairs_a_time=pairs_a_time)
+            return joint_backward(combined, image_3HW, key, pairs_a_time=pairs if name == "windows" else 1)
 
         def step(key: str) -> float:
             loss = backward(key)
@@ -106,11 +114,7 @@ def forms(combined: Combined, image_3HW: torch.Tensor, *, pairs: int) -> dict[st
         assert prediction.loss is not None
         return prediction.loss
 
-    return {
-        "windows": joint(pairs),
-        "classes": joint(1),
-        "segadapt": (lambda k: our_backward(combined, image_3HW, k), ours),
-    }
+    return lambda key: our_backward(combined, image_3HW, key), ours
 
 
 def seconds(work: Callable[[str], object], devices: list[torch.device], *, warmup: int, images: int) -> float:
@@ -139,7 +143,7 @@ def operations(transformer_config: dict[str, Any], *, side: int) -> int:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             transformer(
                 hidden_states=torch.empty(1, c["in_channels"], side, side),
-                encoder_hidden_states=torch.empty(1, TOKENS, c["joint_attention_dim"]),
+                encoder_hidden_states=torch.empty(1, tokens_of(c), c["joint_attention_dim"]),
                 pooled_projections=torch.empty(1, c["pooled_projection_dim"]),
                 timestep=torch.empty(1),
             )
@@ -152,36 +156,54 @@ def matrix_rate(device: torch.device, side: int) -> float:
     return 2 * side**3 / seconds(lambda _: a @ b, [device], warmup=3, images=10)
 
 
-def transformer_part(combined: Combined, image_3HW: torch.Tensor, *, pairs: int, max_pairs: int) -> Callable:
-    """Forward and backward of all pairs in chunks, as the step runs them, with a given gradient."""
+def transformer_part(combined: Combined, image_3HW: torch.Tensor, *, pairs: int) -> Step:
+    """Forward and backward of all pairs, as the step runs them, with a given gradient."""
     teacher = combined.generative
     assert teacher is not None
     noisy = combined.noise(image_3HW, task="step", key="transformer")
     window_P = torch.arange(pairs, device=combined.device) * len(noisy.x_t_Kzyx) // pairs
     class_P = torch.arange(pairs, device=combined.device)
 
-    def run(_: str) -> None:
-        for chunk in zip(window_P.split(max_pairs), class_P.split(max_pairs), strict=True):
+    def run(_: str) -> float:
+        at_once = combined.pairs_at_once
+        for chunk in zip(window_P.split(at_once), class_P.split(at_once), strict=True):
             velocity_Pzyx = teacher.velocity(noisy, *chunk)
             velocity_Pzyx.backward(torch.ones_like(velocity_Pzyx))
+        combined.parallel.sum_gradients()
+        return 0.0
 
     return run
 
 
+def assemble(a: argparse.Namespace, settings: config.AdaptConfig, *, name: str, names: list[Any]) -> Combined:
+    """The two models on the first of these devices, or the transformer on all of them; always the same weights."""
+    devices = [torch.device(each) for each in names]
+    segmenter, transformer, vae = build(a, devices[0])
+    if settings.model.generative.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    transformers = [transformer]
+    if name.startswith("replicate"):
+        cost = cost_of(transformer, (segmenter, vae), settings.model.generative)
+        transformers, placements = placing.replicate(transformer, names, **cost)
+        sys.stderr.write("".join(f"{line}\n" for placement in placements for line in placement.lines))
+    else:
+        place(transformer, (segmenter, vae), settings.model.generative, names)
+    if a.compile and name not in ("windows", "classes"):
+        for each in transformers:
+            compile_blocks(each)
+    parts = settings.model.generative.parts if len(devices) > 1 else 1
+    parallel = Parallel(transformers, devices, parts=max(parts, len(transformers)))
+    return join((segmenter, vae), transformer, copy.deepcopy(settings), a.precision, parallel)
+
+
 def measure(
-    combined: Combined,
-    backward: Step,
-    step: Step,
-    devices: list[torch.device],
-    reference: dict[str, Any],
-    *,
-    warmup: int,
+    combined: Combined, image_3HW: torch.Tensor, reference: dict[str, Any], *, name: str, pairs: int, warmup: int,
     images: int,
-) -> dict[str, Any]:
-    """Loss and gradients of one image against the first form's, kept in `reference`; then whole steps."""
+) -> dict[str, Any]:  # fmt: skip
+    """Loss and gradients of one image against the first row's, kept in `reference`; then whole steps and parts."""
+    devices = list(combined.parallel.devices)
     on_gpu = devices[0].type == "cuda"
-    for device in devices if on_gpu else []:
-        torch.cuda.reset_peak_memory_stats(device)
+    backward, step = forms(combined, image_3HW, pairs=pairs, name=name)
     loss = backward("equality")
     row: dict[str, Any] = {"loss": loss}
     if reference:
@@ -192,73 +214,94 @@ def measure(
         moving = combined.parameters().items()
         reference |= {"loss": loss, "gradients": {n: p.grad.cpu().clone() for n, p in moving if p.grad is not None}}
     clear(combined)
-    row["seconds_per_image"] = seconds(step, devices, warmup=warmup, images=images)
+    times = {"warmup": warmup, "images": images}
+    for device in devices if on_gpu else []:
+        torch.cuda.reset_peak_memory_stats(device)
+    row["seconds_per_image"] = seconds(step, devices, **times)
     row["peak_gib"] = [round(torch.cuda.max_memory_allocated(d) / 2**30, 2) for d in devices] if on_gpu else None
+    if name not in ("windows", "classes"):
+        clear(combined)
+        row["seconds_transformer"] = seconds(transformer_part(combined, image_3HW, pairs=pairs), devices, **times)
+        clear(combined)
+        row["seconds_autoencoder"] = seconds(lambda key: combined.noise(image_3HW, task="t", key=key), devices, **times)
+
+        def segment(_: str) -> None:
+            with combined.autocast():
+                combined.segmenter.logits(image_3HW[None]).square().mean().backward()
+
+        row["seconds_segmenter"] = seconds(segment, devices, **times)
+    clear(combined)
     return row
 
 
 def clear(combined: Combined) -> None:
-    for parameter in combined.parameters().values():
-        parameter.grad = None
+    for transformer in combined.parallel.transformers:
+        transformer.zero_grad()
+    combined.segmenter.net.zero_grad()
 
 
 def main() -> None:
-    """All forms: first loss and gradients of one image against the first form's, then whole steps."""
+    """All rows, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="windows,classes,segadapt")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--classes", type=int, default=20, help="candidates a window; 16 where `windows` does not fit")
-    parser.add_argument("--max-pairs", type=int, default=20, help="of a forward of segadapt's step")
+    parser.add_argument("--classes", type=int, help="candidates a window; 20, or 16 where `windows` does not fit")
+    parser.add_argument("--max-pairs", type=int, default=20, help="model.generative.max_pairs")
+    parser.add_argument("--parts", type=int, default=1, help="model.generative.parts")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--attention", choices=[kind.lower() for kind in SDPBackend.__members__], help="only this kernel"
+    )
     parser.add_argument("--images", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--forms", default="windows,classes,segadapt")
     a = parser.parse_args()
+    a.classes = a.classes or (5 if a.tiny else 20)
     gpus = list(range(torch.cuda.device_count())) if a.device == "cuda" else []
     if a.device == "cuda" and not gpus:
         sys.exit("step.py: no GPU is visible; expected one or more. Use --tiny --device cpu.")
-    names: list[Any] = gpus or ["cpu"]
-    devices = [torch.device(name) for name in names]
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as models.build.set_up does
     short_side_px = 128 if a.tiny else 512
     overrides = ["data=ade20k_c", "data.data_root=none", "model.loss.topk=150",
                  f"model.loss.classes_threshold={a.classes}", f"model.generative.max_pairs={a.max_pairs}",
+                 f"model.generative.parts={a.parts}", f"model.generative.gradient_checkpointing={a.checkpointing}",
                  *(f"{name}={short_side_px}" for name in ("data.short_side_px", "model.generative.window_px")),
                  f"model.generative.stride_px={short_side_px // 2}"]  # fmt: skip
     settings = from_overrides("adapt", overrides, config.AdaptConfig)
-    segmenter, transformer, vae = build(a, devices[0])
-    place(transformer, (segmenter, vae), settings.model.generative, names)
-    if a.compile:
-        compile_blocks(transformer)
-    combined = join((segmenter, vae), transformer, copy.deepcopy(settings), a.precision)
     size = (short_side_px, math.ceil(short_side_px * 4 / 3))
-    image_3HW = torch.rand(3, *size, generator=torch.Generator().manual_seed(0)).to(devices[0])
+    main_device = torch.device(gpus[0] if gpus else "cpu")
+    image_3HW = torch.rand(3, *size, generator=torch.Generator().manual_seed(0)).to(main_device)
     pairs = 2 * a.classes
-    known = forms(combined, image_3HW, pairs=pairs)
-    out: dict[str, Any] = {"device": torch.cuda.get_device_name() if gpus else "cpu", "gpus": len(gpus),
-                           "torch": torch.__version__, "precision": a.precision, "pairs": pairs,
-                           "max_pairs": a.max_pairs, "compiled": a.compile, "forms": {}}  # fmt: skip
+    peak = matrix_rate(main_device, 512 if a.tiny else 8192)
+    flops = 3 * pairs * operations(SD3_TINY if a.tiny else SD3_MEDIUM, side=settings.model.generative.window_px // 8)
+    out: dict[str, Any] = {"device": torch.cuda.get_device_name() if gpus else "cpu", "torch": torch.__version__,
+                           "pairs": pairs, "matrix_tflops": peak / 1e12} | vars(a) | {"rows": {}}  # fmt: skip
     reference: dict[str, Any] = {}
-    for name in a.forms.split(","):
+    times = {"warmup": a.warmup, "images": a.images}
+    kernel = SDPBackend.__members__[a.attention.upper()] if a.attention else None
+    for name in a.rows.split(","):
+        count = int(name.partition("-")[2] or 1)
+        names: list[Any] = gpus[:count] if gpus else ["cpu"] * count
+        combined = assemble(a, settings, name=name, names=names)
         try:
-            out["forms"][name] = measure(combined, *known[name], devices, reference, warmup=a.warmup, images=a.images)
+            with sdpa_kernel(kernel) if kernel else nullcontext():
+                row = measure(combined, image_3HW, reference, name=name, pairs=pairs, **times)
         except torch.OutOfMemoryError:
-            out["forms"][name] = None
-        clear(combined)
-        combined.reset()
+            row = None
+        if row and "seconds_transformer" in row:
+            rate = flops / row["seconds_transformer"] / count
+            row |= {"transformer_tflops_a_gpu": rate / 1e12, "share_of_matrix_rate": rate / peak}
+        out["rows"][name] = row
+        del combined
+        gc.collect()  # the hooks of a split model refer to themselves
         if gpus:
             torch.cuda.empty_cache()
-    timed = {name: row["seconds_per_image"] for name, row in out["forms"].items() if row}
-    for name in set(timed) & {"windows", "classes"}:
-        if "segadapt" in timed:
-            out[f"{name} / segadapt"] = timed[name] / timed["segadapt"]
-    part = transformer_part(combined, image_3HW, pairs=pairs, max_pairs=a.max_pairs)
-    taken = seconds(part, devices, warmup=a.warmup, images=a.images)
-    transformer_config = SD3_TINY if a.tiny else SD3_MEDIUM
-    rate = 3 * pairs * operations(transformer_config, side=settings.model.generative.window_px // 8) / taken
-    peak = matrix_rate(devices[0], 512 if a.tiny else 8192)
-    out["transformer"] = {"seconds": taken, "tflops": rate / 1e12, "matrix_tflops": peak / 1e12, "share": rate / peak}
+        sys.stderr.write(f"{name}: {json.dumps(row)}\n")
+    timed = {name: row["seconds_per_image"] for name, row in out["rows"].items() if row}
+    first = next(iter(timed), None)
+    out["faster_than_the_first"] = {name: timed[first] / value for name, value in timed.items()} if first else {}
     print(json.dumps(out, indent=2))
 
 
