@@ -17,6 +17,7 @@ from segadapt import stream
 from segadapt.augment import Crops, keep_light, light_of, places_of_classes
 from segadapt.config import TrainGenerativeConfig
 from segadapt.datasets import Dataset
+from segadapt.errors import UserError
 from segadapt.models.build import devices_of
 from segadapt.record import JsonLines
 from segadapt.seeds import derive
@@ -63,7 +64,11 @@ def batches(
 def train_autoencoder(
     dataset: Dataset, settings: TrainGenerativeConfig, main: torch.device, records: JsonLines, console: Console
 ) -> AutoencoderKL:
-    """L1 reconstruction with a small KL term; then shift and scale make the latents standard (as in SD3's config)."""
+    """L1 reconstruction with a small KL term; then shift and scale make the latents standard (as in SD3's config).
+
+    Raises:
+        UserError: the loss or a gradient is not finite.
+    """
     t, config = settings.train, dict(settings.model.generative.autoencoder_config)
     torch.manual_seed(derive(settings.experiment.seed, "autoencoder"))
     levels = len(config["block_out_channels"])
@@ -82,10 +87,16 @@ def train_autoencoder(
             (rebuilt_B3ss,) = vae.decode(posterior.sample(), return_dict=False)  # pyright: ignore[reportArgumentType]
         loss = F.l1_loss(rebuilt_B3ss.float(), windows_B3ss) + t.kl_weight * posterior.kl().float().mean()
         loss.backward()
+        if is_read := step % LOG_EVERY == 0 or step == t.autoencoder_iters:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in vae.parameters() if p.grad is not None]).item()
+            if not math.isfinite(loss.item()) or not math.isfinite(norm):
+                raise UserError(f"train.autoencoder_lr={t.autoencoder_lr}: the loss of the autoencoder is "
+                                f"{loss.item():g} and the norm of its gradient {norm:g} at step {step}; expected "
+                                "finite numbers. Lower train.autoencoder_lr.")  # fmt: skip
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        if step % LOG_EVERY == 0:
+        if is_read:
             records.append({"stage": "autoencoder", "step": step, "loss": loss.item()})
         if step > t.autoencoder_iters - 20:
             recent.append(posterior.mean.detach().float())

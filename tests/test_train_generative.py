@@ -207,6 +207,25 @@ def test_latents_are_standard_after_shift_and_scale(tmp_path):
     assert latents.std().item() == pytest.approx(1, abs=1e-5)
 
 
+def test_a_broken_autoencoder_is_not_kept(tmp_path):
+    with pytest.raises(UserError, match=r"^train\.autoencoder_lr=1e\+30: the loss of the autoencoder is (nan|inf) .*"):
+        train_generative.run(generative_training(tmp_path, "train.autoencoder_lr=1e30"))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_model_is_saved_under_a_finite_loss(tmp_path, monkeypatch):
+    loss_of = train_generative.batch_loss
+
+    def steep(*args):
+        loss, extra = loss_of(*args)
+        return loss, extra | {"steep": (0 * loss.flow).sqrt()}  # adds 0, with a gradient of nan
+
+    monkeypatch.setattr(train_generative, "batch_loss", steep)
+    with pytest.raises(UserError, match=r"^train\.lr=\S+: the norm of the gradient is nan at step \d+; [^\n]*$"):
+        train_generative.run(generative_training(tmp_path, "train.iters=1"))
+    assert [path.parent.name for path in tmp_path.rglob("*.safetensors")] == ["vae"]
+
+
 def test_the_teacher_learns_on_the_autoencoder_that_is_kept(tmp_path, monkeypatch):
     """In bf16, where the stored weights are not those that were trained; shift and scale as in the file."""
     used = noted_autoencoders(monkeypatch)
