@@ -26,6 +26,7 @@ from segadapt.errors import UserError
 from segadapt.models.build import Models, build_models
 from segadapt.models.generative import windows
 from segadapt.models.generative.plan import GIB
+from segadapt.models.out_of_memory import explain_out_of_memory
 from segadapt.terminal import results_table
 
 MOST_PROBLEMS = 20  # shown; all are counted
@@ -158,7 +159,8 @@ def check_models(settings: CheckConfig, dataset: Dataset, entry: stream.Entry, c
     console.print(*describe(models), sep="\n")
     combined, start = models.combined, time.perf_counter()
     image_3HW = resize_short_side(dataset.load(entry.task, entry.key).image_HW3, settings.data.short_side_px)
-    step = combined.step(image_3HW, task=entry.task.name, key=entry.key)
+    with explain_out_of_memory(combined, f"{entry.key} of {entry.task.name}"):
+        step = combined.step(image_3HW, task=entry.task.name, key=entry.key)
     is_finite = bool(step.logits_Chw.isfinite().all()) and step.is_step_finite
     combined.reset()
     numbers = "" if step.loss is None else f"loss {step.loss:.6g}, gradient norm {step.grad_norm:.6g}, "

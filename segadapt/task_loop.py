@@ -15,6 +15,7 @@ from segadapt.datasets import Dataset, Task
 from segadapt.models.build import Models
 from segadapt.models.combined import Prediction
 from segadapt.models.diagnostics import examine
+from segadapt.models.out_of_memory import explain_out_of_memory
 from segadapt.record import JsonLines, RunFolder, write_json, write_png_palette
 from segadapt.terminal import TaskProgress
 from segadapt.wandb_mirror import Mirror
@@ -85,7 +86,8 @@ class TaskLoop:
                 ready = time.perf_counter()
                 assert sample.entry.task == task, (sample.entry, task)
                 diagnosis = self._diagnose(index, sample)  # before the step: of the weights that it starts from
-                prediction = combined.step(sample.image_3HW, task=task.name, key=sample.entry.key)
+                with explain_out_of_memory(combined, f"{sample.entry.key} of {task.name}"):
+                    prediction = combined.step(sample.image_3HW, task=task.name, key=sample.entry.key)
                 miou, classes = self._score_and_save(index, sample, prediction)
                 self.data.update(sample.digest.encode())
                 self._record(index, sample, prediction, miou, classes, diagnosis)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import SegformerForSemanticSegmentation
 
@@ -12,6 +13,7 @@ from segadapt import adapt, config, corrupt, stream
 from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.errors import UserError
 from segadapt.models.build import build_models, fingerprint
+from segadapt.models.combined import Combined
 
 CLASSES = ("sky", "road", "car")
 SIZES = ((48, 64), (64, 48), (40, 40), (32, 70))  # H, W px: landscape, portrait, square, wide
@@ -317,6 +319,30 @@ def test_an_unreadable_image_stops_the_run_with_its_name(settings_of, folder, tm
     (tmp_path / "data" / "images" / "2.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"images/2\.png"):
         adapt.run(settings_of(tmp_path, f"data.data_root={tmp_path / 'data'}", "tta.forward_mode=discriminative_only"))
+
+
+SAID = "CUDA out of memory. Tried to allocate 2 GiB. GPU 1 has a total capacity of 79 GiB of which 1 GiB is free. See"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cures"),
+    [
+        ((), "lower model.generative.max_pairs=16, or set model.generative.gradient_checkpointing=true, or train "
+             r"adapters alone \(model.update.lora_rank=8\), or make another GPU visible"),
+        (("model.generative.max_pairs=1", "model.update.generative=false"), "make another GPU visible"),
+        (("model.generative.gradient_checkpointing=true", "model.update.lora_rank=2"),
+         "lower model.generative.max_pairs=16, or make another GPU visible"),
+        (("tta.forward_mode=discriminative_only",), r"lower data.short_side_px\."),
+    ],
+)  # fmt: skip
+def test_too_little_memory_names_the_image_and_what_to_lower(settings_of, tmp_path, monkeypatch, overrides, cures):
+    def step(*_, **__):
+        raise torch.OutOfMemoryError(SAID)
+
+    monkeypatch.setattr(Combined, "step", step)
+    said = r"of gaussian_noise/5: CUDA out of memory\. Tried .* GPU 1 .* is free\. Either "
+    with pytest.raises(UserError, match=rf"^\w+ {said}{cures}"):
+        adapt.run(settings_of(tmp_path, *overrides))
 
 
 def test_the_wandb_copy_is_kept_offline_under_the_names_of_the_tasks(settings_of, tmp_path, monkeypatch):

@@ -1,0 +1,36 @@
+"""A device without memory: one line that says which settings to lower."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from segadapt.errors import UserError
+from segadapt.models.combined import Combined
+from segadapt.models.generative.lora import lora_parameters
+
+
+@contextmanager
+def explain_out_of_memory(combined: Combined, what: str) -> Iterator[None]:
+    """UserError in place of torch's: which image, what the device was asked for, what takes memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = ". ".join(str(error).split(". ")[:3])  # what was asked of which GPU, and its size
+        raise UserError(f"{what}: {said}. Either {', or '.join(cures(combined))}.") from error
+
+
+def cures(combined: Combined) -> list[str]:
+    """What would take less memory than the settings do, the cheapest first."""
+    if combined.generative is None:
+        return ["lower data.short_side_px"]
+    g, out = combined.window, []
+    if g.max_pairs > 1:
+        out.append(f"lower model.generative.max_pairs={g.max_pairs}")
+    if combined.trains_generative and not g.gradient_checkpointing:
+        out.append("set model.generative.gradient_checkpointing=true")
+    if combined.trains_generative and not lora_parameters(combined.generative.transformer):
+        out.append("train adapters alone (model.update.lora_rank=8)")
+    if len(combined.parallel.transformers) > 1:
+        out.append("split the transformer (model.generative.placement=dispatch)")
+    return [*out, "make another GPU visible (CUDA_VISIBLE_DEVICES)"]
