@@ -82,9 +82,16 @@ def cost_of(transformer: SD3Transformer2DModel, parts: tuple, g: config.Generati
     }
 
 
-def place(transformer: SD3Transformer2DModel, parts: tuple, g: config.GenerativeSettings, devices: list) -> None:
+def place(
+    transformer: SD3Transformer2DModel,
+    parts: tuple,
+    g: config.GenerativeSettings,
+    devices: list,
+    capacities: list[int] | None = None,
+) -> None:
     """Split the transformer over the devices, print the map, assert that every device is used."""
-    placement = placing.place(transformer, devices, force_hooks=len(devices) > 1, **cost_of(transformer, parts, g))
+    placement = placing.place(transformer, devices, force_hooks=len(devices) > 1, capacities=capacities,
+                              **cost_of(transformer, parts, g))  # fmt: skip
     print("map:", *placement.lines, sep="\n  ", flush=True)
     placing.assert_placed(transformer, placement)
     used = {str(parameter.device) for parameter in transformer.parameters()}

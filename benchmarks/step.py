@@ -40,6 +40,7 @@ from segadapt.models.generative import candidates as candidate_classes
 from segadapt.models.generative import loss as objective
 from segadapt.models.generative import placement as placing
 from segadapt.models.generative.compiled import compile_blocks
+from segadapt.models.generative.lora import add_lora
 from segadapt.models.generative.parallel import Parallel
 from segadapt.models.updates import Updates
 from segadapt.parse import from_overrides
@@ -181,13 +182,15 @@ def assemble(a: argparse.Namespace, settings: config.AdaptConfig, *, name: str, 
     segmenter, transformer, vae = build(a, devices[0])
     if settings.model.generative.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    transformers = [transformer]
+    if a.lora:
+        add_lora(transformer, rank=a.lora, alpha=a.lora, seed=0)
+    transformers, capacities = [transformer], [int(a.gib * 2**30)] * len(names) if a.gib else None
     if name.startswith("replicate"):
         cost = cost_of(transformer, (segmenter, vae), settings.model.generative)
-        transformers, placements = placing.replicate(transformer, names, **cost)
+        transformers, placements = placing.replicate(transformer, names, capacities=capacities, **cost)
         sys.stderr.write("".join(f"{line}\n" for placement in placements for line in placement.lines))
     else:
-        place(transformer, (segmenter, vae), settings.model.generative, names)
+        place(transformer, (segmenter, vae), settings.model.generative, names, capacities)
     if a.compile and name not in ("windows", "classes"):
         for each in transformers:
             compile_blocks(each)
@@ -251,6 +254,8 @@ def main() -> None:
     parser.add_argument("--max-pairs", type=int, default=20, help="model.generative.max_pairs")
     parser.add_argument("--parts", type=int, default=1, help="model.generative.parts")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--lora", type=int, default=0, help="model.update.lora_rank")
+    parser.add_argument("--gib", type=float, help="let the process have no more of each card")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument(
         "--attention", choices=[kind.lower() for kind in SDPBackend.__members__], help="only this kernel"
@@ -262,11 +267,15 @@ def main() -> None:
     gpus = list(range(torch.cuda.device_count())) if a.device == "cuda" else []
     if a.device == "cuda" and not gpus:
         sys.exit("step.py: no GPU is visible; expected one or more. Use --tiny --device cpu.")
+    for gpu in gpus if a.gib else []:
+        total = torch.cuda.get_device_properties(gpu).total_memory
+        torch.cuda.set_per_process_memory_fraction(a.gib * 2**30 / total, gpu)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as models.build.set_up does
     short_side_px = 128 if a.tiny else 512
     overrides = ["data=ade20k_c", "data.data_root=none", "model.loss.topk=150",
                  f"model.loss.classes_threshold={a.classes}", f"model.generative.max_pairs={a.max_pairs}",
                  f"model.generative.parts={a.parts}", f"model.generative.gradient_checkpointing={a.checkpointing}",
+                 f"model.update.lora_rank={a.lora}",
                  *(f"{name}={short_side_px}" for name in ("data.short_side_px", "model.generative.window_px")),
                  f"model.generative.stride_px={short_side_px // 2}"]  # fmt: skip
     settings = from_overrides("adapt", overrides, config.AdaptConfig)
