@@ -25,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -243,45 +243,76 @@ def clear(combined: Combined) -> None:
     combined.segmenter.net.zero_grad()
 
 
-def main() -> None:
-    """All rows, one after the other."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="windows,classes,segadapt")
+def options(description: str | None, rows: str) -> argparse.ArgumentParser:
+    """What step.py and curve.py are told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default=rows)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--classes", type=int, help="candidates a window; 20, or 16 where `windows` does not fit")
     parser.add_argument("--max-pairs", type=int, default=20, help="model.generative.max_pairs")
     parser.add_argument("--parts", type=int, default=1, help="model.generative.parts")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--lora", type=int, default=0, help="model.update.lora_rank")
     parser.add_argument("--gib", type=float, help="let the process have no more of each card")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument(
-        "--attention", choices=[kind.lower() for kind in SDPBackend.__members__], help="only this kernel"
-    )
+    kernels = [kind.lower() for kind in SDPBackend.__members__]
+    parser.add_argument("--attention", choices=kernels, help="only this kernel")
     parser.add_argument("--images", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
-    a = parser.parse_args()
-    a.classes = a.classes or (5 if a.tiny else 20)
+    return parser
+
+
+def set_up(a: argparse.Namespace, classes: int) -> tuple[list[int], config.AdaptConfig]:
+    """The GPUs, and the settings of `segadapt adapt`; with `classes` candidates a window."""
     gpus = list(range(torch.cuda.device_count())) if a.device == "cuda" else []
     if a.device == "cuda" and not gpus:
-        sys.exit("step.py: no GPU is visible; expected one or more. Use --tiny --device cpu.")
+        sys.exit("No GPU is visible; expected one or more. Use --tiny --device cpu.")
     for gpu in gpus if a.gib else []:
         total = torch.cuda.get_device_properties(gpu).total_memory
         torch.cuda.set_per_process_memory_fraction(a.gib * 2**30 / total, gpu)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as models.build.set_up does
-    short_side_px = 128 if a.tiny else 512
-    overrides = ["data=ade20k_c", "data.data_root=none", "model.loss.topk=150",
-                 f"model.loss.classes_threshold={a.classes}", f"model.generative.max_pairs={a.max_pairs}",
+    px = 128 if a.tiny else 512
+    overrides = ["data=ade20k_c", "data.data_root=none", "model.loss.topk=150", f"data.short_side_px={px}",
+                 f"model.loss.classes_threshold={classes}", f"model.generative.max_pairs={a.max_pairs}",
                  f"model.generative.parts={a.parts}", f"model.generative.gradient_checkpointing={a.checkpointing}",
-                 f"model.update.lora_rank={a.lora}",
-                 *(f"{name}={short_side_px}" for name in ("data.short_side_px", "model.generative.window_px")),
-                 f"model.generative.stride_px={short_side_px // 2}"]  # fmt: skip
-    settings = from_overrides("adapt", overrides, config.AdaptConfig)
-    size = (short_side_px, math.ceil(short_side_px * 4 / 3))
+                 f"model.update.lora_rank={a.lora}", f"model.generative.window_px={px}",
+                 f"model.generative.stride_px={px // 2}"]  # fmt: skip
+    return gpus, from_overrides("adapt", overrides, config.AdaptConfig)
+
+
+def draw_image(settings: config.AdaptConfig, width_px: int, device: torch.device) -> torch.Tensor:
+    """[3, H, W], the same at each call."""
+    size = 3, settings.data.short_side_px, width_px
+    return torch.rand(size, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def only(kernel: str | None) -> AbstractContextManager[Any]:
+    """Attention by one kernel alone; None: as torch chooses."""
+    return sdpa_kernel(SDPBackend.__members__[kernel.upper()]) if kernel else nullcontext()
+
+
+def devices_of(name: str, gpus: list[int]) -> list[Any]:
+    """Those of a row: 'dispatch-2' takes two."""
+    count = int(name.partition("-")[2] or 1)
+    return gpus[:count] if gpus else ["cpu"] * count
+
+
+def free() -> None:
+    gc.collect()  # the hooks of a split model refer to themselves
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """All rows, one after the other."""
+    parser = options(__doc__, "windows,classes,segadapt")
+    parser.add_argument("--classes", type=int, help="candidates a window; 20, or 16 where `windows` does not fit")
+    a = parser.parse_args()
+    a.classes = a.classes or (5 if a.tiny else 20)
+    gpus, settings = set_up(a, a.classes)
     main_device = torch.device(gpus[0] if gpus else "cpu")
-    image_3HW = torch.rand(3, *size, generator=torch.Generator().manual_seed(0)).to(main_device)
+    image_3HW = draw_image(settings, math.ceil(settings.data.short_side_px * 4 / 3), main_device)
     pairs = 2 * a.classes
     peak = matrix_rate(main_device, 512 if a.tiny else 8192)
     flops = 3 * pairs * operations(SD3_TINY if a.tiny else SD3_MEDIUM, side=settings.model.generative.window_px // 8)
@@ -289,24 +320,20 @@ def main() -> None:
                            "pairs": pairs, "matrix_tflops": peak / 1e12} | vars(a) | {"rows": {}}  # fmt: skip
     reference: dict[str, Any] = {}
     times = {"warmup": a.warmup, "images": a.images}
-    kernel = SDPBackend.__members__[a.attention.upper()] if a.attention else None
     for name in a.rows.split(","):
-        count = int(name.partition("-")[2] or 1)
-        names: list[Any] = gpus[:count] if gpus else ["cpu"] * count
+        names = devices_of(name, gpus)
         combined = assemble(a, settings, name=name, names=names)
         try:
-            with sdpa_kernel(kernel) if kernel else nullcontext():
+            with only(a.attention):
                 row = measure(combined, image_3HW, reference, name=name, pairs=pairs, **times)
         except torch.OutOfMemoryError:
             row = None
         if row and "seconds_transformer" in row:
-            rate = flops / row["seconds_transformer"] / count
+            rate = flops / row["seconds_transformer"] / len(names)
             row |= {"transformer_tflops_a_gpu": rate / 1e12, "share_of_matrix_rate": rate / peak}
         out["rows"][name] = row
         del combined
-        gc.collect()  # the hooks of a split model refer to themselves
-        if gpus:
-            torch.cuda.empty_cache()
+        free()
         sys.stderr.write(f"{name}: {json.dumps(row)}\n")
     timed = {name: row["seconds_per_image"] for name, row in out["rows"].items() if row}
     first = next(iter(timed), None)
