@@ -66,7 +66,7 @@ def main() -> None:
 
                 with only(a.attention):
                     whole = seconds(step_of(combined, image_3HW, pairs), devices, **times)
-                    part = seconds(transformer_part(combined, image_3HW, pairs=pairs), devices, **times)
+                    part = seconds(transformer_part(combined, image_3HW, classes=count), devices, **times)
                 clear(combined)
                 rows.append({"row": name, "windows": number, "classes": count, "pairs": pairs,
                              "seconds_per_image": whole, "outside_transformer": 1 - part / whole})  # fmt: skip

@@ -11,6 +11,7 @@ shows how far repeated sums alone differ.
 import argparse
 import copy
 import json
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -78,6 +79,7 @@ def cost_of(transformer: SD3Transformer2DModel, parts: tuple, g: config.Generati
         "tokens": (g.window_px // 16) ** 2 + tokens,
         "checkpointing": g.gradient_checkpointing,
         "bf16": True,
+        "parts": g.parts,
         "fixed_main_bytes": fixed + 2 * CLASSES * tokens * transformer.config["joint_attention_dim"],
     }
 
@@ -92,7 +94,7 @@ def place(
     """Split the transformer over the devices, print the map, assert that every device is used."""
     placement = placing.place(transformer, devices, force_hooks=len(devices) > 1, capacities=capacities,
                               **cost_of(transformer, parts, g))  # fmt: skip
-    print("map:", *placement.lines, sep="\n  ", flush=True)
+    print("map:", *placement.lines, sep="\n  ", flush=True, file=sys.stderr)
     placing.assert_placed(transformer, placement)
     used = {str(parameter.device) for parameter in transformer.parameters()}
     assert used == {str(torch.device(device)) for device in devices}, (used, devices)

@@ -35,6 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from segadapt import config
+from segadapt.errors import UserError
 from segadapt.models.combined import Combined
 from segadapt.models.generative import candidates as candidate_classes
 from segadapt.models.generative import loss as objective
@@ -157,18 +158,20 @@ def matrix_rate(device: torch.device, side: int) -> float:
     return 2 * side**3 / seconds(lambda _: a @ b, [device], warmup=3, images=10)
 
 
-def transformer_part(combined: Combined, image_3HW: torch.Tensor, *, pairs: int) -> Step:
-    """Forward and backward of all pairs, as the step runs them, with a given gradient."""
+def transformer_part(combined: Combined, image_3HW: torch.Tensor, *, classes: int) -> Step:
+    """Forward and backward of all pairs in the step's own groups of whole windows, with a given gradient."""
     teacher = combined.generative
     assert teacher is not None
     noisy = combined.noise(image_3HW, task="step", key="transformer")
-    window_P = torch.arange(pairs, device=combined.device) * len(noisy.x_t_Kzyx) // pairs
-    class_P = torch.arange(pairs, device=combined.device)
+    windows = len(noisy.x_t_Kzyx)
+    window_P = torch.arange(windows, device=combined.device).repeat_interleave(classes)
+    class_P = torch.arange(classes, device=combined.device).repeat(windows)
+    at_once = max(1, combined.pairs_at_once // classes) * classes
+    assert classes <= combined.pairs_at_once, "a window of more pairs runs forward twice"
 
     def run(_: str) -> float:
-        at_once = combined.pairs_at_once
-        for chunk in zip(window_P.split(at_once), class_P.split(at_once), strict=True):
-            velocity_Pzyx = teacher.velocity(noisy, *chunk)
+        for group in zip(window_P.split(at_once), class_P.split(at_once), strict=True):
+            velocity_Pzyx = teacher.velocity(noisy, *group)
             velocity_Pzyx.backward(torch.ones_like(velocity_Pzyx))
         combined.parallel.sum_gradients()
         return 0.0
@@ -194,8 +197,8 @@ def assemble(a: argparse.Namespace, settings: config.AdaptConfig, *, name: str, 
     if a.compile and name not in ("windows", "classes"):
         for each in transformers:
             compile_blocks(each)
-    parts = settings.model.generative.parts if len(devices) > 1 else 1
-    parallel = Parallel(transformers, devices, parts=max(parts, len(transformers)))
+    copies, parts = len(transformers), settings.model.generative.parts if len(devices) > 1 else 1
+    parallel = Parallel(transformers, devices, parts=-(-parts // copies) * copies)
     return join((segmenter, vae), transformer, copy.deepcopy(settings), a.precision, parallel)
 
 
@@ -224,7 +227,9 @@ def measure(
     row["peak_gib"] = [round(torch.cuda.max_memory_allocated(d) / 2**30, 2) for d in devices] if on_gpu else None
     if name not in ("windows", "classes"):
         clear(combined)
-        row["seconds_transformer"] = seconds(transformer_part(combined, image_3HW, pairs=pairs), devices, **times)
+        row["seconds_transformer"] = seconds(
+            transformer_part(combined, image_3HW, classes=pairs // 2), devices, **times
+        )
         clear(combined)
         row["seconds_autoencoder"] = seconds(lambda key: combined.noise(image_3HW, task="t", key=key), devices, **times)
 
@@ -299,6 +304,7 @@ def devices_of(name: str, gpus: list[int]) -> list[Any]:
 
 
 def free() -> None:
+    torch._dynamo.reset()  # compiled blocks of one row must not count against those of the next
     gc.collect()  # the hooks of a split model refer to themselves
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -322,11 +328,13 @@ def main() -> None:
     times = {"warmup": a.warmup, "images": a.images}
     for name in a.rows.split(","):
         names = devices_of(name, gpus)
-        combined = assemble(a, settings, name=name, names=names)
+        combined = None
         try:
+            combined = assemble(a, settings, name=name, names=names)
             with only(a.attention):
                 row = measure(combined, image_3HW, reference, name=name, pairs=pairs, **times)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, UserError) as error:
+            sys.stderr.write(f"{name}: {error}\n")
             row = None
         if row and "seconds_transformer" in row:
             rate = flops / row["seconds_transformer"] / len(names)

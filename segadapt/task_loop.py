@@ -85,8 +85,8 @@ class TaskLoop:
                 sample = next(shared.samples)
                 ready = time.perf_counter()
                 assert sample.entry.task == task, (sample.entry, task)
-                diagnosis = self._diagnose(index, sample)  # before the step: of the weights that it starts from
                 with explain_out_of_memory(combined, f"{sample.entry.key} of {task.name}"):
+                    diagnosis = self._diagnose(index, sample)  # before the step: of the weights that it starts from
                     prediction = combined.step(sample.image_3HW, task=task.name, key=sample.entry.key)
                 miou, classes = self._score_and_save(index, sample, prediction)
                 self.data.update(sample.digest.encode())
@@ -95,7 +95,8 @@ class TaskLoop:
                 shared.timings.append({"task": task.name, "key": sample.entry.key, "seconds": round(done - ready, 6),
                                      "waited_for_data": round(ready - began, 6)})  # fmt: skip
                 progress.advance(float("nan") if miou is None else miou)
-        combined.flush()
+        with explain_out_of_memory(combined, f"end of {task.name}"):
+            combined.flush()
         counts_CC = self.counts_CC
         scores = metrics.scores(counts_CC) if self.labelled else None
         seconds, data = time.perf_counter() - start, self.data.hexdigest()

@@ -87,7 +87,7 @@ def train_autoencoder(
             (rebuilt_B3ss,) = vae.decode(posterior.sample(), return_dict=False)  # pyright: ignore[reportArgumentType]
         loss = F.l1_loss(rebuilt_B3ss.float(), windows_B3ss) + t.kl_weight * posterior.kl().float().mean()
         loss.backward()
-        if is_read := step % LOG_EVERY == 0 or step == t.autoencoder_iters:
+        if step % LOG_EVERY == 0 or step == t.autoencoder_iters:
             norm = torch.nn.utils.get_total_norm([p.grad for p in vae.parameters() if p.grad is not None]).item()
             if not math.isfinite(loss.item()) or not math.isfinite(norm):
                 raise UserError(f"train.autoencoder_lr={t.autoencoder_lr}: the loss of the autoencoder is "
@@ -96,11 +96,16 @@ def train_autoencoder(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        if is_read:
+        if step % LOG_EVERY == 0:
             records.append({"stage": "autoencoder", "step": step, "loss": loss.item()})
         if step > t.autoencoder_iters - 20:
             recent.append(posterior.mean.detach().float())
     latents = torch.cat(recent)
-    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    shift, spread = latents.mean().item(), latents.std().item()
+    if not math.isfinite(shift) or not 0 < spread < math.inf:
+        raise UserError(f"train.autoencoder_lr={t.autoencoder_lr}: the autoencoder's latents have mean {shift:g} and "
+                        f"spread {spread:g}; expected finite numbers, and a spread above 0. Lower "
+                        "train.autoencoder_lr.")  # fmt: skip
+    vae.register_to_config(shift_factor=shift, scaling_factor=1 / spread)
     console.print(f"autoencoder: {t.autoencoder_iters} steps, loss {loss.item():.4f}", highlight=False)
     return vae.eval()

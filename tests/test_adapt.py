@@ -340,7 +340,7 @@ def test_too_little_memory_names_the_image_and_what_to_lower(settings_of, tmp_pa
         raise torch.OutOfMemoryError(SAID)
 
     monkeypatch.setattr(Combined, "step", step)
-    said = r"of gaussian_noise/5: CUDA out of memory\. Tried .* GPU 1 .* is free\. Either "
+    said = r"of gaussian_noise/5: CUDA out of memory\. Tried .* GPU 1 .* is free\. To need less: "
     with pytest.raises(UserError, match=rf"^\w+ {said}{cures}"):
         adapt.run(settings_of(tmp_path, *overrides))
 

@@ -11,8 +11,9 @@ from segadapt.errors import UserError
 from segadapt.models.build import build_models
 from segadapt.models.combined import Combined
 from segadapt.models.generative.parallel import Lane, Parallel
-from segadapt.models.generative.placement import comparison, replicate
-from segadapt.models.generative.sd3 import Sd3
+from segadapt.models.generative.placement import comparison, copy_bytes, replicate
+from segadapt.models.generative.plan import training_bytes
+from segadapt.models.generative.sd3 import NoisyLatent, Sd3
 
 CPU = torch.device("cpu")
 COST = {"trained": True, "max_pairs": 2, "tokens": 23, "checkpointing": False}
@@ -50,7 +51,7 @@ def assert_copies_are_equal(combined):
 
 
 @pytest.mark.parametrize("max_pairs", [100, 2])
-@pytest.mark.parametrize(("copies", "parts"), [(1, 2), (1, 3), (1, 50), (2, 2), (3, 3), (2, 5)])
+@pytest.mark.parametrize(("copies", "parts"), [(1, 2), (1, 3), (1, 50), (2, 2), (3, 3), (2, 6)])
 def test_loss_and_gradients_equal_those_in_one_piece(build, random_image, copies, parts, max_pairs):
     image_3HW = random_image(dtype=torch.float64)
     expected, wanted, pairs = backward(build(*PLAIN), image_3HW)
@@ -128,7 +129,7 @@ def test_adapters_are_copied_and_owned(saved_models, compose_settings, monkeypat
 
 @pytest.mark.parametrize(
     ("placement", "parts", "expected"),
-    [("dispatch", 1, 1), ("dispatch", 3, 3), ("replicate", 1, 2), ("replicate", 5, 5)],
+    [("dispatch", 1, 1), ("dispatch", 3, 3), ("replicate", 1, 2), ("replicate", 5, 6)],
 )
 def test_parts_of_two_devices(saved_models, compose_settings, monkeypatch, placement, parts, expected):
     from segadapt.models import build as building
@@ -140,6 +141,26 @@ def test_parts_of_two_devices(saved_models, compose_settings, monkeypatch, place
     assert built.combined.parallel.parts == expected
     assert built.map_lines[-1].startswith("model.generative.placement=replicate, a whole copy of 0.0 GiB")
     assert built.map_lines[-1].endswith("fits: there no device waits for another")
+
+
+def test_a_copy_gets_its_inputs_where_it_lives(build_teacher):
+    """A copy on another device: forward there, and the velocities back; from `meta` nothing comes back."""
+    one = build_teacher()
+    far = copy.deepcopy(one.transformer).to("meta")
+    parallel = Parallel([one.transformer, far], [CPU, torch.device("meta")], parts=2)
+    teacher = Sd3(one.transformer, one.autoencoder, one.embeddings, device=CPU, precision="fp32", parallel=parallel)
+    noisy = NoisyLatent(torch.zeros(1, 16, 4, 4), torch.zeros(1, 16, 4, 4), torch.tensor([0.25]))
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        teacher.velocity(noisy, torch.tensor([0, 0]), torch.tensor([0, 1]))
+
+
+def test_the_plan_counts_what_overlapping_parts_keep():
+    transformer = build_transformer(num_layers=2)
+    numbers = sum(parameter.numel() for parameter in transformer.parameters())
+    one, four = (training_bytes(transformer, trained=True, bf16_copies=True, parts=parts) for parts in (1, 4))
+    assert four - one == 3 * 2 * numbers + 4 * numbers  # bf16 copies, and gradients that wait
+    alone, shared = (copy_bytes(transformer, copies=2, parts=parts, bf16=True, **COST)[1] for parts in (2, 4))
+    assert shared - alone == 2 * numbers + 4 * numbers
 
 
 def test_one_device_cuts_nothing_up(saved_models, compose_settings):

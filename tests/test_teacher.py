@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from segadapt.models.combined import Combined
 from segadapt.models.generative.candidates import select
 from segadapt.models.generative.loss import normalise
+from segadapt.models.generative.parallel import Parallel
 from segadapt.models.generative.sd3 import NoisyLatent, add_noise
 from segadapt.models.generative.teacher import classify, true_classes
 from segadapt.seeds import torch_generator
@@ -53,6 +54,7 @@ class GaussianMixture:
         self.sigma = sigma
         self.gain = (1 - sigma) * self.spread**2 / ((1 - sigma) ** 2 * self.spread**2 + sigma**2)
         self.transformer = nn.Identity()
+        self.parallel = Parallel([self.transformer], [torch.device("cpu")], parts=1)
 
     def clean_mean(self, x_t_Pzyx: Tensor, class_P: Tensor) -> Tensor:
         """E[x_0 | x_t, class]: [P, z, y, x]."""

@@ -207,6 +207,8 @@ def build_generative(
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     text_bytes = sum(t.numel() * t.element_size() for t in (embeddings.sequence_CLE, embeddings.pooled_CD))
+    copies = len(devices) if settings.placement == "replicate" else 1
+    parts = -(-settings.parts // copies) * copies if len(devices) > 1 else 1  # as many for each copy
     cost = {
         "trained": update.generative,
         "max_pairs": settings.max_pairs,
@@ -214,6 +216,7 @@ def build_generative(
         "checkpointing": settings.gradient_checkpointing,
         "bf16": precision == "bf16",
         "accumulates": accumulates,
+        "parts": parts,
         "fixed_main_bytes": main_bytes + training_bytes(autoencoder, trained=False) + text_bytes,
     }
     comparison = placing.comparison(transformer, devices, **cost) if len(devices) > 1 else None
@@ -224,12 +227,11 @@ def build_generative(
         transformers = [transformer]
     if comparison:
         placements[-1] = dataclasses.replace(placements[-1], lines=(*placements[-1].lines, comparison))
-    parts = settings.parts if len(devices) > 1 else 1
     if compiled:
         for each in transformers:
             compile_blocks(each)
     on = [torch.device(device) for device in devices]
-    parallel = Parallel(transformers, on, parts=max(parts, len(transformers)))
+    parallel = Parallel(transformers, on, parts=parts)
     teacher = Sd3(transformer, autoencoder, embeddings, device=main, precision=precision, parallel=parallel)
     return teacher, tuple(placements)
 

@@ -150,8 +150,7 @@ class Combined:
 
     def flush(self) -> None:
         """The step of the images that still wait for one (optimizer.accumulate); for the end of a task."""
-        if self.generative is not None:
-            self._updates.flush()
+        if self.generative is not None and self._updates.flush():
             self.parallel.spread()
 
     def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
@@ -318,8 +317,7 @@ class Combined:
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         is_refused = is_finite and agrees > self.trust.max_agreement
         is_updated = is_finite and not is_refused and grad_norm > 0  # moments alone would move the weights
-        if is_updated:
-            self._updates.take()
+        if is_updated and self._updates.take():
             self.parallel.spread()
         self._updates.drop()
         if is_refused and self.trust.restore:

@@ -17,14 +17,15 @@ def explain_out_of_memory(combined: Combined, what: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         said = ". ".join(str(error).split(". ")[:3])  # what was asked of which GPU, and its size
-        raise UserError(f"{what}: {said}. Either {', or '.join(cures(combined))}.") from error
+        options = cures(combined)
+        raise UserError(f"{what}: {said}. To need less: {', or '.join(options)}.") from error
 
 
 def cures(combined: Combined) -> list[str]:
     """What would take less memory than the settings do, the cheapest first."""
     if combined.generative is None:
         return ["lower data.short_side_px"]
-    g, out = combined.window, []
+    g, out = combined.window, list[str]()
     if g.max_pairs > 1:
         out.append(f"lower model.generative.max_pairs={g.max_pairs}")
     if combined.trains_generative and not g.gradient_checkpointing:
@@ -33,4 +34,8 @@ def cures(combined: Combined) -> list[str]:
         out.append("train adapters alone (model.update.lora_rank=8)")
     if len(combined.parallel.transformers) > 1:
         out.append("split the transformer (model.generative.placement=dispatch)")
-    return [*out, "make another GPU visible (CUDA_VISIBLE_DEVICES)"]
+    else:
+        out.append("make another GPU visible (CUDA_VISIBLE_DEVICES)")
+    if combined.trains_discriminative:
+        out.append("set model.discriminative.gradient_checkpointing=true")
+    return out

@@ -37,11 +37,11 @@ class Updates:
         self.waiting = 0  # images whose gradients wait for a step
         self._sums: dict[nn.Parameter, Tensor] = {}  # empty unless images accumulate
 
-    def take(self) -> None:
-        """Use the gradients of one image, which must be finite: a step, or a part of a later one."""
+    def take(self) -> bool:
+        """Use the gradients of one image, which must be finite: a step (True), or a part of a later one."""
         if self.settings.accumulate == 1:
             self._step()
-            return
+            return True
         for parameter, gradient in self._gradients():
             if parameter in self._sums:
                 self._sums[parameter] += gradient
@@ -49,22 +49,22 @@ class Updates:
                 self._sums[parameter] = gradient
         self.waiting += 1
         self.drop()
-        if self.waiting == self.settings.accumulate:
-            self.flush()
+        return self.flush() if self.waiting == self.settings.accumulate else False
 
     def drop(self) -> None:
         """Forget the gradients of the last image; those that wait stay."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def flush(self) -> None:
-        """One step with the mean gradient of the images that wait; nothing if none does."""
+    def flush(self) -> bool:
+        """One step with the mean gradient of the images that wait (True); nothing if none does."""
         if not self.waiting:
-            return
+            return False
         for parameter, total in self._sums.items():
             parameter.grad = total.div_(self.waiting)
         self._step()
         self._sums.clear()
         self.waiting = 0
+        return True
 
     def _gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

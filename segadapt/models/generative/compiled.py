@@ -13,6 +13,8 @@ def compile_blocks(transformer: SD3Transformer2DModel, *, backend: str = "induct
     Args:
         backend: of torch.compile; 'aot_eager' runs the traced operations one by one, and needs no compiler.
     """
+    # all blocks of all devices and copies share one cache, with an entry for each kind, device and size
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in transformer.transformer_blocks:
         # accelerate keeps the forward of a placed block under this name and calls it between its two hooks
         name = "_old_forward" if hasattr(block, "_hf_hook") else "forward"

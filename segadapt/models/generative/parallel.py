@@ -10,8 +10,6 @@ import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
-Part = Callable[[SD3Transformer2DModel], Tensor]
-
 
 class Lane:
     """A stream on every device for work that others must not wait for; on the CPU nothing.
@@ -55,15 +53,17 @@ class Parallel:
         transformers: placed; the first one's inputs and outputs live on devices[0]. More than one: a copy each on
             devices[0], devices[1], ...
         devices: all that are used, the main one first.
-        parts: into how many parts pairs are cut, at most; as many as copies or more.
+        parts: into how many parts pairs are cut, at most; the same number for each copy.
     """
 
     def __init__(self, transformers: Sequence[SD3Transformer2DModel], devices: Sequence[torch.device], *, parts: int):
         assert parts >= 1, parts
         assert len(transformers) in (1, len(devices)), (len(transformers), devices)
-        assert parts >= len(transformers), (parts, len(transformers))
+        assert parts % len(transformers) == 0, (parts, len(transformers))
         self.transformers, self.devices, self.parts = tuple(transformers), tuple(devices), parts
         self._lanes = [Lane(devices) for _ in range(parts)] if parts > 1 else []
+        if self._lanes:  # gradients of one weight come from several lanes; autograd waits for each, and warns
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         self._owner: dict[str, int] = {}  # of the parameters that move; empty for one transformer
 
     # --- forward ---
@@ -108,6 +108,7 @@ class Parallel:
     @torch.no_grad()
     def sum_gradients(self) -> None:
         """Give each owner the sum of its parameter's gradients, in the order of the copies, and drop the others."""
+        sent: list[nn.Parameter] = []
         for own, others in self._by_owner():
             for parameter, *copies in zip(own, *others, strict=True):
                 for copy in copies:
@@ -115,7 +116,9 @@ class Parallel:
                         continue
                     arrived = copy.grad.to(parameter.device)
                     parameter.grad = arrived if parameter.grad is None else parameter.grad.add_(arrived)
-                    copy.grad = None
+                    sent.append(copy)
+        for copy in sent:  # not before all lanes have met: another one would write where this one still reads
+            copy.grad = None
 
     @torch.no_grad()
     def spread(self) -> None:

@@ -41,6 +41,7 @@ def place(
     checkpointing: bool,
     bf16: bool = False,
     accumulates: bool = False,
+    parts: int = 1,
     fixed_main_bytes: int = 0,
     force_hooks: bool = False,
     capacities: Sequence[int] | None = None,
@@ -59,6 +60,7 @@ def place(
         checkpointing: whether the transformer recomputes activations; this does not switch it on.
         bf16: autocast, which keeps a bf16 copy of every weight until backward unless blocks are recomputed.
         accumulates: a sum of gradients is kept from image to image.
+        parts: forwards of one backward.
         fixed_main_bytes: segmenter, autoencoder and logits graph on the main device; the loose modules are added here.
         force_hooks: hooks even for one device, to test the split path.
         capacities: bytes of each device; default the whole GPU less 1 GiB, and no limit on the CPU.
@@ -70,7 +72,12 @@ def place(
     blocks, width = transformer.transformer_blocks, transformer.inner_dim
     one_block = activation_bytes(max_pairs=max_pairs, tokens=tokens, width=width)
     kept = activation_bytes(max_pairs=max_pairs, tokens=tokens, width=width, checkpointing=checkpointing)
-    cost = {"trained": trained, "bf16_copies": bf16 and not checkpointing, "accumulates": accumulates}
+    cost = {
+        "trained": trained,
+        "bf16_copies": bf16 and not checkpointing,
+        "accumulates": accumulates,
+        "parts": parts,
+    }
     weights = [training_bytes(block, **cost) for block in blocks]
     loose = training_bytes(transformer, **cost) - sum(weights)
     split = plan(
@@ -121,13 +128,15 @@ def replicate(
                             f"{load / GIB:.1f} GiB on {name}; it has {capacity / GIB:.1f}. Lower "
                             "model.generative.max_pairs, set model.generative.gradient_checkpointing=true, or split "
                             "the model (model.generative.placement=dispatch).")  # fmt: skip
-    copies, placements = [transformer, *(copy.deepcopy(transformer) for _ in devices[1:])], []
-    for device, name, load, one in zip(devices, names, loads, copies, strict=True):
+    copies, placements = [], []
+    for device, name, load in reversed(list(zip(devices, names, loads, strict=True))):  # the model itself last
+        one = transformer if len(copies) == len(devices) - 1 else copy.deepcopy(transformer)
         nn.Module.to(one, torch.device(device))
         main = " (main device: segmenter, autoencoder and loss included)" if one is transformer else ""
         line = f"{name}: whole copy, {load / GIB:.1f} GiB estimated{main}"
-        placements.append(Placement({child: device for child, _ in one.named_children()}, device, (line,)))
-        assert_placed(one, placements[-1])
+        copies.insert(0, one)
+        placements.insert(0, Placement({child: device for child, _ in one.named_children()}, device, (line,)))
+        assert_placed(one, placements[0])
     return copies, placements
 
 
@@ -141,15 +150,17 @@ def copy_bytes(
     checkpointing: bool,
     bf16: bool = False,
     accumulates: bool = False,
+    parts: int = 1,
     fixed_main_bytes: int = 0,
 ) -> list[int]:
-    """Bytes on each device that holds a whole transformer, the main one first; arguments as in place."""
+    """Bytes on each device that holds a whole transformer, the main one first; arguments as in place, parts in all."""
     width, blocks = transformer.inner_dim, len(transformer.transformer_blocks)
     one_block = activation_bytes(max_pairs=max_pairs, tokens=tokens, width=width)
     kept = blocks * activation_bytes(max_pairs=max_pairs, tokens=tokens, width=width, checkpointing=checkpointing)
     weights = training_bytes(
-        transformer, trained=trained, bf16_copies=bf16 and not checkpointing, accumulates=accumulates, copies=copies
-    )
+        transformer, trained=trained, bf16_copies=bf16 and not checkpointing, accumulates=accumulates, copies=copies,
+        parts=-(-parts // copies),
+    )  # fmt: skip
     each = weights + (kept if trained else 0) + (one_block if checkpointing or not trained else 0)
     return [each + (fixed_main_bytes if index == 0 else 0) for index in range(copies)]
 

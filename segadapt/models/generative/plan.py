@@ -28,7 +28,13 @@ class Plan:
 
 
 def training_bytes(
-    module: nn.Module, *, trained: bool, bf16_copies: bool = False, accumulates: bool = False, copies: int = 1
+    module: nn.Module,
+    *,
+    trained: bool,
+    bf16_copies: bool = False,
+    accumulates: bool = False,
+    copies: int = 1,
+    parts: int = 1,
 ) -> int:
     """Bytes of weights and buffers, and if trained of gradients and both AdamW moments: 16 per float32 parameter.
 
@@ -38,14 +44,16 @@ def training_bytes(
         blocks are recomputed).
     accumulates: a sum of gradients is kept from image to image.
     copies: whole models that share out the moments and the sum; each keeps gradients of all its parameters.
+    parts: forwards of one backward; each keeps a bf16 copy, and the gradients of several wait for each other.
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
     if not trained:
         return weights + buffers
     moving = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    cast = 2 * sum(parameter.numel() for parameter in module.parameters()) if bf16_copies else 0
-    return weights + moving + (3 if accumulates else 2) * moving // copies + cast + buffers
+    cast = 2 * parts * sum(parameter.numel() for parameter in module.parameters()) if bf16_copies else 0
+    gradients = moving * (2 if parts > 1 else 1)
+    return weights + gradients + (3 if accumulates else 2) * moving // copies + cast + buffers
 
 
 def activation_bytes(*, max_pairs: int, tokens: int, width: int, checkpointing: bool = False) -> int:

@@ -172,15 +172,16 @@ class Sd3:
 
         def part(transformer: SD3Transformer2DModel, of_pairs: slice) -> Tensor:
             window_P, class_P = pair_window_P[of_pairs], pair_class_P[of_pairs]
+            there = transformer.proj_out.weight.device  # a copy's own; of a split transformer the main device
             with self.autocast():
                 velocity_Pzyx = transformer(
-                    hidden_states=noisy.x_t_Kzyx[window_P],
-                    encoder_hidden_states=self._sequence_CLE[class_P],
-                    pooled_projections=self._pooled_CD[class_P],
-                    timestep=1000 * noisy.sigma_K[window_P],
+                    hidden_states=noisy.x_t_Kzyx[window_P].to(there),
+                    encoder_hidden_states=self._sequence_CLE[class_P].to(there),
+                    pooled_projections=self._pooled_CD[class_P].to(there),
+                    timestep=1000 * noisy.sigma_K[window_P].to(there),
                     return_dict=False,
                 )[0]
-            return velocity_Pzyx.to(noisy.x_t_Kzyx.dtype)
+            return velocity_Pzyx.to(noisy.x_t_Kzyx)
 
         return self.parallel.velocities(part, len(pair_window_P))
 
