@@ -56,8 +56,8 @@ def main() -> None:
     assert max(counts) <= CLASSES, counts
     gpus, settings = set_up(a, max(counts))
     g, times, rows = settings.model.generative, {"warmup": a.warmup, "images": a.images}, []
-    for name in a.rows.split(","):
-        combined = assemble(a, settings, name=name, names=devices_of(name, gpus))
+    for name, names in {name: devices_of(name, gpus) for name in a.rows.split(",")}.items():
+        combined = assemble(a, settings, name=name, names=names)
         devices = list(combined.parallel.devices)
         for number in windows:
             image_3HW = draw_image(settings, g.window_px + (number - 1) * g.stride_px, combined.device)

@@ -26,7 +26,7 @@ from segadapt.models.build import segmenter_bytes
 from segadapt.models.combined import Combined
 from segadapt.models.discriminative.segformer import Segmenter
 from segadapt.models.generative import placement as placing
-from segadapt.models.generative.parallel import Parallel
+from segadapt.models.generative.parallel import Parallel, count_parts
 from segadapt.models.generative.plan import training_bytes
 from segadapt.models.generative.prompts import PromptEmbeddings
 from segadapt.models.generative.sd3 import Sd3
@@ -68,7 +68,9 @@ def build(args: argparse.Namespace, main: torch.device) -> tuple[Segmenter, SD3T
     return Segmenter(net), transformer, vae
 
 
-def cost_of(transformer: SD3Transformer2DModel, parts: tuple, g: config.GenerativeSettings) -> dict[str, Any]:
+def cost_of(
+    transformer: SD3Transformer2DModel, parts: tuple, g: config.GenerativeSettings, *, devices: int, copies: int = 1
+) -> dict[str, Any]:
     """What a placement counts."""
     segmenter, vae = parts
     tokens = tokens_of(transformer.config)
@@ -79,7 +81,7 @@ def cost_of(transformer: SD3Transformer2DModel, parts: tuple, g: config.Generati
         "tokens": (g.window_px // 16) ** 2 + tokens,
         "checkpointing": g.gradient_checkpointing,
         "bf16": True,
-        "parts": g.parts,
+        "parts": count_parts(g.parts, devices=devices, copies=copies),
         "fixed_main_bytes": fixed + 2 * CLASSES * tokens * transformer.config["joint_attention_dim"],
     }
 
@@ -93,7 +95,7 @@ def place(
 ) -> None:
     """Split the transformer over the devices, print the map, assert that every device is used."""
     placement = placing.place(transformer, devices, force_hooks=len(devices) > 1, capacities=capacities,
-                              **cost_of(transformer, parts, g))  # fmt: skip
+                              **cost_of(transformer, parts, g, devices=len(devices)))  # fmt: skip
     print("map:", *placement.lines, sep="\n  ", flush=True, file=sys.stderr)
     placing.assert_placed(transformer, placement)
     used = {str(parameter.device) for parameter in transformer.parameters()}

@@ -21,6 +21,7 @@ import copy
 import gc
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -42,7 +43,7 @@ from segadapt.models.generative import loss as objective
 from segadapt.models.generative import placement as placing
 from segadapt.models.generative.compiled import compile_blocks
 from segadapt.models.generative.lora import add_lora
-from segadapt.models.generative.parallel import Parallel
+from segadapt.models.generative.parallel import Parallel, count_parts
 from segadapt.models.updates import Updates
 from segadapt.parse import from_overrides
 from segadapt.seeds import torch_generator
@@ -189,7 +190,8 @@ def assemble(a: argparse.Namespace, settings: config.AdaptConfig, *, name: str, 
         add_lora(transformer, rank=a.lora, alpha=a.lora, seed=0)
     transformers, capacities = [transformer], [int(a.gib * 2**30)] * len(names) if a.gib else None
     if name.startswith("replicate"):
-        cost = cost_of(transformer, (segmenter, vae), settings.model.generative)
+        count = len(names)
+        cost = cost_of(transformer, (segmenter, vae), settings.model.generative, devices=count, copies=count)
         transformers, placements = placing.replicate(transformer, names, capacities=capacities, **cost)
         sys.stderr.write("".join(f"{line}\n" for placement in placements for line in placement.lines))
     else:
@@ -197,8 +199,8 @@ def assemble(a: argparse.Namespace, settings: config.AdaptConfig, *, name: str, 
     if a.compile and name not in ("windows", "classes"):
         for each in transformers:
             compile_blocks(each)
-    copies, parts = len(transformers), settings.model.generative.parts if len(devices) > 1 else 1
-    parallel = Parallel(transformers, devices, parts=-(-parts // copies) * copies)
+    parts = count_parts(settings.model.generative.parts, devices=len(devices), copies=len(transformers))
+    parallel = Parallel(transformers, devices, parts=parts)
     return join((segmenter, vae), transformer, copy.deepcopy(settings), a.precision, parallel)
 
 
@@ -299,7 +301,11 @@ def only(kernel: str | None) -> AbstractContextManager[Any]:
 
 def devices_of(name: str, gpus: list[int]) -> list[Any]:
     """Those of a row: 'dispatch-2' takes two."""
+    if not re.fullmatch(r"windows|classes|segadapt|(dispatch|replicate)-[1-9]\d*", name):
+        sys.exit(f"--rows: {name} is no row; expected windows, classes, segadapt, dispatch-N or replicate-N.")
     count = int(name.partition("-")[2] or 1)
+    if gpus and count > len(gpus):
+        sys.exit(f"--rows: {name}, but {len(gpus)} GPUs are visible. Show more (CUDA_VISIBLE_DEVICES), or name fewer.")
     return gpus[:count] if gpus else ["cpu"] * count
 
 
@@ -326,8 +332,7 @@ def main() -> None:
                            "pairs": pairs, "matrix_tflops": peak / 1e12} | vars(a) | {"rows": {}}  # fmt: skip
     reference: dict[str, Any] = {}
     times = {"warmup": a.warmup, "images": a.images}
-    for name in a.rows.split(","):
-        names = devices_of(name, gpus)
+    for name, names in {name: devices_of(name, gpus) for name in a.rows.split(",")}.items():
         combined = None
         try:
             combined = assemble(a, settings, name=name, names=names)

@@ -10,7 +10,7 @@ from segadapt import config
 from segadapt.errors import UserError
 from segadapt.models.build import build_models
 from segadapt.models.combined import Combined
-from segadapt.models.generative.parallel import Lane, Parallel
+from segadapt.models.generative.parallel import Lane, Parallel, count_parts
 from segadapt.models.generative.placement import comparison, copy_bytes, replicate
 from segadapt.models.generative.plan import training_bytes
 from segadapt.models.generative.sd3 import NoisyLatent, Sd3
@@ -161,6 +161,14 @@ def test_the_plan_counts_what_overlapping_parts_keep():
     assert four - one == 3 * 2 * numbers + 4 * numbers  # bf16 copies, and gradients that wait
     alone, shared = (copy_bytes(transformer, copies=2, parts=parts, bf16=True, **COST)[1] for parts in (2, 4))
     assert shared - alone == 2 * numbers + 4 * numbers
+
+
+@pytest.mark.parametrize(
+    ("asked", "devices", "copies", "expected"),
+    [(1, 1, 1, 1), (8, 1, 1, 1), (1, 2, 1, 1), (8, 2, 1, 8), (1, 4, 4, 4), (5, 4, 4, 8), (8, 4, 4, 8)],
+)
+def test_parts_are_none_on_one_device_and_as_many_for_each_copy(asked, devices, copies, expected):
+    assert count_parts(asked, devices=devices, copies=copies) == expected
 
 
 def test_one_device_cuts_nothing_up(saved_models, compose_settings):

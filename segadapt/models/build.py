@@ -28,7 +28,7 @@ from segadapt.models.discriminative.segformer import Segmenter, load_segformer
 from segadapt.models.generative import placement as placing
 from segadapt.models.generative.compiled import compile_blocks
 from segadapt.models.generative.lora import add_lora, plain_state
-from segadapt.models.generative.parallel import Parallel
+from segadapt.models.generative.parallel import Parallel, count_parts
 from segadapt.models.generative.plan import GIB, training_bytes
 from segadapt.models.generative.prompts import PromptEmbeddings, load_embeddings, prompt_embeddings
 from segadapt.models.generative.sd3 import Sd3, load_autoencoder, load_transformer
@@ -208,7 +208,7 @@ def build_generative(
         transformer.enable_gradient_checkpointing()
     text_bytes = sum(t.numel() * t.element_size() for t in (embeddings.sequence_CLE, embeddings.pooled_CD))
     copies = len(devices) if settings.placement == "replicate" else 1
-    parts = -(-settings.parts // copies) * copies if len(devices) > 1 else 1  # as many for each copy
+    parts = count_parts(settings.parts, devices=len(devices), copies=copies)
     cost = {
         "trained": update.generative,
         "max_pairs": settings.max_pairs,

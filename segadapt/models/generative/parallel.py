@@ -11,6 +11,11 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
 
+def count_parts(asked: int, *, devices: int, copies: int) -> int:
+    """Into how many parts pairs are cut: none on one device, else as asked and as many for each copy."""
+    return -(-asked // copies) * copies if devices > 1 else 1
+
+
 class Lane:
     """A stream on every device for work that others must not wait for; on the CPU nothing.
 
