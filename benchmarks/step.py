@@ -49,6 +49,7 @@ from segadapt.parse import from_overrides
 from segadapt.seeds import torch_generator
 
 Step = Callable[[str], float]  # image key -> loss
+PLAIN = ("windows", "classes")  # the forms of others
 
 
 def joint_backward(combined: Combined, image_3HW: torch.Tensor, key: str, *, pairs_a_time: int) -> float:
@@ -97,7 +98,7 @@ def our_backward(combined: Combined, image_3HW: torch.Tensor, key: str) -> float
 
 def forms(combined: Combined, image_3HW: torch.Tensor, *, pairs: int, name: str) -> tuple[Step, Step]:
     """Of a row: backward alone, and the whole step."""
-    if name in ("windows", "classes"):
+    if name in PLAIN:
         plain = Updates(combined.groups, combined.optimizer_settings, fused=False)
 
         def backward(key: str) -> float:
@@ -196,7 +197,7 @@ def assemble(a: argparse.Namespace, settings: config.AdaptConfig, *, name: str, 
         sys.stderr.write("".join(f"{line}\n" for placement in placements for line in placement.lines))
     else:
         place(transformer, (segmenter, vae), settings.model.generative, names, capacities)
-    if a.compile and name not in ("windows", "classes"):
+    if a.compile and name not in PLAIN:
         for each in transformers:
             compile_blocks(each)
     parts = count_parts(settings.model.generative.parts, devices=len(devices), copies=len(transformers))
@@ -227,7 +228,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     row["seconds_per_image"] = seconds(step, devices, **times)
     row["peak_gib"] = [round(torch.cuda.max_memory_allocated(d) / 2**30, 2) for d in devices] if on_gpu else None
-    if name not in ("windows", "classes"):
+    if name not in PLAIN:
         clear(combined)
         row["seconds_transformer"] = seconds(
             transformer_part(combined, image_3HW, classes=pairs // 2), devices, **times
@@ -264,7 +265,7 @@ def options(description: str | None, rows: str) -> argparse.ArgumentParser:
     parser.add_argument("--gib", type=float, help="let the process have no more of each card")
     parser.add_argument("--compile", action="store_true")
     kernels = [kind.lower() for kind in SDPBackend.__members__]
-    parser.add_argument("--attention", choices=kernels, help="only this kernel")
+    parser.add_argument("--attention", choices=kernels, help="only this kernel, in our rows")
     parser.add_argument("--images", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     return parser
@@ -336,7 +337,7 @@ def main() -> None:
         combined = None
         try:
             combined = assemble(a, settings, name=name, names=names)
-            with only(a.attention):
+            with only(None if name in PLAIN else a.attention):
                 row = measure(combined, image_3HW, reference, name=name, pairs=pairs, **times)
         except (torch.OutOfMemoryError, UserError) as error:
             sys.stderr.write(f"{name}: {error}\n")
