@@ -30,6 +30,8 @@ class Segmenter:
     def __init__(self, net: SegformerForSemanticSegmentation, *, gradient_checkpointing: bool = False) -> None:
         self.net = net
         self.num_classes = len(net.config.id2label or {})
+        # on the device from the start: a copy from the host would wait for all that the device was given before
+        self._mean_std_2311 = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=net.device)[:, :, None, None]
         if gradient_checkpointing:
             # renamed within transformers 5: 5.17 knows the second name only, 6 will know the first only
             enable = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable
@@ -54,8 +56,7 @@ class Segmenter:
         Returns:
             logits_BChw: float32, cast before anything is computed from them; float64 if the net is.
         """
-        mean_311 = image_B3HW.new_tensor(IMAGENET_MEAN)[:, None, None]
-        std_311 = image_B3HW.new_tensor(IMAGENET_STD)[:, None, None]
+        mean_311, std_311 = self._mean_std_2311.to(image_B3HW)
         logits_BChw = self.net(pixel_values=(image_B3HW - mean_311) / std_311).logits
         return logits_BChw if logits_BChw.dtype == torch.float64 else logits_BChw.float()
 

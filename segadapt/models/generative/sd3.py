@@ -4,7 +4,8 @@ K windows   P (window, class) pairs   3 RGB   s window px   z y x latent channel
 """
 
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,18 @@ from segadapt.errors import UserError
 from segadapt.models.checkpoint_errors import explain_checkpoint_errors
 from segadapt.models.generative.parallel import Parallel
 from segadapt.models.generative.prompts import PromptEmbeddings
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether CUDA may run float32 convolutions and matrix products in TF32 inside; as before outside."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
@@ -156,8 +169,12 @@ class Sd3:
 
     @torch.no_grad()
     def encode(self, windows_K3ss: Tensor) -> Tensor:
-        """Windows in -1..1 to latents [K, z, y, x]: (mean - shift) * scale, the mean and no sample; no autocast."""
-        with torch.autocast(self.device.type, enabled=False):
+        """Windows in -1..1 to latents [K, z, y, x]: (mean - shift) * scale, the mean and no sample; no autocast.
+
+        float32; with precision 'bf16' a GPU may use TF32 (10 bits of mantissa) inside its convolutions, as torch does
+        unless told otherwise.
+        """
+        with torch.autocast(self.device.type, enabled=False), tf32(self.precision == "bf16"):
             if isinstance(self.autoencoder, AutoencoderTiny):
                 return self.autoencoder.encode(windows_K3ss, return_dict=False)[0]
             (posterior,) = self.autoencoder.encode(windows_K3ss, return_dict=False)

@@ -33,18 +33,15 @@ def plan(height_px: int, width_px: int, *, window_px: int, stride_px: int) -> Te
 
 
 def cut(image_CHW: Tensor, boxes_K2: Tensor, *, window_px: int) -> Tensor:
-    """Cut all windows in one gather: [C, H, W] -> [K, C, window, window]."""
-    span = torch.arange(window_px, device=image_CHW.device)
-    rows_Ks = boxes_K2[:, :1].to(image_CHW.device) + span
-    cols_Ks = boxes_K2[:, 1:].to(image_CHW.device) + span
-    return image_CHW[:, rows_Ks[:, :, None], cols_Ks[:, None, :]].transpose(0, 1)
+    """Cut all windows: [C, H, W] -> [K, C, window, window]. By slices: no index travels to the device."""
+    return torch.stack([image_CHW[:, y : y + window_px, x : x + window_px] for y, x in boxes_K2.tolist()])
 
 
 def _axis_maps(cells: int, length_px: int, starts_K: Tensor, *, window_px: int, grid: int, like: Tensor) -> Tensor:
     """One axis of resize, cut, resize as matrices: [K, grid, cells]. Bilinear resizing is separable and linear."""
     eye = torch.eye(cells, dtype=like.dtype, device=like.device)[None]
     to_image = F.interpolate(eye, size=length_px, mode="linear", align_corners=False)[0]  # [cells, length]
-    windows = to_image[:, starts_K.to(like.device)[:, None] + torch.arange(window_px, device=like.device)]
+    windows = torch.stack([to_image[:, start : start + window_px] for start in starts_K.tolist()], dim=1)
     to_grid = F.interpolate(windows, size=grid, mode="linear", align_corners=False)  # [cells, K, grid]
     return to_grid.permute(1, 2, 0)
 
