@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from full_size import CLASSES
-from step import assemble, clear, devices_of, draw_image, free, only, options, seconds, set_up, transformer_part
+from shapes import CLASSES
+from step import assemble, clear, devices_of, draw_image, free, options, seconds, set_up, transformer_part
 
 from segadapt.models.combined import Combined
 
@@ -64,9 +64,8 @@ def main() -> None:
             for count in counts:
                 combined.loss.classes_threshold, pairs = count, number * count
 
-                with only(a.attention):
-                    whole = seconds(step_of(combined, image_3HW, pairs), devices, **times)
-                    part = seconds(transformer_part(combined, image_3HW, classes=count), devices, **times)
+                whole = seconds(step_of(combined, image_3HW, pairs), devices, **times)
+                part = seconds(transformer_part(combined, image_3HW, classes=count), devices, **times)
                 clear(combined)
                 rows.append({"row": name, "windows": number, "classes": count, "pairs": pairs,
                              "seconds_per_image": whole, "outside_transformer": 1 - part / whole})  # fmt: skip

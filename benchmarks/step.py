@@ -26,24 +26,23 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-from full_size import SD3_MEDIUM, SD3_TINY, build, cost_of, difference, join, place, tokens_of
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from shapes import SD3_MEDIUM, SD3_TINY, build, cost_of, difference, join, tokens_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from segadapt import config
 from segadapt.errors import UserError
 from segadapt.models.combined import Combined
+from segadapt.models.discriminative.recording import cuda_recorder
 from segadapt.models.generative import candidates as candidate_classes
 from segadapt.models.generative import loss as objective
 from segadapt.models.generative import placement as placing
 from segadapt.models.generative.compiled import compile_blocks
 from segadapt.models.generative.lora import add_lora
-from segadapt.models.generative.parallel import Parallel, count_parts
+from segadapt.models.generative.parallel import Parallel
 from segadapt.models.updates import Updates
 from segadapt.parse import from_overrides
 from segadapt.seeds import torch_generator
@@ -90,8 +89,7 @@ def joint_backward(combined: Combined, image_3HW: torch.Tensor, key: str, *, pai
 def our_backward(combined: Combined, image_3HW: torch.Tensor, key: str) -> float:
     """The package's."""
     noisy = combined.noise(image_3HW, task="step", key=key)
-    with combined.autocast():
-        logits_BChw = combined.segmenter.logits(image_3HW[None])
+    logits_BChw = combined.logits(image_3HW)
     taught, _ = combined.backward(image_3HW, logits_BChw, noisy, task="step", key=key)
     return taught.loss.item()
 
@@ -161,15 +159,18 @@ def matrix_rate(device: torch.device, side: int) -> float:
 
 
 def transformer_part(combined: Combined, image_3HW: torch.Tensor, *, classes: int) -> Step:
-    """Forward and backward of all pairs in the step's own groups of whole windows, with a given gradient."""
+    """Forward and backward of all pairs in the step's own groups of whole windows, with a given gradient.
+
+    A window of more pairs than are at work at once runs forward twice in the step, and once here.
+    """
     teacher = combined.generative
     assert teacher is not None
     noisy = combined.noise(image_3HW, task="step", key="transformer")
     windows = len(noisy.x_t_Kzyx)
     window_P = torch.arange(windows, device=combined.device).repeat_interleave(classes)
     class_P = torch.arange(classes, device=combined.device).repeat(windows)
-    at_once = max(1, combined.pairs_at_once // classes) * classes
-    assert classes <= combined.pairs_at_once, "a window of more pairs runs forward twice"
+    at_once = max(1, combined.pairs_at_once // classes) * classes  # whole windows
+    at_once = at_once if classes <= combined.pairs_at_once else combined.pairs_at_once
 
     def run(_: str) -> float:
         for group in zip(window_P.split(at_once), class_P.split(at_once), strict=True):
@@ -189,20 +190,27 @@ def assemble(a: argparse.Namespace, settings: config.AdaptConfig, *, name: str, 
         transformer.enable_gradient_checkpointing()
     if a.lora:
         add_lora(transformer, rank=a.lora, alpha=a.lora, seed=0)
-    transformers, capacities = [transformer], [int(a.gib * 2**30)] * len(names) if a.gib else None
-    if name.startswith("replicate"):
-        count = len(names)
-        cost = cost_of(transformer, (segmenter, vae), settings.model.generative, devices=count, copies=count)
-        transformers, placements = placing.replicate(transformer, names, capacities=capacities, **cost)
-        sys.stderr.write("".join(f"{line}\n" for placement in placements for line in placement.lines))
+    compiled, copied = a.compile and name not in PLAIN, name.startswith("replicate")
+    g, capacities = settings.model.generative, [int(a.gib * 2**30)] * len(names) if a.gib else None
+    cost = cost_of(transformer, segmenter, vae, g, compiled=compiled)
+    asked = {"max_pairs": g.max_pairs, "parts": g.parts}
+    cost = placing.share_out(transformer, names, cost, copied=copied, capacities=capacities, **asked)
+    if copied:
+        transformers, placements = placing.replicate(transformer, names, cost, capacities=capacities)
     else:
-        place(transformer, (segmenter, vae), settings.model.generative, names, capacities)
-    if a.compile and name not in PLAIN:
+        hooks = len(names) > 1
+        placements = [placing.place(transformer, names, cost, force_hooks=hooks, capacities=capacities)]
+        transformers = [transformer]
+    lines = [line for placement in placements for line in placement.lines]
+    sys.stderr.write("\n  ".join([f"{name}: {cost.pairs} pairs at work, {cost.parts} parts", *lines]) + "\n")
+    settings = copy.deepcopy(settings)
+    settings.model.generative.max_pairs = cost.pairs // len(names)
+    if compiled:
         for each in transformers:
             compile_blocks(each)
-    parts = count_parts(settings.model.generative.parts, devices=len(devices), copies=len(transformers))
-    parallel = Parallel(transformers, devices, parts=parts)
-    return join((segmenter, vae), transformer, copy.deepcopy(settings), a.precision, parallel)
+    parallel = Parallel(transformers, devices, parts=cost.parts)
+    record = cuda_recorder() if compiled and devices[0].type == "cuda" else None
+    return join(segmenter, transformer, vae, settings, precision=a.precision, parallel=parallel, record=record)
 
 
 def measure(
@@ -237,8 +245,8 @@ def measure(
         row["seconds_autoencoder"] = seconds(lambda key: combined.noise(image_3HW, task="t", key=key), devices, **times)
 
         def segment(_: str) -> None:
-            with combined.autocast():
-                combined.segmenter.logits(image_3HW[None]).square().mean().backward()
+            combined.segmenter.net.zero_grad()
+            combined.logits(image_3HW).square().mean().backward()
 
         row["seconds_segmenter"] = seconds(segment, devices, **times)
     clear(combined)
@@ -258,14 +266,12 @@ def options(description: str | None, rows: str) -> argparse.ArgumentParser:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--max-pairs", type=int, default=20, help="model.generative.max_pairs")
-    parser.add_argument("--parts", type=int, default=1, help="model.generative.parts")
+    parser.add_argument("--max-pairs", type=int, help="model.generative.max_pairs")
+    parser.add_argument("--parts", type=int, help="model.generative.parts")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--lora", type=int, default=0, help="model.update.lora_rank")
     parser.add_argument("--gib", type=float, help="let the process have no more of each card")
     parser.add_argument("--compile", action="store_true")
-    kernels = [kind.lower() for kind in SDPBackend.__members__]
-    parser.add_argument("--attention", choices=kernels, help="only this kernel, in our rows")
     parser.add_argument("--images", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     return parser
@@ -282,8 +288,9 @@ def set_up(a: argparse.Namespace, classes: int) -> tuple[list[int], config.Adapt
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as models.build.set_up does
     px = 128 if a.tiny else 512
     overrides = ["data=ade20k_c", "data.data_root=none", "model.loss.topk=150", f"data.short_side_px={px}",
-                 f"model.loss.classes_threshold={classes}", f"model.generative.max_pairs={a.max_pairs}",
-                 f"model.generative.parts={a.parts}", f"model.generative.gradient_checkpointing={a.checkpointing}",
+                 f"model.loss.classes_threshold={classes}", f"model.generative.max_pairs={a.max_pairs or 'null'}",
+                 f"model.generative.parts={a.parts or 'null'}",
+                 f"model.generative.gradient_checkpointing={a.checkpointing}",
                  f"model.update.lora_rank={a.lora}", f"model.generative.window_px={px}",
                  f"model.generative.stride_px={px // 2}"]  # fmt: skip
     return gpus, from_overrides("adapt", overrides, config.AdaptConfig)
@@ -293,11 +300,6 @@ def draw_image(settings: config.AdaptConfig, width_px: int, device: torch.device
     """[3, H, W], the same at each call."""
     size = 3, settings.data.short_side_px, width_px
     return torch.rand(size, generator=torch.Generator().manual_seed(0)).to(device)
-
-
-def only(kernel: str | None) -> AbstractContextManager[Any]:
-    """Attention by one kernel alone; None: as torch chooses."""
-    return sdpa_kernel(SDPBackend.__members__[kernel.upper()]) if kernel else nullcontext()
 
 
 def devices_of(name: str, gpus: list[int]) -> list[Any]:
@@ -337,8 +339,7 @@ def main() -> None:
         combined = None
         try:
             combined = assemble(a, settings, name=name, names=names)
-            with only(None if name in PLAIN else a.attention):
-                row = measure(combined, image_3HW, reference, name=name, pairs=pairs, **times)
+            row = measure(combined, image_3HW, reference, name=name, pairs=pairs, **times)
         except (torch.OutOfMemoryError, UserError) as error:
             sys.stderr.write(f"{name}: {error}\n")
             row = None

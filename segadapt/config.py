@@ -78,12 +78,15 @@ class GenerativeSettings:
     autoencoder: str | None = setting("folder of another autoencoder (diffusers or TAESD3); null: the checkpoint's own")
     embeddings: str | None = setting("file of class embeddings; null: the checkpoint's own if it has one, else prompts")
     gradient_checkpointing: bool = setting("recompute activations in backward: a third of the memory, 40 % more time")
-    max_pairs: int = setting(
-        "(window, class) pairs whose activations one transformer keeps at a time; more: faster, more memory", low=1
+    max_pairs: int | None = setting(
+        "(window, class) pairs at work at a time for each GPU; more: faster; null: as many as fit, up to 40 in all",
+        low=1,
     )
     placement: str = setting("over several GPUs: split the transformer, or a whole copy on each",
                              choices=("dispatch", "replicate"))  # fmt: skip
-    parts: int = setting("forwards of one image's pairs that overlap on several GPUs, at least one a copy", low=1)
+    parts: int | None = setting(
+        "forwards that the pairs at work are cut into on several GPUs, to overlap; null: 4, or one a copy", low=1
+    )
     window_px: int = setting("side of a sliding window, px; a multiple of 16", low=16)
     stride_px: int = setting("distance between window starts along the long side, px", low=1)
     sigma: float = setting("noise level in (0, 1], the papers' t; lower end of its range", low=1e-6, high=1)
@@ -193,7 +196,7 @@ class RuntimeSettings:
     precision: str = setting("bf16: autocast over float32 weights; fp32", choices=("bf16", "fp32"))
     deterministic: bool = setting("refuse algorithms whose result varies from run to run")
     compile: bool = setting(
-        "compile the teacher's blocks with torch.compile, slow at first; on a CPU it needs a C++ compiler"
+        "slow at first, then faster: teacher's blocks by torch.compile (needs a C++ compiler), segmenter as CUDA graphs"
     )
     threads: int | None = setting("CPU threads of torch; null: its own choice", low=1)
 

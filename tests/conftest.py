@@ -50,6 +50,7 @@ SETTINGS = (
     "model/generative=local",
     "model.discriminative.checkpoint=none",
     "model.generative.checkpoint=none",
+    "model.generative.max_pairs=16",
     "model.generative.window_px=32",
     "model.generative.stride_px=16",
     "data.short_side_px=32",

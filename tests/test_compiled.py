@@ -7,6 +7,7 @@ from torch._dynamo.utils import counters
 
 from segadapt.models.generative.compiled import compile_blocks
 from segadapt.models.generative.placement import assert_placed, place
+from segadapt.models.generative.plan import Cost
 
 BACKEND = "aot_eager"  # traces as inductor does, and needs no C++ compiler
 
@@ -26,8 +27,8 @@ def transformer_of(*, hooks: bool, checkpointing: bool = False):
         transformer = build_transformer(num_layers=2).eval()
     if checkpointing:
         transformer.enable_gradient_checkpointing()
-    sizes = {"trained": True, "max_pairs": 2, "tokens": 23, "checkpointing": checkpointing}
-    return transformer, place(transformer, ["cpu"] * (1 + hooks), force_hooks=hooks, **sizes)
+    cost = Cost(trained=True, pairs=2, tokens=23, checkpointing=checkpointing)
+    return transformer, place(transformer, ["cpu"] * (1 + hooks), cost, force_hooks=hooks)
 
 
 def loss_and_gradients(transformer, pairs: int):

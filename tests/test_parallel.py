@@ -1,6 +1,7 @@
 """Parts and copies of the transformer: the same losses, gradients and weights as one transformer in one piece."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,21 @@ from segadapt.errors import UserError
 from segadapt.models.build import build_models
 from segadapt.models.combined import Combined
 from segadapt.models.generative.parallel import Lane, Parallel, count_parts
-from segadapt.models.generative.placement import comparison, copy_bytes, replicate
-from segadapt.models.generative.plan import training_bytes
+from segadapt.models.generative.placement import (
+    MOST_PAIRS,
+    PAIRS,
+    comparison,
+    copies_fit,
+    copy_bytes,
+    plan_split,
+    replicate,
+    share_out,
+)
+from segadapt.models.generative.plan import Cost
 from segadapt.models.generative.sd3 import NoisyLatent, Sd3
 
 CPU = torch.device("cpu")
-COST = {"trained": True, "max_pairs": 2, "tokens": 23, "checkpointing": False}
+COST = {"trained": True, "pairs": 2, "tokens": 23}
 PLAIN = ("model.generative.max_pairs=100",)
 
 
@@ -116,7 +126,7 @@ def test_adapters_are_copied_and_owned(saved_models, compose_settings, monkeypat
     settings = compose_settings(*models, "model.update.lora_rank=2", "model.generative.placement=replicate")
     built = build_models(settings, ("sky", "road", "tree"))
     assert [line.split(",")[0] for line in built.map_lines] == [
-        "cpu: whole copy", "cpu: whole copy", "model.generative.placement=replicate"]  # fmt: skip
+        "cpu: whole copy", "cpu: whole copy", "32 (window", "model.generative.placement=replicate"]  # fmt: skip
     combined = built.combined
     assert len(combined.parallel.transformers) == 2
     before = {name: value.detach().clone() for name, value in combined.parameters().items()}
@@ -129,7 +139,7 @@ def test_adapters_are_copied_and_owned(saved_models, compose_settings, monkeypat
 
 @pytest.mark.parametrize(
     ("placement", "parts", "expected"),
-    [("dispatch", 1, 1), ("dispatch", 3, 3), ("replicate", 1, 2), ("replicate", 5, 6)],
+    [("dispatch", 1, 1), ("dispatch", 3, 3), ("dispatch", "null", 4), ("replicate", 1, 2), ("replicate", 5, 6)],
 )
 def test_parts_of_two_devices(saved_models, compose_settings, monkeypatch, placement, parts, expected):
     from segadapt.models import build as building
@@ -157,15 +167,26 @@ def test_a_copy_gets_its_inputs_where_it_lives(build_teacher):
 def test_the_plan_counts_what_overlapping_parts_keep():
     transformer = build_transformer(num_layers=2)
     numbers = sum(parameter.numel() for parameter in transformer.parameters())
-    one, four = (training_bytes(transformer, trained=True, bf16_copies=True, parts=parts) for parts in (1, 4))
+    one, four = (Cost(**COST, bf16=True, parts=parts).weight_bytes(transformer) for parts in (1, 4))
     assert four - one == 3 * 2 * numbers + 4 * numbers  # bf16 copies, and gradients that wait
-    alone, shared = (copy_bytes(transformer, copies=2, parts=parts, bf16=True, **COST)[1] for parts in (2, 4))
+    alone, shared = (copy_bytes(transformer, Cost(**COST, bf16=True, parts=parts), copies=2)[1] for parts in (2, 4))
     assert shared - alone == 2 * numbers + 4 * numbers
 
 
 @pytest.mark.parametrize(
     ("asked", "devices", "copies", "expected"),
-    [(1, 1, 1, 1), (8, 1, 1, 1), (1, 2, 1, 1), (8, 2, 1, 8), (1, 4, 4, 4), (5, 4, 4, 8), (8, 4, 4, 8)],
+    [
+        (1, 1, 1, 1),
+        (8, 1, 1, 1),
+        (1, 2, 1, 1),
+        (8, 2, 1, 8),
+        (1, 4, 4, 4),
+        (5, 4, 4, 8),
+        (8, 4, 4, 8),
+        (None, 1, 1, 1),
+        (None, 4, 1, 4),
+        (None, 4, 4, 4),
+    ],
 )
 def test_parts_are_none_on_one_device_and_as_many_for_each_copy(asked, devices, copies, expected):
     assert count_parts(asked, devices=devices, copies=copies) == expected
@@ -177,11 +198,54 @@ def test_one_device_cuts_nothing_up(saved_models, compose_settings):
     assert built.combined.parallel.parts == 1
 
 
+def test_as_many_pairs_as_fit_are_at_work_on_each_device():
+    """Against the placing itself: what is chosen can be placed, the next larger choice can't."""
+    transformer, cost = build_transformer(num_layers=4), Cost(trained=True, pairs=0, tokens=230, bf16=True)
+    found = {}
+    for copied in (False, True):
+        for capacity in (1, 2, 4, 8, 16, 32, 10**6):
+            capacities = [capacity * 10**6] * 2
+            asked = {"copied": copied, "capacities": capacities}
+            shared = share_out(transformer, ["cpu"] * 2, cost, max_pairs=None, parts=None, **asked)
+            pairs = found[copied, capacity] = shared.pairs // 2
+            fits = copies_fit if copied else plan_split
+            larger = [each for each in PAIRS if pairs < each <= MOST_PAIRS // 2][-1:]
+            for each in larger:
+                more = share_out(transformer, ["cpu"] * 2, cost, max_pairs=each, parts=shared.parts, **asked)
+                with pytest.raises(UserError):
+                    fits(transformer, ["cpu"] * 2, more, capacities)
+            if shared.parts > (2 if copied else 1):
+                fits(transformer, ["cpu"] * 2, shared, capacities)
+    assert found[False, 10**6] == found[True, 10**6] == MOST_PAIRS // 2
+    assert len(set(found.values())) > 4, "capacities too alike to test anything"
+
+
+def test_fewer_parts_are_taken_where_more_do_not_fit():
+    transformer, cost = build_transformer(num_layers=4), Cost(trained=True, pairs=0, tokens=23, bf16=True)
+    one, four = (
+        plan_split(transformer, ["cpu"] * 2, replace(cost, pairs=2, parts=parts), [10**9] * 2).loads for parts in (1, 4)
+    )
+    between = [(max(one) + max(four)) // 2] * 2
+    asked = {"copied": False, "max_pairs": None, "capacities": between}
+    shared = share_out(transformer, ["cpu"] * 2, cost, parts=None, **asked)
+    assert (shared.parts, shared.pairs >= 2) == (1, True)
+    shared = share_out(transformer, ["cpu"] * 2, cost, parts=4, **asked)
+    with pytest.raises(UserError):
+        plan_split(transformer, ["cpu"] * 2, shared, between)
+
+
+def test_without_a_number_the_run_takes_what_fits(saved_models, compose_settings):
+    models, classes = saved_models(("sky", "road", "tree")), ("sky", "road", "tree")
+    built = build_models(compose_settings(*models, "model.generative.max_pairs=null"), classes)
+    assert built.combined.pairs_at_once == PAIRS[0]
+    assert f"{PAIRS[0]} (window, class) pairs at work at a time" in "\n".join(built.map_lines)
+
+
 def test_copies_that_do_not_fit_are_refused_and_the_comparison_says_so():
     transformer = build_transformer(num_layers=2)
     with pytest.raises(UserError, match=r"placement=replicate: a copy .* on cpu; it has 0\.0\. Lower .*dispatch"):
-        replicate(transformer, ["cpu"] * 2, capacities=[10**6] * 2, **COST)
-    line = comparison(transformer, ["cpu"] * 2, capacities=[10**6] * 2, **COST)
+        replicate(transformer, ["cpu"] * 2, Cost(**COST), capacities=[10**6] * 2)
+    line = comparison(transformer, ["cpu"] * 2, Cost(**COST), capacities=[10**6] * 2)
     assert "does not fit (0.0 GiB there): the split is the way" in line
 
 

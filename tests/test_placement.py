@@ -15,10 +15,10 @@ from sd3_folder import build_transformer
 
 from segadapt.errors import UserError
 from segadapt.models.generative.placement import assert_placed, place
-from segadapt.models.generative.plan import GIB, activation_bytes, plan, training_bytes
+from segadapt.models.generative.plan import GIB, Cost, plan, training_bytes
 
 MEDIUM = [84_980_736 * 16] * 23 + [54_294_528 * 16]  # bytes to train the blocks of SD3-medium
-TINY = {"trained": True, "max_pairs": 2, "tokens": 23, "checkpointing": False}
+TINY = {"trained": True, "pairs": 2, "tokens": 23}
 
 
 @pytest.fixture
@@ -51,18 +51,30 @@ def loss_and_gradients(transformer):
     devices=st.integers(1, 5),
     fixed_main=st.integers(0, 60),
     fixed_each=st.integers(0, 10),
+    even_blocks=st.booleans(),
+    capacity=st.sampled_from((60, 100, 10**6)),
 )
-def test_plan_is_the_best_of_all_splits(costs, devices, fixed_main, fixed_each):
+def test_plan_is_the_best_of_all_splits(costs, devices, fixed_main, fixed_each, even_blocks, capacity):
     count = min(devices, len(costs))
 
     def loads(cuts):
         ends = [0, *cuts, len(costs)]
         return [sum(costs[a:b]) + fixed_each + fixed_main * (a == 0) for a, b in itertools.pairwise(ends)]
 
-    every = [loads(cuts) for cuts in itertools.combinations(range(1, len(costs)), count - 1)]
-    best = min((max(split), sum(load**2 for load in split)) for split in every)
-    split = plan(costs, [10**6] * devices, fixed_main=fixed_main, fixed_each=fixed_each)
-    assert (max(split.loads), sum(load**2 for load in split.loads)) == best
+    def score(cuts):
+        most = max(b - a for a, b in itertools.pairwise([0, *cuts, len(costs)]))
+        return most if even_blocks else 0, max(loads(cuts)), sum(load**2 for load in loads(cuts))
+
+    every = itertools.combinations(range(1, len(costs)), count - 1)
+    fitting = [score(cuts) for cuts in every if max(loads(cuts)) <= capacity]
+    sizes = {"fixed_main": fixed_main, "fixed_each": fixed_each, "even_blocks": even_blocks}
+    if not fitting:
+        with pytest.raises(UserError):
+            plan(costs, [capacity] * devices, **sizes)
+        return
+    split = plan(costs, [capacity] * devices, **sizes)
+    most = max(len(run) for run in split.blocks) if even_blocks else 0
+    assert (most, max(split.loads), sum(load**2 for load in split.loads)) == min(fitting)
     assert [index for run in split.blocks for index in run] == list(range(len(costs)))
     assert all(len(run) >= 1 for run in split.blocks)
 
@@ -114,7 +126,8 @@ def test_device_without_room_for_one_block_is_named():
 def test_plan_does_not_depend_on_the_hash_seed():
     code = (
         "from segadapt.models.generative.placement import place; from sd3_folder import build_transformer;"
-        "p = place(build_transformer(4), ['cpu'] * 3, trained=True, max_pairs=1, tokens=8, checkpointing=False,"
+        "from segadapt.models.generative.plan import Cost;"
+        "p = place(build_transformer(4), ['cpu'] * 3, Cost(True, pairs=1, tokens=8),"
         " force_hooks=True); print(p)"
     )
     path = os.pathsep.join(["tests", "."])
@@ -127,8 +140,7 @@ def test_plan_does_not_depend_on_the_hash_seed():
         check=True,
         cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
     ).stdout.strip()
-    options = {"trained": True, "max_pairs": 1, "tokens": 8, "checkpointing": False, "force_hooks": True}
-    assert str(place(build_transformer(4), ["cpu"] * 3, **options)) == other
+    assert str(place(build_transformer(4), ["cpu"] * 3, Cost(True, pairs=1, tokens=8), force_hooks=True)) == other
     assert "transformer_blocks.3" in other
 
 
@@ -146,20 +158,23 @@ def test_sd3_medium_estimate_matches_the_measured_sizes():
         )
     assert training_bytes(medium, trained=True) == 16 * 2_028_328_000 + 4 * 192**2 * 1536
     assert [training_bytes(block, trained=True) for block in medium.transformer_blocks] == MEDIUM
-    assert activation_bytes(max_pairs=1, tokens=1357, width=1536) / GIB == pytest.approx(0.107, abs=0.002)
+    kept, _ = Cost(True, pairs=1, tokens=1357).block_bytes(width=1536)
+    assert kept / GIB == pytest.approx(0.107, abs=0.002)
+    kept, _ = Cost(True, pairs=4, tokens=1357, compiled=True).block_bytes(width=1536)  # 71.76 - 65.08 GiB measured
+    assert 24 * kept / GIB == pytest.approx(6.7, abs=0.4)
 
 
 def test_checkpointing_lets_a_larger_chunk_fit(transformer):
-    options = TINY | {"max_pairs": 64, "tokens": 230, "capacities": [40 * 10**6] * 2, "force_hooks": True}
+    sizes, options = TINY | {"pairs": 64, "tokens": 230}, {"capacities": [40 * 10**6] * 2, "force_hooks": True}
     with pytest.raises(UserError, match="gradient_checkpointing=true"):
-        place(transformer, ["cpu"] * 2, **options)
-    place(transformer, ["cpu"] * 2, **(options | {"checkpointing": True}))  # pyright: ignore
+        place(transformer, ["cpu"] * 2, Cost(**sizes), **options)
+    place(transformer, ["cpu"] * 2, Cost(**sizes, checkpointing=True), **options)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_split_gives_the_same_loss_and_gradients_bit_for_bit(transformer, devices):
     loss, gradients = loss_and_gradients(transformer)
-    placement = place(transformer, ["cpu"] * devices, force_hooks=True, **TINY)
+    placement = place(transformer, ["cpu"] * devices, Cost(**TINY), force_hooks=True)
     assert all(hasattr(block, "_hf_hook") for block in transformer.transformer_blocks)
     for recompute in (False, True):
         if recompute:
@@ -172,13 +187,13 @@ def test_split_gives_the_same_loss_and_gradients_bit_for_bit(transformer, device
 
 
 def test_one_device_is_a_plain_move_without_hooks(transformer):
-    placement = place(transformer, ["cpu"], **TINY)
+    placement = place(transformer, ["cpu"], Cost(**TINY))
     assert not any(hasattr(module, "_hf_hook") for module in transformer.modules())
     assert placement.lines[0].startswith("cpu: blocks 0-3, ")
 
 
 def test_every_tensor_is_covered_once_and_unused_devices_are_told(transformer):
-    placement = place(transformer, ["cpu"] * 6, force_hooks=True, **TINY)
+    placement = place(transformer, ["cpu"] * 6, Cost(**TINY), force_hooks=True)
     for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()]:
         assert placement.device_of(name) == tensor.device
     assert placement.main_device == "cpu"
@@ -188,11 +203,11 @@ def test_every_tensor_is_covered_once_and_unused_devices_are_told(transformer):
 def test_parameter_outside_the_map_is_refused(transformer):
     transformer.register_parameter("offset", torch.nn.Parameter(torch.zeros(3)))
     with pytest.raises(AssertionError, match="offset is covered by"):
-        place(transformer, ["cpu"], **TINY)
+        place(transformer, ["cpu"], Cost(**TINY))
 
 
 def test_moved_block_is_found_before_the_next_task(transformer):
-    placement = place(transformer, ["cpu"] * 2, force_hooks=True, **TINY)
+    placement = place(transformer, ["cpu"] * 2, Cost(**TINY), force_hooks=True)
     transformer.transformer_blocks[2].to("meta")
     with pytest.raises(RuntimeError, match=r"transformer_blocks\.2\..* is on meta; the placement says cpu"):
         assert_placed(transformer, placement)
@@ -201,22 +216,22 @@ def test_moved_block_is_found_before_the_next_task(transformer):
 @pytest.mark.parametrize("devices", [[], ["disk"], ["meta"], [0, "cpu"], ["cuda:0"], [99]])
 def test_devices_that_cannot_train_are_refused(transformer, devices):
     with pytest.raises(UserError, match=r"expected GPU indices|GPUs are visible"):
-        place(transformer, devices, **TINY)
+        place(transformer, devices, Cost(**TINY))
 
 
 def test_model_without_weights_is_refused():
     with torch.device("meta"):
         empty = build_transformer(num_layers=2)
     with pytest.raises(UserError, match="no weights"):
-        place(empty, ["cpu"], **TINY)
+        place(empty, ["cpu"], Cost(**TINY))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_split_over_gpus_equals_one_gpu(transformer):
     split = copy.deepcopy(transformer)
-    place(transformer, [0], **TINY)
-    placement = place(split, range(torch.cuda.device_count()), **TINY)
+    place(transformer, [0], Cost(**TINY))
+    placement = place(split, range(torch.cuda.device_count()), Cost(**TINY))
     used = {parameter.device.index for parameter in split.parameters()}
     assert used == set(range(min(4, torch.cuda.device_count())))
     loss, gradients = loss_and_gradients(transformer)

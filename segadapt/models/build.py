@@ -24,12 +24,13 @@ from segadapt.config import (
 )
 from segadapt.errors import UserError
 from segadapt.models.combined import Combined
+from segadapt.models.discriminative.recording import cuda_recorder
 from segadapt.models.discriminative.segformer import Segmenter, load_segformer
 from segadapt.models.generative import placement as placing
 from segadapt.models.generative.compiled import compile_blocks
 from segadapt.models.generative.lora import add_lora, plain_state
-from segadapt.models.generative.parallel import Parallel, count_parts
-from segadapt.models.generative.plan import GIB, training_bytes
+from segadapt.models.generative.parallel import Parallel
+from segadapt.models.generative.plan import GIB, Cost, training_bytes
 from segadapt.models.generative.prompts import PromptEmbeddings, load_embeddings, prompt_embeddings
 from segadapt.models.generative.sd3 import Sd3, load_autoencoder, load_transformer
 from segadapt.seeds import numpy_generator
@@ -182,8 +183,10 @@ def build_generative(
     accumulates: bool = False,
     compiled: bool = False,
     force_hooks: bool = False,
-) -> tuple[Sd3, tuple[placing.Placement, ...]]:
+) -> tuple[Sd3, tuple[placing.Placement, ...], int]:
     """The teacher, its transformer split over the devices or copied to each; everything else of it on the first one.
+
+    Returns it, where its transformers lie, and how many pairs each device has at work at a time.
 
     Args:
         update: what of it moves; adapters are added here.
@@ -207,33 +210,36 @@ def build_generative(
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     text_bytes = sum(t.numel() * t.element_size() for t in (embeddings.sequence_CLE, embeddings.pooled_CD))
-    copies = len(devices) if settings.placement == "replicate" else 1
-    parts = count_parts(settings.parts, devices=len(devices), copies=copies)
-    cost = {
-        "trained": update.generative,
-        "max_pairs": settings.max_pairs,
-        "tokens": (settings.window_px // 16) ** 2 + embeddings.sequence_CLE.shape[1],
-        "checkpointing": settings.gradient_checkpointing,
-        "bf16": precision == "bf16",
-        "accumulates": accumulates,
-        "parts": parts,
-        "fixed_main_bytes": main_bytes + training_bytes(autoencoder, trained=False) + text_bytes,
-    }
-    comparison = placing.comparison(transformer, devices, **cost) if len(devices) > 1 else None
-    if settings.placement == "replicate":
-        transformers, placements = placing.replicate(transformer, devices, **cost)
+    cost = Cost(
+        trained=update.generative,
+        pairs=0,
+        tokens=(settings.window_px // 16) ** 2 + embeddings.sequence_CLE.shape[1],
+        checkpointing=settings.gradient_checkpointing,
+        compiled=compiled,
+        bf16=precision == "bf16",
+        accumulates=accumulates,
+        fixed_main_bytes=main_bytes + training_bytes(autoencoder, trained=False) + text_bytes,
+    )
+    copied = settings.placement == "replicate"
+    cost = placing.share_out(
+        transformer, devices, cost, copied=copied, max_pairs=settings.max_pairs, parts=settings.parts
+    )
+    further = [f"{cost.pairs} (window, class) pairs at work at a time, {cost.parts} forwards"]
+    if len(devices) > 1:
+        further.append(placing.comparison(transformer, devices, cost))
+    if copied:
+        transformers, placements = placing.replicate(transformer, devices, cost)
     else:
-        placements = [placing.place(transformer, devices, force_hooks=force_hooks, **cost)]
+        placements = [placing.place(transformer, devices, cost, force_hooks=force_hooks)]
         transformers = [transformer]
-    if comparison:
-        placements[-1] = dataclasses.replace(placements[-1], lines=(*placements[-1].lines, comparison))
+    placements[-1] = dataclasses.replace(placements[-1], lines=(*placements[-1].lines, *further))
     if compiled:
         for each in transformers:
             compile_blocks(each)
     on = [torch.device(device) for device in devices]
-    parallel = Parallel(transformers, on, parts=parts)
+    parallel = Parallel(transformers, on, parts=cost.parts)
     teacher = Sd3(transformer, autoencoder, embeddings, device=main, precision=precision, parallel=parallel)
-    return teacher, tuple(placements)
+    return teacher, tuple(placements), cost.pairs // len(devices)
 
 
 def check_shapes(transformer: Any, autoencoder: Any, embeddings: PromptEmbeddings, *, window_px: int) -> None:
@@ -269,11 +275,16 @@ def build_models(
     main = set_up(settings.runtime)
     segmenter = build_segmenter(settings.model.discriminative, len(classes), main)
     fingerprints = {"discriminative": fingerprint(segmenter.net)}
+    is_recorded = settings.runtime.compile and main.type == "cuda"
+    # recomputed activations save and restore the state of a generator, which a CUDA graph can't
+    record = cuda_recorder() if is_recorded and not settings.model.discriminative.gradient_checkpointing else None
     if not isinstance(settings, AdaptConfig) or settings.tta.forward_mode == "discriminative_only":
-        combined = Combined(segmenter, None, seed=settings.experiment.seed, precision=settings.runtime.precision)
+        combined = Combined(
+            segmenter, None, seed=settings.experiment.seed, precision=settings.runtime.precision, record=record
+        )
         return Models(combined, (), fingerprints)
     update, accumulates = settings.model.update, settings.tta.optimizer.accumulate > 1
-    generative, placements = build_generative(
+    generative, placements, pairs = build_generative(
         settings.model.generative,
         classes=classes,
         dataset_name=settings.data.name,
@@ -291,12 +302,14 @@ def build_models(
         "autoencoder": fingerprint(generative.autoencoder),
         "embeddings": generative.embeddings.fingerprint(),
     }
+    window = dataclasses.replace(settings.model.generative, max_pairs=pairs)
     combined = Combined(
         segmenter,
         generative,
-        settings.model,
+        dataclasses.replace(settings.model, generative=window),
         settings.tta.optimizer,
         seed=settings.experiment.seed,
         precision=settings.runtime.precision,
+        record=record,
     )
     return Models(combined, placements, fingerprints)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from segadapt.config import ModelSettings, OptimizerSettings, UpdateSettings
+from segadapt.models.discriminative.recording import Record, Recorder
 from segadapt.models.discriminative.segformer import Segmenter
 from segadapt.models.generative import candidates as candidate_classes
 from segadapt.models.generative import loss as objective
@@ -66,6 +67,7 @@ class Combined:
         model, optimizer: settings.
         seed: all draws come from (seed, task, image key, purpose).
         precision: 'bf16' (autocast over float32 weights) or 'fp32'.
+        record: how the segmenter's work is recorded, to be replayed for each image of the same size; None: it is not.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Combined:
         *,
         seed: int,
         precision: str,
+        record: Record | None = None,
     ):
         self.segmenter, self.generative = segmenter, generative
         self.seed, self.precision = seed, precision
@@ -89,10 +92,13 @@ class Combined:
             self.loss, self.window, self.trust = model.loss, model.generative, model.trust
             self.optimizer_settings = optimizer
             self.parallel = generative.parallel
-            self.pairs_at_once = model.generative.max_pairs * len(self.parallel.transformers)
+            assert self.window.max_pairs is not None, "build.py finds out how many fit"
+            self.pairs_at_once = self.window.max_pairs * len(self.parallel.devices)
             self._choose_parameters(model.update)
             self._source = {name: value.detach().to("cpu", copy=True) for name, value in self.parameters().items()}
             self._updates = self._new_updates()
+        moving = self.groups["discriminative"].values()
+        self._segment = Recorder(self._forward, list(moving), record=record) if record else self._forward
 
     @property
     def trains_discriminative(self) -> bool:
@@ -135,6 +141,7 @@ class Combined:
         belong to the image."""
         if self.generative is None:
             return
+        self.parallel.arrive()
         for name, parameter in self.parameters().items():
             parameter.copy_(self._source[name])
             parameter.grad = None
@@ -163,13 +170,21 @@ class Combined:
         image_3HW = image_3HW.to(self.device, non_blocking=True)
         # noise first: a GPU encodes the windows while the host is still naming the segmenter's many small kernels
         noisy = None if self.generative is None else self.noise(image_3HW, task=task, key=key)
-        with torch.set_grad_enabled(self.trains_discriminative), self.autocast():
-            logits_BChw = self.segmenter.logits(image_3HW[None])
+        logits_BChw = self.logits(image_3HW)
         scored_Chw = logits_BChw[0].detach()
         if noisy is None:
             return Prediction(scored_Chw, bool(scored_Chw.isfinite().all()))
         taught, candidates = self.backward(image_3HW, logits_BChw, noisy, task=task, key=key)
         return self._update(scored_Chw, taught, candidates)
+
+    def logits(self, image_3HW: Tensor) -> Tensor:
+        """The segmenter's [1, C, h, w], float32; with a graph if it learns."""
+        with torch.set_grad_enabled(self.trains_discriminative):
+            return self._segment(image_3HW[None])
+
+    def _forward(self, image_B3HW: Tensor) -> Tensor:
+        with self.autocast():
+            return self.segmenter.logits(image_B3HW)
 
     def backward(
         self, image_3HW: Tensor, logits_BChw: Tensor, noisy: NoisyLatent, *, task: str, key: str
@@ -305,13 +320,19 @@ class Combined:
         pixels = candidates.keep_Kyx[:: candidates.draws].numel()
         return Taught(total, counted / pixels, agreement / pixels, alike / asked.clamp(min=1))
 
+    def _total_norm(self, grads: list[Tensor]) -> Tensor:
+        """L2, on the main device; by device first, as each tensor's own norm would travel alone."""
+        devices = dict.fromkeys(grad.device for grad in grads)
+        norms = [torch.nn.utils.get_total_norm([g for g in grads if g.device == device]) for device in devices]
+        return torch.nn.utils.get_total_norm([norm.to(self.device) for norm in norms]).to(self.device)
+
     def _update(self, scored_Chw: Tensor, taught: Taught, candidates: candidate_classes.Candidates) -> Prediction:
         """Use the gradients if they and the loss are finite and trust does not refuse the image.
 
         One host read for all numbers of the image.
         """
         grads = [parameter.grad for parameter in self.parameters().values() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads).to(self.device)
+        norm = self._total_norm(grads)
         numbers = (taught.loss, norm, scored_Chw.isfinite().all(), taught.kept, taught.agreement, taught.teacher_agrees)
         loss, grad_norm, is_sound, kept, agreement, agrees = torch.stack([n.float() for n in numbers]).tolist()
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)

@@ -137,7 +137,9 @@ def examine(
         weights_KCyx = objective.class_weights(q_KCyx, chosen_KC, temperature=combined.loss.temperature)
         generator = torch_generator(combined.seed, task, key, "diagnose")
         noisy = own if sigma is None else _noised(latent_Kzyx, sigma, draws, generator)
-        errors_RCyx = class_errors(combined.generative, noisy, num_classes=q_KCyx.shape[1], max_pairs=w.max_pairs)
+        errors_RCyx = class_errors(
+            combined.generative, noisy, num_classes=q_KCyx.shape[1], max_pairs=combined.pairs_at_once
+        )
         tallies.append(
             _tally(
                 truth_Kyx,

@@ -26,7 +26,7 @@ def cures(combined: Combined) -> list[str]:
     if combined.generative is None:
         return ["lower data.short_side_px"]
     g, out = combined.window, list[str]()
-    if g.max_pairs > 1:
+    if g.max_pairs and g.max_pairs > 1:
         out.append(f"lower model.generative.max_pairs={g.max_pairs}")
     if combined.trains_generative and not g.gradient_checkpointing:
         out.append("set model.generative.gradient_checkpointing=true")

@@ -46,7 +46,7 @@ class Updates:
             if parameter in self._sums:
                 self._sums[parameter] += gradient
             else:
-                self._sums[parameter] = gradient
+                self._sums[parameter] = gradient.clone()  # a recorded backward writes the next one into the same memory
         self.waiting += 1
         self.drop()
         return self.flush() if self.waiting == self.settings.accumulate else False

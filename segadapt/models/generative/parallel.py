@@ -10,10 +10,20 @@ import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
+SPLIT_PARTS = 4  # more parts wait less for each other, and cost the host more: of 4 and 8, 4 was faster on two H200
 
-def count_parts(asked: int, *, devices: int, copies: int) -> int:
-    """Into how many parts pairs are cut: none on one device, else as asked and as many for each copy."""
-    return -(-asked // copies) * copies if devices > 1 else 1
+
+def count_parts(asked: int | None, *, devices: int, copies: int) -> int:
+    """Into how many parts pairs are cut: none on one device, else as asked and as many for each copy.
+
+    Args:
+        asked: None: 4 on a split transformer, one for each of several copies.
+    """
+    if devices == 1:
+        return 1
+    if asked is None:
+        asked = SPLIT_PARTS if copies == 1 else copies
+    return -(-asked // copies) * copies
 
 
 class Lane:
@@ -70,6 +80,7 @@ class Parallel:
         if self._lanes:  # gradients of one weight come from several lanes; autograd waits for each, and warns
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         self._owner: dict[str, int] = {}  # of the parameters that move; empty for one transformer
+        self._arriving: list[Lane] = []  # lanes that carry owners' values to the copies
 
     # --- forward ---
 
@@ -79,6 +90,7 @@ class Parallel:
         Args:
             part: velocities of a slice of the pairs by a transformer, on the main device.
         """
+        self.arrive()
         count = min(self.parts, pairs)
         if count == 1:
             return part(self.transformers[0], slice(0, pairs))
@@ -114,7 +126,9 @@ class Parallel:
     def sum_gradients(self) -> None:
         """Give each owner the sum of its parameter's gradients, in the order of the copies, and drop the others."""
         sent: list[nn.Parameter] = []
-        for own, others in self._by_owner():
+        lanes: list[Lane] = []
+        for lane, own, others in self._by_owner():
+            lanes.append(lane)
             for parameter, *copies in zip(own, *others, strict=True):
                 for copy in copies:
                     if copy.grad is None:
@@ -122,19 +136,31 @@ class Parallel:
                     arrived = copy.grad.to(parameter.device)
                     parameter.grad = arrived if parameter.grad is None else parameter.grad.add_(arrived)
                     sent.append(copy)
+        for lane in lanes:
+            lane.join()
         for copy in sent:  # not before all lanes have met: another one would write where this one still reads
             copy.grad = None
 
     @torch.no_grad()
     def spread(self) -> None:
-        """Give every copy the owners' values; for after each change of a parameter."""
-        for own, others in self._by_owner():
+        """Give every copy the owners' values, for after each change of a parameter; the next forward waits for them."""
+        self.arrive()
+        for lane, own, others in self._by_owner():
             for parameter, *copies in zip(own, *others, strict=True):
                 for copy in copies:
-                    copy.copy_(parameter)
+                    copy.copy_(parameter, non_blocking=True)
+            self._arriving.append(lane)
 
-    def _by_owner(self) -> Iterator[tuple[list[nn.Parameter], list[list[nn.Parameter]]]]:
-        """Of each owner its parameters and those of the other copies, inside a lane of its own: all links at once."""
+    def arrive(self) -> None:
+        """Let the devices wait for values on their way; until then they encode and segment the next image.
+
+        Before owners' values are written otherwise than by the step after a forward, or copies' values read.
+        """
+        while self._arriving:
+            self._arriving.pop().join()
+
+    def _by_owner(self) -> Iterator[tuple[Lane, list[nn.Parameter], list[list[nn.Parameter]]]]:
+        """Of each owner a lane, its parameters and those of the other copies; inside the lane, so all links at once."""
         if not self._owner:
             return
         everywhere: list[Mapping[str, nn.Parameter]] = [dict(t.named_parameters()) for t in self.transformers]
@@ -145,6 +171,4 @@ class Parallel:
             names = [name for name, owner in self._owner.items() if owner == index]
             of_copy = [[parameters[name] for name in names] for parameters in everywhere]
             with lane():
-                yield of_copy.pop(index), of_copy
-        for lane in lanes:
-            lane.join()
+                yield lane, of_copy.pop(index), of_copy

@@ -1,19 +1,22 @@
 """Where the transformer lives: its blocks split over the devices by accelerate.dispatch_model, or a copy on each."""
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import dispatch_model
+from accelerate.hooks import remove_hook_from_module
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import nn
 
 from segadapt.errors import UserError
-from segadapt.models.generative.plan import GIB, RESERVE_BYTES, Plan, activation_bytes, plan, run_text, training_bytes
+from segadapt.models.generative.parallel import count_parts
+from segadapt.models.generative.plan import GIB, RESERVE_BYTES, Cost, Plan, plan, run_text
 
 Device = int | str
+PAIRS = (40, 32, 24, 20, 16, 12, 10, 8, 6, 5, 4, 3, 2, 1)  # on each device, tried in this order
+MOST_PAIRS = 40  # on all devices: two windows of 20 candidates; more takes memory and saves little time
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,8 @@ class Placement:
 def place(
     transformer: SD3Transformer2DModel,
     devices: Sequence[int] | Sequence[str],
+    cost: Cost,
     *,
-    trained: bool,
-    max_pairs: int,
-    tokens: int,
-    checkpointing: bool,
-    bf16: bool = False,
-    accumulates: bool = False,
-    parts: int = 1,
-    fixed_main_bytes: int = 0,
     force_hooks: bool = False,
     capacities: Sequence[int] | None = None,
 ) -> Placement:
@@ -53,15 +49,7 @@ def place(
 
     Args:
         devices: GPU indices, all of them used; or "cpu" (several only to imitate a split, with force_hooks).
-        trained: gradients and AdamW moments of what requires a gradient are counted; else the forward is expected to
-            run without grad.
-        max_pairs: (window, class) pairs in one forward.
-        tokens: image + text tokens of one pair, (px / 16) ** 2 + L.
-        checkpointing: whether the transformer recomputes activations; this does not switch it on.
-        bf16: autocast, which keeps a bf16 copy of every weight until backward unless blocks are recomputed.
-        accumulates: a sum of gradients is kept from image to image.
-        parts: forwards of one backward.
-        fixed_main_bytes: segmenter, autoencoder and logits graph on the main device; the loose modules are added here.
+        cost: of a step; the loose modules are added to the main device here.
         force_hooks: hooks even for one device, to test the split path.
         capacities: bytes of each device; default the whole GPU less 1 GiB, and no limit on the CPU.
     Raises:
@@ -69,27 +57,7 @@ def place(
     """
     names = [_name(device) for device in devices]
     _check_devices(transformer, devices, names)
-    blocks, width = transformer.transformer_blocks, transformer.inner_dim
-    one_block = activation_bytes(max_pairs=max_pairs, tokens=tokens, width=width)
-    kept = activation_bytes(max_pairs=max_pairs, tokens=tokens, width=width, checkpointing=checkpointing)
-    cost = {
-        "trained": trained,
-        "bf16_copies": bf16 and not checkpointing,
-        "accumulates": accumulates,
-        "parts": parts,
-    }
-    weights = [training_bytes(block, **cost) for block in blocks]
-    loose = training_bytes(transformer, **cost) - sum(weights)
-    split = plan(
-        [weight + (kept if trained else 0) for weight in weights],
-        [_capacity(device) for device in devices] if capacities is None else capacities,
-        fixed_main=fixed_main_bytes + loose,
-        # a block's activations exist one block at a time where they are recomputed or not kept at all
-        fixed_each=one_block if checkpointing or not trained else 0,
-        names=names,
-        trained=trained,
-        checkpointing=checkpointing,
-    )
+    blocks, split = transformer.transformer_blocks, plan_split(transformer, devices, cost, capacities)
     main_device = devices[0]
     device_map: dict[str, Device] = {
         name: main_device for name, child in transformer.named_children() if child is not blocks
@@ -100,34 +68,95 @@ def place(
     for name, _ in _tensors(transformer):
         placement.device_of(name)  # asserts that the map covers it
     dispatch_model(transformer, device_map, main_device=main_device, force_hooks=force_hooks)  # pyright: ignore
+    _keep_hooks_at_seams(transformer, device_map)
     assert_placed(transformer, placement)
     return placement
+
+
+def _keep_hooks_at_seams(transformer: SD3Transformer2DModel, device_map: Mapping[str, Device]) -> None:
+    """Drop accelerate's hooks on what lies inside a module of the map: its inputs are on the right device already.
+
+    There are some thirty in a block. Each looks through its arguments on the host, and each ends a compiled region.
+    """
+    for name in device_map:
+        placed = transformer.get_submodule(name)
+        for inner in placed.modules():
+            if inner is not placed:
+                remove_hook_from_module(inner)
+
+
+def plan_split(
+    transformer: SD3Transformer2DModel, devices: Sequence[Device], cost: Cost, capacities: Sequence[int] | None
+) -> Plan:
+    """UserError: it does not fit."""
+    kept, running = cost.block_bytes(width=transformer.inner_dim)
+    weights = [cost.weight_bytes(block) for block in transformer.transformer_blocks]
+    return plan(
+        [weight + kept for weight in weights],
+        [_capacity(device) for device in devices] if capacities is None else capacities,
+        fixed_main=cost.fixed_main_bytes + cost.weight_bytes(transformer) - sum(weights),
+        fixed_each=running,  # a block's activations exist one block at a time where they are not kept
+        even_blocks=cost.parts > 1,
+        names=[_name(device) for device in devices],
+        trained=cost.trained,
+        checkpointing=cost.checkpointing,
+    )
+
+
+def share_out(
+    transformer: SD3Transformer2DModel,
+    devices: Sequence[int] | Sequence[str],
+    cost: Cost,
+    *,
+    copied: bool,
+    max_pairs: int | None,
+    parts: int | None,
+    capacities: Sequence[int] | None = None,
+) -> Cost:
+    """The cost with the pairs at work and the parts that they are cut into, as many as fit where not given.
+
+    Fewer parts take less memory: where not even one pair fits, there are none. What still does not fit, placing tells.
+
+    Args:
+        copied: the transformer, to each device; else split over them.
+        max_pairs: for each device; None: the most that fit.
+        parts: as in count_parts.
+    """
+    count, copies = len(devices), len(devices) if copied else 1
+    limits = list(capacities or map(_capacity, devices))
+    choices = [max_pairs] if max_pairs else [each for each in PAIRS if each * count <= MOST_PAIRS or each == 1]
+    several = count_parts(parts, devices=count, copies=copies)
+    for now in (several, copies) if parts is None else (several,):
+        for each in choices:
+            asked = replace(cost, pairs=each * count, parts=now)
+            try:
+                if copied:
+                    copies_fit(transformer, devices, asked, limits)
+                else:
+                    plan_split(transformer, devices, asked, limits)
+            except UserError:
+                continue
+            return asked
+    return replace(cost, pairs=choices[-1] * count, parts=several if parts else copies)
 
 
 def replicate(
     transformer: SD3Transformer2DModel,
     devices: Sequence[int] | Sequence[str],
+    cost: Cost,
     *,
     capacities: Sequence[int] | None = None,
-    **cost: Any,
 ) -> tuple[list[SD3Transformer2DModel], list[Placement]]:
     """The transformer itself on the first device, and a copy on each other; adapters and requires_grad come before.
 
     Args:
-        devices, capacities: as in place.
-        cost: as copy_bytes takes it.
+        devices, cost, capacities: as in place.
     Raises:
         UserError: a copy does not fit, or as in place.
     """
     names = [_name(device) for device in devices]
     _check_devices(transformer, devices, names)
-    loads = copy_bytes(transformer, copies=len(devices), **cost)
-    for name, load, capacity in zip(names, loads, capacities or map(_capacity, devices), strict=True):
-        if load > capacity:
-            raise UserError(f"model.generative.placement=replicate: a copy of the generative model needs "
-                            f"{load / GIB:.1f} GiB on {name}; it has {capacity / GIB:.1f}. Lower "
-                            "model.generative.max_pairs, set model.generative.gradient_checkpointing=true, or split "
-                            "the model (model.generative.placement=dispatch).")  # fmt: skip
+    loads = copies_fit(transformer, devices, cost, capacities)
     copies, placements = [], []
     for device, name, load in reversed(list(zip(devices, names, loads, strict=True))):  # the model itself last
         one = transformer if len(copies) == len(devices) - 1 else copy.deepcopy(transformer)
@@ -140,40 +169,36 @@ def replicate(
     return copies, placements
 
 
-def copy_bytes(
-    transformer: SD3Transformer2DModel,
-    *,
-    copies: int,
-    trained: bool,
-    max_pairs: int,
-    tokens: int,
-    checkpointing: bool,
-    bf16: bool = False,
-    accumulates: bool = False,
-    parts: int = 1,
-    fixed_main_bytes: int = 0,
+def copies_fit(
+    transformer: SD3Transformer2DModel, devices: Sequence[Device], cost: Cost, capacities: Sequence[int] | None
 ) -> list[int]:
-    """Bytes on each device that holds a whole transformer, the main one first; arguments as in place, parts in all."""
-    width, blocks = transformer.inner_dim, len(transformer.transformer_blocks)
-    one_block = activation_bytes(max_pairs=max_pairs, tokens=tokens, width=width)
-    kept = blocks * activation_bytes(max_pairs=max_pairs, tokens=tokens, width=width, checkpointing=checkpointing)
-    weights = training_bytes(
-        transformer, trained=trained, bf16_copies=bf16 and not checkpointing, accumulates=accumulates, copies=copies,
-        parts=-(-parts // copies),
-    )  # fmt: skip
-    each = weights + (kept if trained else 0) + (one_block if checkpointing or not trained else 0)
-    return [each + (fixed_main_bytes if index == 0 else 0) for index in range(copies)]
+    """Bytes of the copy on each device. UserError: one does not fit."""
+    loads = copy_bytes(transformer, cost, copies=len(devices))
+    for device, load, capacity in zip(devices, loads, capacities or map(_capacity, devices), strict=True):
+        if load > capacity:
+            raise UserError(f"model.generative.placement=replicate: a copy of the generative model needs "
+                            f"{load / GIB:.1f} GiB on {_name(device)}; it has {capacity / GIB:.1f}. Lower "
+                            "model.generative.max_pairs, set model.generative.gradient_checkpointing=true, or split "
+                            "the model (model.generative.placement=dispatch).")  # fmt: skip
+    return loads
+
+
+def copy_bytes(transformer: SD3Transformer2DModel, cost: Cost, *, copies: int) -> list[int]:
+    """Bytes on each device that holds a whole transformer, the main one first."""
+    kept, running = cost.block_bytes(width=transformer.inner_dim, copies=copies)
+    each = cost.weight_bytes(transformer, copies=copies) + len(transformer.transformer_blocks) * kept + running
+    return [each + (cost.fixed_main_bytes if index == 0 else 0) for index in range(copies)]
 
 
 def comparison(
     transformer: SD3Transformer2DModel,
     devices: Sequence[int] | Sequence[str],
+    cost: Cost,
     *,
     capacities: Sequence[int] | None = None,
-    **cost: Any,
 ) -> str:
     """Whether copies are a choice on these devices, and why they would be, in one line; arguments as in replicate."""
-    loads = copy_bytes(transformer, copies=len(devices), **cost)
+    loads = copy_bytes(transformer, cost, copies=len(devices))
     limits = list(capacities or map(_capacity, devices))
     if all(load <= limit for load, limit in zip(loads, limits, strict=True)):
         why = "fits: there no device waits for another"

@@ -15,8 +15,53 @@ GIB = 2**30
 # Bytes kept for backward per token and channel of one block, bf16 autocast over float32 weights. Measured on
 # SD3-medium: 41 GiB for 16 more pairs, 24 blocks, 1024 + 333 tokens, width 1536 (0.107 GiB per pair and block).
 ACTIVATION_BYTES = 55
+COMPILED_BYTES = 38  # the same with compiled blocks, which recompute cheap operations (1.67 GiB a pair: 37)
 CHECKPOINTED_BYTES = 4  # the same with activation checkpointing: the block's input, float32 at most
 RESERVE_BYTES = GIB  # CUDA context, cuBLAS workspace, fragmentation
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What decides how much memory a step takes, beside the transformer and the devices.
+
+    Gradients and AdamW moments are counted for what requires a gradient, so adapters alone cost little.
+    """
+
+    trained: bool  # else the forward is expected to run without grad
+    pairs: int  # (window, class) pairs at work at once, on all devices together
+    tokens: int  # image + text tokens of one pair, (px / 16) ** 2 + L
+    checkpointing: bool = False  # the transformer recomputes activations; this does not switch it on
+    compiled: bool = False  # its blocks are
+    bf16: bool = False  # autocast, which keeps a bf16 copy of every weight until backward unless blocks are recomputed
+    accumulates: bool = False  # a sum of gradients is kept from image to image
+    parts: int = 1  # forwards of one backward: each keeps a bf16 copy, and gradients of several wait for each other
+    fixed_main_bytes: int = 0  # on the main device: segmenter, autoencoder, logits' graph
+
+    def weight_bytes(self, module: nn.Module, *, copies: int = 1) -> int:
+        """Weights and buffers, and if trained gradients, both AdamW moments, and bf16 copies of the weights.
+
+        Args:
+            module: the transformer or a part of it.
+            copies: whole transformers that share out moments, sums and parts; each keeps all its own gradients.
+        """
+        parts = -(-self.parts // copies)
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+        buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+        if not self.trained:
+            return weights + buffers
+        moving = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+        has_copies = self.bf16 and not self.checkpointing
+        cast = 2 * parts * sum(parameter.numel() for parameter in module.parameters()) if has_copies else 0
+        gradients = moving * (2 if parts > 1 else 1)
+        return weights + gradients + (3 if self.accumulates else 2) * moving // copies + cast + buffers
+
+    def block_bytes(self, *, width: int, copies: int = 1) -> tuple[int, int]:
+        """Bytes of one block's activations for the pairs of one transformer: until backward, and while it runs."""
+        numbers = -(-self.pairs // copies) * self.tokens * width
+        running = (COMPILED_BYTES if self.compiled else ACTIVATION_BYTES) * numbers
+        if not self.trained:
+            return 0, running
+        return (CHECKPOINTED_BYTES * numbers, running) if self.checkpointing else (running, 0)
 
 
 @dataclass(frozen=True)
@@ -27,38 +72,9 @@ class Plan:
     loads: tuple[int, ...]
 
 
-def training_bytes(
-    module: nn.Module,
-    *,
-    trained: bool,
-    bf16_copies: bool = False,
-    accumulates: bool = False,
-    copies: int = 1,
-    parts: int = 1,
-) -> int:
-    """Bytes of weights and buffers, and if trained of gradients and both AdamW moments: 16 per float32 parameter.
-
-    Gradients and moments are counted for parameters that require a gradient, so adapters alone cost little.
-
-    bf16_copies: autocast keeps a bf16 copy of every weight until backward, frozen ones beside adapters too (not where
-        blocks are recomputed).
-    accumulates: a sum of gradients is kept from image to image.
-    copies: whole models that share out the moments and the sum; each keeps gradients of all its parameters.
-    parts: forwards of one backward; each keeps a bf16 copy, and the gradients of several wait for each other.
-    """
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-    buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
-    if not trained:
-        return weights + buffers
-    moving = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    cast = 2 * parts * sum(parameter.numel() for parameter in module.parameters()) if bf16_copies else 0
-    gradients = moving * (2 if parts > 1 else 1)
-    return weights + gradients + (3 if accumulates else 2) * moving // copies + cast + buffers
-
-
-def activation_bytes(*, max_pairs: int, tokens: int, width: int, checkpointing: bool = False) -> int:
-    """Bytes that one block keeps until backward for a chunk of `max_pairs` pairs of `tokens` image + text tokens."""
-    return max_pairs * tokens * width * (CHECKPOINTED_BYTES if checkpointing else ACTIVATION_BYTES)
+def training_bytes(module: nn.Module, *, trained: bool, accumulates: bool = False) -> int:
+    """Bytes of weights and buffers, and if trained of gradients and both AdamW moments: 16 per float32 parameter."""
+    return Cost(trained, pairs=0, tokens=0, accumulates=accumulates).weight_bytes(module)
 
 
 def plan(
@@ -67,6 +83,7 @@ def plan(
     *,
     fixed_main: int = 0,
     fixed_each: int = 0,
+    even_blocks: bool = False,
     names: Sequence[str] | None = None,
     trained: bool = True,
     checkpointing: bool = False,
@@ -82,6 +99,8 @@ def plan(
         capacities: bytes that each device can hold; the first one is the main device.
         fixed_main: bytes on the main device beside its blocks.
         fixed_each: bytes on every device beside its blocks, such as one block's activations while it is recomputed.
+        even_blocks: before that, have as few blocks on the fullest device as fit: where devices work at the same time,
+            the one with the most blocks keeps the others waiting.
         names: of the devices; like trained and checkpointing for the message alone.
     Raises:
         UserError: no split fits.
@@ -95,13 +114,14 @@ def plan(
     def load(device: int, start: int, stop: int) -> int:
         return fixed[device] + prefix[stop] - prefix[start]
 
-    def cuts(largest: int | None) -> tuple[int, list[int]] | None:
-        """Best (score, ends of the runs): score is the maximum, or under a given maximum the sum of squares."""
+    def cuts(most: int, largest: int | None = None) -> tuple[int, list[int]] | None:
+        """Best (score, ends of the runs), at most so many blocks each: score is the maximum, or under a given maximum
+        the sum of squares."""
         best: list[tuple[int, list[int]] | None] = [(0, [])] + [None] * len(costs)
         for device in range(count):
             row: list[tuple[int, list[int]] | None] = [None] * (len(costs) + 1)
             for stop in range(device + 1, len(costs) + 1):
-                for start in range(device, stop):
+                for start in range(max(device, stop - most), stop):
                     bytes_here, before = load(device, start, stop), best[start]
                     if before is None or bytes_here > capacities[device]:
                         continue
@@ -116,7 +136,8 @@ def plan(
             best = row
         return best[-1]
 
-    smallest = cuts(None)
+    choices = range(-(-len(costs) // count), len(costs) + 1) if even_blocks else [len(costs)]
+    most, smallest = next(((most, best) for most in choices if (best := cuts(most))), (0, None))
     if smallest is None:
         names = names or [f"device {device}" for device in range(count)]
         cures = ["lower model.generative.max_pairs"]
@@ -125,7 +146,7 @@ def plan(
         if trained:
             cures.append("freeze it (model.update.generative=false)")
         raise UserError(_no_room(costs, capacities[:count], fixed, names=names, trained=trained, cures=cures))
-    even = cuts(smallest[0])
+    even = cuts(most, smallest[0])
     assert even is not None, "the plan with the smallest maximum satisfies its own maximum"
     stops = even[1]
     blocks = tuple(range(start, stop) for start, stop in zip([0, *stops[:-1]], stops, strict=True))
