@@ -21,6 +21,7 @@ from segadapt.errors import UserError
 from segadapt.models.build import build_models
 from segadapt.models.combined import Combined
 from segadapt.models.diagnostics import Tally, examine
+from segadapt.models.out_of_memory import explain_out_of_memory
 from segadapt.protocol import identity, peak_memory_gib, versions, without
 from segadapt.record import RunFolder, write_bytes, write_json
 from segadapt.terminal import TaskProgress
@@ -149,10 +150,11 @@ def measure(
     with progress:
         for sample in stream.read(dataset, entries, short_side_px=data.short_side_px, workers=data.workers):
             assert sample.label_HW is not None
-            tallies = examine(
-                combined, sample.image_3HW, sample.label_HW, task=task.name, key=sample.entry.key,
-                sigmas=asked.sigmas, draws=asked.draws,
-            )  # fmt: skip
+            with explain_out_of_memory(combined, f"{sample.entry.key} of {task.name}"):
+                tallies = examine(
+                    combined, sample.image_3HW, sample.label_HW, task=task.name, key=sample.entry.key,
+                    sigmas=asked.sigmas, draws=asked.draws,
+                )  # fmt: skip
             totals = [reduce(add, pair) for pair in zip(totals, tallies, strict=True)] if totals else tallies
             progress.advance(totals[0].summary()["segmenter"]["miou"])
     levels: list[dict[str, Any]] = [

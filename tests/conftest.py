@@ -1,6 +1,8 @@
 """Tiny real models and composed settings: a SegFormer of 4 blocks, an SD3 of 2, windows of 32 px, 4 x 4 latents."""
 
 import gc
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from segadapt.wandb_mirror import NoWandb
 hypothesis.settings.register_profile("same every time", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same every time")
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CLASSES = ("sky", "road", "tree", "car", "person", "sign")
 SEGFORMER = {  # dropout on: only eval mode keeps two forwards equal
     "depths": [1, 1, 1, 1],
@@ -194,3 +197,11 @@ def mirror(monkeypatch) -> Remembered:
     kept = Remembered()
     monkeypatch.setattr(wandb_mirror, "open_mirror", lambda *_, **__: kept)
     return kept
+
+
+@pytest.fixture(scope="session")
+def script():
+    """script(name): the module benchmarks/NAME.py, as running it would find its neighbours."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module
+    sys.path.remove(str(BENCHMARKS))
