@@ -62,17 +62,18 @@ def cost_of(
     g: config.GenerativeSettings,
     *,
     compiled: bool,
+    precision: str,
 ) -> Cost:
     """What a placement counts, before the pairs are shared out."""
     tokens = tokens_of(transformer.config)
-    fixed = segmenter_bytes(segmenter, is_trained=True) + training_bytes(vae, trained=False)
+    fixed = segmenter_bytes(segmenter, is_trained=True, is_recorded=compiled) + training_bytes(vae, trained=False)
     return Cost(
         trained=True,
         pairs=0,
         tokens=(g.window_px // 16) ** 2 + tokens,
         checkpointing=g.gradient_checkpointing,
         compiled=compiled,
-        bf16=True,
+        bf16=precision == "bf16",
         fixed_main_bytes=fixed + 2 * CLASSES * tokens * transformer.config["joint_attention_dim"],
     )
 

@@ -11,9 +11,9 @@ python benchmarks/step.py --tiny --device cpu                    toy size, under
 
 SegFormer-B5 and SD3-medium shapes, random weights. Workload: one 512x683 image, 150 classes, 2 windows x --classes
 candidates, 333 text tokens, both models updated, bf16 autocast over float32 weights. Loss and gradients of one image
-are compared with those of the first row. A row that does not fit the card prints null. --compile compiles the blocks of
-all but the first two forms. The rate of the transformer part is that of forward and backward of the same pairs in the
-same chunks, in operations of real pairs: no padding, no recomputation.
+are compared with those of the first row. A row that does not fit the card prints null. --compile compiles the blocks
+and records the segmenter of all but the first two forms. The rate of the transformer part is that of forward and
+backward of the same pairs in the same chunks, in operations of real pairs: no padding, no recomputation.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from segadapt.models.generative import placement as placing
 from segadapt.models.generative.compiled import compile_blocks
 from segadapt.models.generative.lora import add_lora
 from segadapt.models.generative.parallel import Parallel
+from segadapt.models.generative.plan import GIB, RESERVE_BYTES
 from segadapt.models.updates import Updates
 from segadapt.parse import from_overrides
 from segadapt.seeds import torch_generator
@@ -191,8 +192,8 @@ def assemble(a: argparse.Namespace, settings: config.AdaptConfig, *, name: str, 
     if a.lora:
         add_lora(transformer, rank=a.lora, alpha=a.lora, seed=0)
     compiled, copied = a.compile and name not in PLAIN, name.startswith("replicate")
-    g, capacities = settings.model.generative, [int(a.gib * 2**30)] * len(names) if a.gib else None
-    cost = cost_of(transformer, segmenter, vae, g, compiled=compiled)
+    g, capacities = settings.model.generative, [int(a.gib * GIB) - RESERVE_BYTES] * len(names) if a.gib else None
+    cost = cost_of(transformer, segmenter, vae, g, compiled=compiled, precision=a.precision)
     asked = {"max_pairs": g.max_pairs, "parts": g.parts}
     cost = placing.share_out(transformer, names, cost, copied=copied, capacities=capacities, **asked)
     if copied:
@@ -221,7 +222,9 @@ def measure(
     devices = list(combined.parallel.devices)
     on_gpu = devices[0].type == "cuda"
     backward, step = forms(combined, image_3HW, pairs=pairs, name=name)
-    loss = backward("equality")
+    for _ in range(3):  # as it is, recorded, replayed
+        clear(combined)
+        loss = backward("equality")
     row: dict[str, Any] = {"loss": loss}
     if reference:
         row["loss_difference"] = abs(loss - reference["loss"]) / abs(reference["loss"])
@@ -284,7 +287,7 @@ def set_up(a: argparse.Namespace, classes: int) -> tuple[list[int], config.Adapt
         sys.exit("No GPU is visible; expected one or more. Use --tiny --device cpu.")
     for gpu in gpus if a.gib else []:
         total = torch.cuda.get_device_properties(gpu).total_memory
-        torch.cuda.set_per_process_memory_fraction(a.gib * 2**30 / total, gpu)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, a.gib * GIB / total), gpu)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as models.build.set_up does
     px = 128 if a.tiny else 512
     overrides = ["data=ade20k_c", "data.data_root=none", "model.loss.topk=150", f"data.short_side_px={px}",

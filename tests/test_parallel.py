@@ -150,7 +150,7 @@ def test_parts_of_two_devices(saved_models, compose_settings, monkeypatch, place
     built = build_models(compose_settings(*models, *overrides), ("sky", "road", "tree"), force_hooks=True)
     assert built.combined.parallel.parts == expected
     assert built.map_lines[-1].startswith("model.generative.placement=replicate, a whole copy of 0.0 GiB")
-    assert built.map_lines[-1].endswith("fits: there no device waits for another")
+    assert built.map_lines[-1].endswith("at work: there no device waits for another")
 
 
 def test_a_copy_gets_its_inputs_where_it_lives(build_teacher):
@@ -245,8 +245,40 @@ def test_copies_that_do_not_fit_are_refused_and_the_comparison_says_so():
     transformer = build_transformer(num_layers=2)
     with pytest.raises(UserError, match=r"placement=replicate: a copy .* on cpu; it has 0\.0\. Lower .*dispatch"):
         replicate(transformer, ["cpu"] * 2, Cost(**COST), capacities=[10**6] * 2)
-    line = comparison(transformer, ["cpu"] * 2, Cost(**COST), capacities=[10**6] * 2)
+    asked = {"max_pairs": 2, "parts": None}
+    line = comparison(transformer, ["cpu"] * 2, Cost(**COST), capacities=[10**6] * 2, **asked)
     assert "does not fit (0.0 GiB there): the split is the way" in line
+    # a split in many parts says nothing of copies, which take one each
+    loads = copy_bytes(transformer, Cost(trained=True, pairs=4, tokens=23, bf16=True, parts=2), copies=2)
+    split = Cost(trained=True, pairs=4, tokens=23, bf16=True, parts=16)
+    assert "fits with 4 pairs" in comparison(transformer, ["cpu"] * 2, split, capacities=loads, **asked)
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+def test_values_on_their_way_are_waited_for_before_anyone_reads_or_writes_them(
+    build, random_image, monkeypatch, copies
+):
+    """Lanes that only tell what is asked of them."""
+    told: list[str] = []
+    monkeypatch.setattr(Lane, "join", lambda lane: told.append("join"))
+    combined = build(*PLAIN, copies=copies)
+
+    def noted(name, work):
+        return lambda *args, **names: told.append(name) or work(*args, **names)
+
+    for each in combined.parallel.transformers:
+        monkeypatch.setattr(each, "forward", noted("forward", each.forward))
+    for name in ("_new_updates", "_backward_chunks"):
+        monkeypatch.setattr(combined, name, noted(name, getattr(combined, name)))
+    combined.step(random_image(dtype=torch.float64), task="t", key="a")
+    assert len(combined.parallel._arriving) == copies, "nothing is on its way"
+    told.clear()
+    combined.step(random_image(dtype=torch.float64), task="t", key="b")
+    assert told[: copies + 2] == ["_backward_chunks", *["join"] * copies, "forward"]
+    told.clear()
+    combined.reset()
+    assert told[:copies] == ["join"] * copies
+    assert told.index("_new_updates") > copies - 1
 
 
 def test_a_lane_on_the_cpu_is_nothing():
@@ -265,7 +297,7 @@ def test_overlapping_parts_on_gpus_equal_one_gpu(saved_models, compose_settings,
     from segadapt.models import build as building
 
     classes = ("sky", "road", "tree", "car", "person", "sign")
-    models, found = saved_models(classes), []
+    models, found, weights = saved_models(classes), [], []
     for gpus in ([0], list(range(torch.cuda.device_count()))):
         monkeypatch.setattr(building, "devices_of", lambda runtime, gpus=gpus: gpus)
         overrides = [*models, "runtime=default", "model.generative.parts=4", "runtime.precision=fp32"]
@@ -277,6 +309,17 @@ def test_overlapping_parts_on_gpus_equal_one_gpu(saved_models, compose_settings,
             for transformer in combined.parallel.transformers:
                 transformer.zero_grad()
             combined.segmenter.net.zero_grad()
+        combined.reset()
+        for key in "fgh":  # what is sent to the copies must be there in time
+            combined.step(random_image(seed=ord(key)), task="t", key=key)
+        combined.flush()
+        weights.append({name: value.detach().cpu() for name, value in combined.parameters().items()})
+        combined.parallel.arrive()
+        for device in combined.parallel.devices:
+            torch.cuda.synchronize(device)
+        first, *others = ([p.detach().cpu() for p in t.parameters()] for t in combined.parallel.transformers)
+        assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    assert all((value - weights[0][name]).abs().max() < 1e-4 for name, value in weights[1].items())
     for (expected, wanted), (loss, grads) in zip(found[:5], found[5:], strict=True):
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
         assert grads.keys() == wanted.keys()

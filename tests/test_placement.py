@@ -158,14 +158,19 @@ def test_sd3_medium_estimate_matches_the_measured_sizes():
         )
     assert training_bytes(medium, trained=True) == 16 * 2_028_328_000 + 4 * 192**2 * 1536
     assert [training_bytes(block, trained=True) for block in medium.transformer_blocks] == MEDIUM
-    kept, _ = Cost(True, pairs=1, tokens=1357).block_bytes(width=1536)
+    kept, _ = Cost(True, pairs=1, tokens=1357, bf16=True).block_bytes(width=1536)
     assert kept / GIB == pytest.approx(0.107, abs=0.002)
-    kept, _ = Cost(True, pairs=4, tokens=1357, compiled=True).block_bytes(width=1536)  # 71.76 - 65.08 GiB measured
+    kept, _ = Cost(True, pairs=4, tokens=1357, compiled=True, bf16=True).block_bytes(
+        width=1536
+    )  # 71.76 - 65.08 GiB measured
     assert 24 * kept / GIB == pytest.approx(6.7, abs=0.4)
 
 
 def test_checkpointing_lets_a_larger_chunk_fit(transformer):
-    sizes, options = TINY | {"pairs": 64, "tokens": 230}, {"capacities": [40 * 10**6] * 2, "force_hooks": True}
+    sizes, options = (
+        TINY | {"pairs": 64, "tokens": 230, "bf16": True},
+        {"capacities": [40 * 10**6] * 2, "force_hooks": True},
+    )
     with pytest.raises(UserError, match="gradient_checkpointing=true"):
         place(transformer, ["cpu"] * 2, Cost(**sizes), **options)
     place(transformer, ["cpu"] * 2, Cost(**sizes, checkpointing=True), **options)
@@ -204,6 +209,20 @@ def test_parameter_outside_the_map_is_refused(transformer):
     transformer.register_parameter("offset", torch.nn.Parameter(torch.zeros(3)))
     with pytest.raises(AssertionError, match="offset is covered by"):
         place(transformer, ["cpu"], Cost(**TINY))
+
+
+def test_hooks_are_left_at_the_seams_alone(transformer):
+    placement = place(transformer, ["cpu"] * 2, Cost(**TINY), force_hooks=True)
+    hooked = {name for name, module in transformer.named_modules() if hasattr(module, "_hf_hook")}
+    assert hooked == {"", *placement.device_map}
+    inside = [module for name, module in transformer.named_modules() if name not in hooked]
+    assert len(inside) > 20
+    assert not any("forward" in vars(module) for module in inside)
+
+
+def test_float32_keeps_twice_what_bf16_does():
+    bf16, fp32 = (Cost(True, pairs=3, tokens=7, bf16=precise).block_bytes(width=5)[0] for precise in (True, False))
+    assert fp32 == 2 * bf16 > 0
 
 
 def test_moved_block_is_found_before_the_next_task(transformer):

@@ -1,11 +1,15 @@
 """The segmenter recorded and replayed: the steps of the plain one, bit for bit. On the CPU a replay works again."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from segadapt import config
-from segadapt.models.combined import Combined
+from segadapt.models.combined import Combined, segmenting
 from segadapt.models.discriminative.recording import Recorder, cuda_recorder
+from segadapt.models.discriminative.segformer import Segmenter
 
 SIZES = ((32, 48), (32, 32), (48, 32))
 
@@ -86,38 +90,68 @@ def test_logits_are_not_overwritten_by_the_next_image_and_a_late_backward_is_fou
     second = recorded.logits(images[2])
     assert torch.equal(first, kept)
     assert not torch.equal(second, first)
-    with pytest.raises(AssertionError, match="another image of this size"):
+    with pytest.raises(AssertionError, match="another image came"):
         first.sum().backward()
     second.sum().backward()
     with pytest.raises(AssertionError, match="does not add to older gradients"):
         recorded.logits(images[0]).sum().backward()
 
 
+def test_a_late_backward_is_found_across_sizes_as_all_share_their_memory(build, random_image):
+    recorded = build(record=run_again)
+    one, other = (random_image(*size, dtype=torch.float64) for size in SIZES[:2])
+    for image_3HW in (one, other):
+        recorded.logits(image_3HW)
+    first = recorded.logits(one)
+    recorded.logits(other)
+    with pytest.raises(AssertionError, match="another image came"):
+        first.sum().backward()
+
+
+def run_once(work):
+    """A recorder that keeps nothing of the work, as a graph does."""
+    return work(), lambda: None
+
+
+@pytest.mark.parametrize("record", [None, run_once])
+def test_weights_go_with_the_last_reference_to_them(build, random_image, record):
+    combined = build(record=record)
+    for seed in range(3):
+        combined.step(random_image(seed=seed, dtype=torch.float64), task="t", key=str(seed))
+    weights = weakref.ref(next(iter(combined.parameters().values())))
+    gc.collect()
+    gc.disable()
+    try:
+        del combined
+        assert weights() is None, "the next job of --multirun would find them still there"
+    finally:
+        gc.enable()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_graphs_on_a_gpu_equal_the_plain_segmenter(build_segmenter, random_image, precision):
-    segmenter = build_segmenter()
-    segmenter.net.cuda()
-    plain = Combined(segmenter, None, seed=0, precision=precision)
+    """Several sizes in turn, with the weights moving in between, as optimizer, restoring and reset move them."""
+    segmenter = Segmenter(build_segmenter().net.cuda())
     moving = list(segmenter.parameters().values())
-    recorder = Recorder(plain._forward, moving, record=cuda_recorder())
-    for parameter in moving:
-        parameter.requires_grad_(True)
+    plain = segmenting(segmenter, precision)
+    recorder = Recorder(plain, moving, record=cuda_recorder())
+
+    def outcome(forward, image_B3HW):  # no graph survives it
+        logits_BChw = forward(image_B3HW)
+        logits_BChw.square().mean().backward()
+        grads = torch.cat([p.grad.flatten() for p in moving if p.grad is not None])
+        segmenter.net.zero_grad()
+        return logits_BChw.detach(), grads
+
+    limit = 1e-4 if precision == "fp32" else 1e-2  # bf16: atomic additions differ from run to run
     for index in range(12):
         image_B3HW = random_image(*SIZES[index % 3], seed=index).cuda()[None]
-        outcomes = []
-        for forward in (plain._forward, recorder):
-            logits_BChw = forward(image_B3HW)
-            logits_BChw.square().mean().backward()
-            outcomes.append((logits_BChw.detach(), [p.grad.clone() for p in moving if p.grad is not None]))
-            segmenter.net.zero_grad()
-        (expected, wanted), (logits_BChw, grads) = outcomes
-        torch.testing.assert_close(logits_BChw, expected, rtol=1e-5, atol=1e-6)
-        assert len(grads) == len(wanted)
-        for grad, right in zip(grads, wanted, strict=True):
-            torch.testing.assert_close(grad, right, rtol=1e-3, atol=1e-5)
-        with torch.no_grad():  # graphs read the weights where they are
+        for expected, found in zip(*(outcome(forward, image_B3HW) for forward in (plain, recorder)), strict=True):
+            assert expected.shape == found.shape
+            assert (found - expected).norm() <= limit * expected.norm()
+        with torch.no_grad():
             for parameter in moving:
-                parameter.mul_(0.99)
+                parameter.mul_(0.97)
     assert len(recorder.recordings) == 3

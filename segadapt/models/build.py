@@ -220,13 +220,11 @@ def build_generative(
         accumulates=accumulates,
         fixed_main_bytes=main_bytes + training_bytes(autoencoder, trained=False) + text_bytes,
     )
-    copied = settings.placement == "replicate"
-    cost = placing.share_out(
-        transformer, devices, cost, copied=copied, max_pairs=settings.max_pairs, parts=settings.parts
-    )
+    copied, max_pairs, parts = settings.placement == "replicate", settings.max_pairs, settings.parts
+    cost = placing.share_out(transformer, devices, cost, copied=copied, max_pairs=max_pairs, parts=parts)
     further = [f"{cost.pairs} (window, class) pairs at work at a time, {cost.parts} forwards"]
     if len(devices) > 1:
-        further.append(placing.comparison(transformer, devices, cost))
+        further.append(placing.comparison(transformer, devices, cost, max_pairs=max_pairs, parts=parts))
     if copied:
         transformers, placements = placing.replicate(transformer, devices, cost)
     else:
@@ -259,13 +257,16 @@ def check_shapes(transformer: Any, autoencoder: Any, embeddings: PromptEmbedding
                         "that or less, also for data.short_side_px.")  # fmt: skip
 
 
-def segmenter_bytes(segmenter: Segmenter, *, is_trained: bool, accumulates: bool = False) -> int:
+def segmenter_bytes(
+    segmenter: Segmenter, *, is_trained: bool, accumulates: bool = False, is_recorded: bool = False
+) -> int:
     """Weights and, if trained, gradients and AdamW moments; at full size 6 GiB more for what one image needs.
 
     Measured with B5 at 512x683: the segmenter's graph, the autoencoder's activations, logits, text embeddings in use.
+    Recorded, 4 GiB more (estimated): a second graph, which CUDA graphs keep, and gradients of their own.
     """
     weights = training_bytes(segmenter.net, trained=is_trained, accumulates=accumulates)
-    return weights + (6 * GIB if is_trained and weights > GIB else 0)
+    return weights + ((10 if is_recorded else 6) * GIB if is_trained and weights > GIB else 0)
 
 
 def build_models(
@@ -292,7 +293,9 @@ def build_models(
         precision=settings.runtime.precision,
         update=update,
         seed=settings.experiment.seed,
-        main_bytes=segmenter_bytes(segmenter, is_trained=update.discriminative, accumulates=accumulates),
+        main_bytes=segmenter_bytes(
+            segmenter, is_trained=update.discriminative, accumulates=accumulates, is_recorded=record is not None
+        ),
         accumulates=accumulates,
         compiled=settings.runtime.compile,
         force_hooks=force_hooks,

@@ -6,7 +6,7 @@ s window px
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -56,6 +56,21 @@ class Taught:
     teacher_agrees: Tensor
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext:
+    """A fresh context: bf16 over float32 weights, or nothing for 'fp32'."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def segmenting(segmenter: Segmenter, precision: str) -> Callable[[Tensor], Tensor]:
+    """Images [B, 3, H, W] to logits [B, C, h, w], float32."""
+
+    def forward(image_B3HW: Tensor) -> Tensor:
+        with autocast(image_B3HW.device, precision):
+            return segmenter.logits(image_B3HW)
+
+    return forward
+
+
 class Combined:
     """SegFormer taught by SD3, image by image. `generative=None` is `discriminative_only`: the same code, loss None.
 
@@ -97,8 +112,9 @@ class Combined:
             self._choose_parameters(model.update)
             self._source = {name: value.detach().to("cpu", copy=True) for name, value in self.parameters().items()}
             self._updates = self._new_updates()
-        moving = self.groups["discriminative"].values()
-        self._segment = Recorder(self._forward, list(moving), record=record) if record else self._forward
+        forward = segmenting(segmenter, precision)  # no method: a cycle would keep the weights of one run into the next
+        moving = list(self.groups["discriminative"].values())
+        self._segment = Recorder(forward, moving, record=record) if record else forward
 
     @property
     def trains_discriminative(self) -> bool:
@@ -182,10 +198,6 @@ class Combined:
         with torch.set_grad_enabled(self.trains_discriminative):
             return self._segment(image_3HW[None])
 
-    def _forward(self, image_B3HW: Tensor) -> Tensor:
-        with self.autocast():
-            return self.segmenter.logits(image_B3HW)
-
     def backward(
         self, image_3HW: Tensor, logits_BChw: Tensor, noisy: NoisyLatent, *, task: str, key: str
     ) -> tuple[Taught, candidate_classes.Candidates]:
@@ -212,7 +224,7 @@ class Combined:
         return taught, candidates
 
     def autocast(self) -> torch.autocast | nullcontext:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        return autocast(self.device, self.precision)
 
     def noise(self, image_3HW: Tensor, *, task: str, key: str) -> NoisyLatent:
         """The image's windows, encoded and noised: one row for each draw. All classes share a row's noise."""

@@ -51,8 +51,7 @@ class Recording:
     ):
         self._image_B3HW = image_B3HW.clone()
         self._live: Tensor | None = None  # logits with their graph, from forward to backward
-        self._run = 0
-        self.used: list[tuple[nn.Parameter, Tensor]] = []
+        self._used: list[tuple[nn.Parameter, Tensor]] = []
 
         def run_forward() -> Tensor:
             self._live = forward(self._image_B3HW)
@@ -72,45 +71,47 @@ class Recording:
             used = [(parameter, grad, value) for parameter, grad, value in pairs if value is not None]
             new = [value for _, _, value in used]
             torch._foreach_copy_([grad for _, grad, _ in used], new)  # pyright: ignore[reportPrivateImportUsage]
-            self.used = [(parameter, grad) for parameter, grad, _ in used]
+            self._used = [(parameter, grad) for parameter, grad, _ in used]
 
         _, self._replay_backward = record(run_backward)
 
-    def forward(self, image_B3HW: Tensor) -> tuple[Tensor, int]:
-        """Logits, and the number of this run."""
+    def forward(self, image_B3HW: Tensor) -> Tensor:
+        """Logits in memory of their own."""
         self._image_B3HW.copy_(image_B3HW)
         self._replay_forward()
-        self._run += 1
-        return self._logits_BChw.clone(), self._run
+        return self._logits_BChw.clone()
 
-    def backward(self, grad_BChw: Tensor, run: int) -> None:
-        """Gradients of the last run become the parameters' .grad, until the next one overwrites them."""
-        assert run == self._run, "another image of this size came between forward and backward"
+    def backward(self, grad_BChw: Tensor) -> None:
+        """Gradients of the last forward become the parameters' .grad, until the next backward overwrites them."""
         self._grad_BChw.copy_(grad_BChw)
         self._replay_backward()
-        for parameter, grad in self.used:
+        for parameter, grad in self._used:
             assert parameter.grad is None, "a recorded backward does not add to older gradients"
             parameter.grad = grad
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, recording: Recording, image_B3HW: Tensor) -> Tensor:
-        ctx.recording = recording
-        logits_BChw, ctx.run = recording.forward(image_B3HW)
-        return logits_BChw
+    def forward(ctx: Any, anchor: Tensor, recorder: "Recorder", recording: Recording, image_B3HW: Tensor) -> Tensor:
+        recorder.runs += 1
+        ctx.recorder, ctx.recording, ctx.run = recorder, recording, recorder.runs
+        return recording.forward(image_B3HW)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        ctx.recording.backward(grads[0], ctx.run)
-        return None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
+        assert ctx.run == ctx.recorder.runs, "another image came between forward and backward: its work is in the way"
+        ctx.recording.backward(grads[0])
+        return None, None, None, None
 
 
 class Recorder:
     """A segmenter's forward; of each image size the first runs as it is, the second is recorded, the rest replayed.
 
+    All recordings share their memory, so the backward of one forward comes before the next forward. And no graph of an
+    earlier forward may be alive when a size comes the second time: its accumulators belong to another stream.
+
     Args:
-        forward: as in Recording; under the caller's grad mode.
+        forward: as in Recording; with gradients enabled if anything moves.
         moving: as in Recording.
         record: see Record.
         most_sizes: further sizes are never recorded.
@@ -125,8 +126,9 @@ class Recorder:
         most_sizes: int = MOST_SIZES,
     ):
         self._forward, self._moving, self._record, self._most_sizes = forward, list(moving), record, most_sizes
-        self._grads = [torch.empty_like(parameter) for parameter in self._moving]
+        self._grads: list[Tensor] = []
         self._seen: set[torch.Size] = set()
+        self.runs = 0  # replays of whatever size
         self.recordings: dict[torch.Size, Recording] = {}
         self._anchor = torch.zeros((), requires_grad=bool(self._moving))  # makes autograd call the backward
 
@@ -137,5 +139,7 @@ class Recorder:
             if size not in self._seen or len(self.recordings) == self._most_sizes:
                 self._seen.add(size)  # this run also warms the kernels up
                 return self._forward(image_B3HW)
+            assert torch.is_grad_enabled() or not self._moving, "gradients can't be recorded where grad is off"
+            self._grads = self._grads or [torch.empty_like(parameter) for parameter in self._moving]
             self.recordings[size] = Recording(self._forward, image_B3HW, self._moving, self._grads, self._record)
-        return _Replay.apply(self._anchor, self.recordings[size], image_B3HW)  # type: ignore[no-any-return]
+        return _Replay.apply(self._anchor, self, self.recordings[size], image_B3HW)  # type: ignore[no-any-return]

@@ -83,6 +83,7 @@ def _keep_hooks_at_seams(transformer: SD3Transformer2DModel, device_map: Mapping
         for inner in placed.modules():
             if inner is not placed:
                 remove_hook_from_module(inner)
+                vars(inner).pop("forward", None)  # accelerate leaves the bound method there, which Dynamo guards
 
 
 def plan_split(
@@ -124,20 +125,20 @@ def share_out(
     """
     count, copies = len(devices), len(devices) if copied else 1
     limits = list(capacities or map(_capacity, devices))
-    choices = [max_pairs] if max_pairs else [each for each in PAIRS if each * count <= MOST_PAIRS or each == 1]
+    fits = copies_fit if copied else plan_split
     several = count_parts(parts, devices=count, copies=copies)
-    for now in (several, copies) if parts is None else (several,):
+    for now in dict.fromkeys((several, copies) if parts is None else (several,)):
+        choices = [max_pairs] if max_pairs else [each for each in PAIRS if each * count <= MOST_PAIRS or each == 1]
         for each in choices:
             asked = replace(cost, pairs=each * count, parts=now)
+            if max_pairs is None and parts is None and now > copies and asked.pairs < 2 * now:
+                break  # parts of less than two pairs: rather fewer parts
             try:
-                if copied:
-                    copies_fit(transformer, devices, asked, limits)
-                else:
-                    plan_split(transformer, devices, asked, limits)
+                fits(transformer, devices, asked, limits)
             except UserError:
                 continue
             return asked
-    return replace(cost, pairs=choices[-1] * count, parts=several if parts else copies)
+    return replace(cost, pairs=(max_pairs or 1) * count, parts=several if parts else copies)
 
 
 def replicate(
@@ -195,13 +196,16 @@ def comparison(
     devices: Sequence[int] | Sequence[str],
     cost: Cost,
     *,
+    max_pairs: int | None,
+    parts: int | None,
     capacities: Sequence[int] | None = None,
 ) -> str:
-    """Whether copies are a choice on these devices, and why they would be, in one line; arguments as in replicate."""
-    loads = copy_bytes(transformer, cost, copies=len(devices))
+    """Whether copies are a choice on these devices, and why they would be, in one line; arguments as in share_out."""
     limits = list(capacities or map(_capacity, devices))
+    shared = share_out(transformer, devices, cost, copied=True, max_pairs=max_pairs, parts=parts, capacities=limits)
+    loads = copy_bytes(transformer, shared, copies=len(devices))
     if all(load <= limit for load, limit in zip(loads, limits, strict=True)):
-        why = "fits: there no device waits for another"
+        why = f"fits with {shared.pairs} pairs at work: there no device waits for another"
     else:
         why = f"does not fit ({min(limits) / GIB:.1f} GiB there): the split is the way"
     return f"model.generative.placement=replicate, a whole copy of {max(loads) / GIB:.1f} GiB on each device, {why}"

@@ -58,7 +58,7 @@ class Cost:
     def block_bytes(self, *, width: int, copies: int = 1) -> tuple[int, int]:
         """Bytes of one block's activations for the pairs of one transformer: until backward, and while it runs."""
         numbers = -(-self.pairs // copies) * self.tokens * width
-        running = (COMPILED_BYTES if self.compiled else ACTIVATION_BYTES) * numbers
+        running = (COMPILED_BYTES if self.compiled else ACTIVATION_BYTES) * numbers * (1 if self.bf16 else 2)
         if not self.trained:
             return 0, running
         return (CHECKPOINTED_BYTES * numbers, running) if self.checkpointing else (running, 0)

@@ -171,8 +171,7 @@ class Sd3:
     def encode(self, windows_K3ss: Tensor) -> Tensor:
         """Windows in -1..1 to latents [K, z, y, x]: (mean - shift) * scale, the mean and no sample; no autocast.
 
-        float32; with precision 'bf16' a GPU may use TF32 (10 bits of mantissa) inside its convolutions, as torch does
-        unless told otherwise.
+        float32; with precision 'bf16' a GPU may use TF32 (10 bits of mantissa) inside convolutions and matrix products.
         """
         with torch.autocast(self.device.type, enabled=False), tf32(self.precision == "bf16"):
             if isinstance(self.autoencoder, AutoencoderTiny):
