@@ -222,7 +222,8 @@ def build_generative(
     )
     copied, max_pairs, parts = settings.placement == "replicate", settings.max_pairs, settings.parts
     cost = placing.share_out(transformer, devices, cost, copied=copied, max_pairs=max_pairs, parts=parts)
-    further = [f"{cost.pairs} (window, class) pairs at work at a time, {cost.parts} forwards"]
+    in_parts = f", in {cost.parts} parts" if cost.parts > 1 else ""
+    further = [f"{cost.pairs} (window, class) pairs at work at a time{in_parts}"]
     if len(devices) > 1:
         further.append(placing.comparison(transformer, devices, cost, max_pairs=max_pairs, parts=parts))
     if copied:
