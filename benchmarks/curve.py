@@ -63,7 +63,6 @@ def main() -> None:
             image_3HW = draw_image(settings, g.window_px + (number - 1) * g.stride_px, combined.device)
             for count in counts:
                 combined.loss.classes_threshold, pairs = count, number * count
-
                 whole = seconds(step_of(combined, image_3HW, pairs), devices, **times)
                 part = seconds(transformer_part(combined, image_3HW, classes=count), devices, **times)
                 clear(combined)

@@ -21,6 +21,7 @@ from segadapt.models.generative import loss as objective
 from segadapt.models.generative import trust, windows
 from segadapt.models.generative.lora import lora_parameters
 from segadapt.models.generative.sd3 import NoisyLatent, Sd3, add_noise
+from segadapt.models.precision import autocast
 from segadapt.models.updates import Updates
 from segadapt.seeds import torch_generator
 
@@ -54,11 +55,6 @@ class Taught:
     kept: Tensor  # float64, shares as in Prediction
     agreement: Tensor
     teacher_agrees: Tensor
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext:
-    """A fresh context: bf16 over float32 weights, or nothing for 'fp32'."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def segmenting(segmenter: Segmenter, precision: str) -> Callable[[Tensor], Tensor]:

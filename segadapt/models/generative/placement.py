@@ -89,7 +89,7 @@ def _keep_hooks_at_seams(transformer: SD3Transformer2DModel, device_map: Mapping
 def plan_split(
     transformer: SD3Transformer2DModel, devices: Sequence[Device], cost: Cost, capacities: Sequence[int] | None
 ) -> Plan:
-    """UserError: it does not fit."""
+    """Which blocks each device would take; nothing moves. UserError: it does not fit."""
     kept, running = cost.block_bytes(width=transformer.inner_dim)
     weights = [cost.weight_bytes(block) for block in transformer.transformer_blocks]
     return plan(

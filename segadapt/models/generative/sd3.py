@@ -4,8 +4,7 @@ K windows   P (window, class) pairs   3 RGB   s window px   z y x latent channel
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,7 @@ from segadapt.errors import UserError
 from segadapt.models.checkpoint_errors import explain_checkpoint_errors
 from segadapt.models.generative.parallel import Parallel
 from segadapt.models.generative.prompts import PromptEmbeddings
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Whether CUDA may run float32 convolutions and matrix products in TF32 inside; as before outside."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
+from segadapt.models.precision import autocast, tf32
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
@@ -163,9 +151,8 @@ class Sd3:
         self._pooled_CD = embeddings.pooled_CD.to(device, self._dtype)
 
     def autocast(self) -> torch.autocast | nullcontext:
-        """A fresh bf16 autocast context: one a call, so that weights cached without grad are never reused (pytorch
-        #65766)."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        """As the settings say; see models/precision.py."""
+        return autocast(self.device, self.precision)
 
     @torch.no_grad()
     def encode(self, windows_K3ss: Tensor) -> Tensor:
