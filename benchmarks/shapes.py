@@ -10,14 +10,14 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from segadapt import config
-from segadapt.models.build import segmenter_bytes
+from segadapt.models.build import fixed_bytes
 from segadapt.models.combined import Combined
-from segadapt.models.discriminative.recording import Record
 from segadapt.models.discriminative.segformer import Segmenter
 from segadapt.models.generative.parallel import Parallel
-from segadapt.models.generative.plan import Cost, training_bytes
+from segadapt.models.generative.plan import Cost
 from segadapt.models.generative.prompts import PromptEmbeddings
 from segadapt.models.generative.sd3 import Sd3
+from segadapt.models.recording import Memory
 
 SD3_MEDIUM = {"sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 24, "attention_head_dim": 64,
               "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
@@ -66,15 +66,17 @@ def cost_of(
 ) -> Cost:
     """What a placement counts, before the pairs are shared out."""
     tokens = tokens_of(transformer.config)
-    fixed = segmenter_bytes(segmenter, is_trained=True, is_recorded=compiled) + training_bytes(vae, trained=False)
+    main_bytes, last_bytes = fixed_bytes(segmenter, vae, is_trained=True, is_recorded=compiled)
     return Cost(
         trained=True,
         pairs=0,
         tokens=(g.window_px // 16) ** 2 + tokens,
         checkpointing=g.gradient_checkpointing,
         compiled=compiled,
+        recorded=compiled and next(segmenter.net.parameters()).is_cuda and not g.gradient_checkpointing,
         bf16=precision == "bf16",
-        fixed_main_bytes=fixed + 2 * CLASSES * tokens * transformer.config["joint_attention_dim"],
+        fixed_main_bytes=main_bytes + 2 * CLASSES * tokens * transformer.config["joint_attention_dim"],
+        fixed_last_bytes=last_bytes,
     )
 
 
@@ -86,7 +88,7 @@ def join(
     *,
     precision: str,
     parallel: Parallel,
-    record: Record | None,
+    memory: Memory | None,
 ) -> Combined:
     """The two models as `segadapt adapt` joins them, with random text embeddings."""
     main = next(segmenter.net.parameters()).device
@@ -101,7 +103,7 @@ def join(
     )
     teacher = Sd3(transformer, vae, text, device=main, precision=precision, parallel=parallel)
     return Combined(
-        segmenter, teacher, settings.model, settings.tta.optimizer, seed=0, precision=precision, record=record
+        segmenter, teacher, settings.model, settings.tta.optimizer, seed=0, precision=precision, memory=memory
     )
 
 

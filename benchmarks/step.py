@@ -22,7 +22,6 @@ import gc
 import json
 import math
 import re
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -36,14 +35,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from segadapt import config
 from segadapt.errors import UserError
 from segadapt.models.combined import Combined
-from segadapt.models.discriminative.recording import cuda_recorder
 from segadapt.models.generative import candidates as candidate_classes
 from segadapt.models.generative import loss as objective
 from segadapt.models.generative import placement as placing
-from segadapt.models.generative.compiled import compile_blocks
 from segadapt.models.generative.lora import add_lora
 from segadapt.models.generative.parallel import Parallel
 from segadapt.models.generative.plan import GIB, RESERVE_BYTES
+from segadapt.models.generative.stages import compile_blocks, record_stages
+from segadapt.models.recording import Graphs
 from segadapt.models.updates import Updates
 from segadapt.parse import from_overrides
 from segadapt.seeds import torch_generator
@@ -121,15 +120,15 @@ def forms(combined: Combined, image_3HW: torch.Tensor, *, pairs: int, name: str)
 
 
 def seconds(work: Callable[[str], object], devices: list[torch.device], *, warmup: int, images: int) -> float:
-    """Median over images."""
-    found = []
-    for index in range(warmup + images):
-        synchronize(devices)
-        start = time.perf_counter()
+    """Mean over images that follow each other, as in a stream: what is sent to copies may travel meanwhile."""
+    for index in range(warmup):
+        work(f"warm-up {index}")
+    synchronize(devices)
+    start = time.perf_counter()
+    for index in range(images):
         work(str(index))
-        synchronize(devices)
-        found.append(time.perf_counter() - start)
-    return statistics.median(found[warmup:])
+    synchronize(devices)
+    return (time.perf_counter() - start) / images
 
 
 def synchronize(devices: list[torch.device]) -> None:
@@ -200,7 +199,8 @@ def assemble(a: argparse.Namespace, settings: config.AdaptConfig, *, name: str, 
         transformers, placements = placing.replicate(transformer, names, cost, capacities=capacities)
     else:
         hooks = len(names) > 1
-        placements = [placing.place(transformer, names, cost, force_hooks=hooks, capacities=capacities)]
+        more = {"force_hooks": hooks, "capacities": capacities, "virtual_stages": g.virtual_stages}
+        placements = [placing.place(transformer, names, cost, **more)]
         transformers = [transformer]
     lines = [line for placement in placements for line in placement.lines]
     sys.stderr.write("\n  ".join([f"{name}: {cost.pairs} pairs at work, {cost.parts} parts", *lines]) + "\n")
@@ -209,9 +209,14 @@ def assemble(a: argparse.Namespace, settings: config.AdaptConfig, *, name: str, 
     if compiled:
         for each in transformers:
             compile_blocks(each)
-    parallel = Parallel(transformers, devices, parts=cost.parts)
-    record = cuda_recorder() if compiled and devices[0].type == "cuda" else None
-    return join(segmenter, transformer, vae, settings, precision=a.precision, parallel=parallel, record=record)
+    stages = []
+    if cost.recorded:
+        dtype = torch.bfloat16 if a.precision == "bf16" else None
+        graphs = {"parts": cost.parts, "pairs": cost.pairs, "dtype": dtype}
+        stages = record_stages(transformers, lambda *of: Graphs(*of).memory, **graphs)
+    parallel = Parallel(transformers, devices, parts=cost.parts, stages=stages)
+    memory = Graphs(devices[0]).memory() if compiled and devices[0].type == "cuda" else None
+    return join(segmenter, transformer, vae, settings, precision=a.precision, parallel=parallel, memory=memory)
 
 
 def measure(
@@ -238,7 +243,7 @@ def measure(
     for device in devices if on_gpu else []:
         torch.cuda.reset_peak_memory_stats(device)
     row["seconds_per_image"] = seconds(step, devices, **times)
-    row["peak_gib"] = [round(torch.cuda.max_memory_allocated(d) / 2**30, 2) for d in devices] if on_gpu else None
+    row["peak_gib"] = [round(torch.cuda.max_memory_reserved(d) / 2**30, 2) for d in devices] if on_gpu else None
     if name not in PLAIN:
         clear(combined)
         row["seconds_transformer"] = seconds(
@@ -271,6 +276,7 @@ def options(description: str | None, rows: str) -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--max-pairs", type=int, help="model.generative.max_pairs")
     parser.add_argument("--parts", type=int, help="model.generative.parts")
+    parser.add_argument("--virtual-stages", type=int, default=1, help="model.generative.virtual_stages")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--lora", type=int, default=0, help="model.update.lora_rank")
     parser.add_argument("--gib", type=float, help="let the process have no more of each card")
@@ -293,6 +299,7 @@ def set_up(a: argparse.Namespace, classes: int) -> tuple[list[int], config.Adapt
     overrides = ["data=ade20k_c", "data.data_root=none", "model.loss.topk=150", f"data.short_side_px={px}",
                  f"model.loss.classes_threshold={classes}", f"model.generative.max_pairs={a.max_pairs or 'null'}",
                  f"model.generative.parts={a.parts or 'null'}",
+                 f"model.generative.virtual_stages={a.virtual_stages}",
                  f"model.generative.gradient_checkpointing={a.checkpointing}",
                  f"model.update.lora_rank={a.lora}", f"model.generative.window_px={px}",
                  f"model.generative.stride_px={px // 2}"]  # fmt: skip

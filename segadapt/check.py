@@ -166,7 +166,7 @@ def check_models(settings: CheckConfig, dataset: Dataset, entry: stream.Entry, c
     numbers = "" if step.loss is None else f"loss {step.loss:.6g}, gradient norm {step.grad_norm:.6g}, "
     console.print(f"one step on {entry.task.name} {entry.key}: {numbers}{time.perf_counter() - start:.2f} s")
     for index in range(torch.cuda.device_count()) if combined.device.type == "cuda" else ():
-        console.print(f"cuda:{index}: {torch.cuda.max_memory_allocated(index) / GIB:.1f} GiB at most")
+        console.print(f"cuda:{index}: {torch.cuda.max_memory_reserved(index) / GIB:.1f} GiB at most")
     problem = f"{entry.key}: {numbers}expected finite numbers. Check the checkpoints, or set runtime.precision=fp32."
     return [] if is_finite else [problem]
 

@@ -85,7 +85,11 @@ class GenerativeSettings:
     placement: str = setting("over several GPUs: split the transformer, or a whole copy on each",
                              choices=("dispatch", "replicate"))  # fmt: skip
     parts: int | None = setting(
-        "forwards that the pairs at work are cut into on several GPUs, to overlap; null: 4, or one a copy", low=1
+        "forwards of the pairs at work that overlap on several GPUs; null: one a copy; split 8, not compiled 4",
+        low=1,
+    )
+    virtual_stages: int = setting(
+        "runs of blocks of each GPU on a split; 2: a part is at the next GPU in half the time, with more traffic", low=1
     )
     window_px: int = setting("side of a sliding window, px; a multiple of 16", low=16)
     stride_px: int = setting("distance between window starts along the long side, px", low=1)
@@ -195,8 +199,8 @@ class RuntimeSettings:
     device: str = setting("auto: all visible GPUs, else the CPU", choices=("auto", "cpu", "cuda"))
     precision: str = setting("bf16: autocast over float32 weights; fp32", choices=("bf16", "fp32"))
     deterministic: bool = setting("refuse algorithms whose result varies from run to run")
-    compile: bool = setting(
-        "slow at first, then faster: teacher's blocks by torch.compile (needs a C++ compiler), segmenter as CUDA graphs"
+    compile: bool | None = setting(
+        "compiled teacher, both models as CUDA graphs: a minute at first, then faster; null: on GPUs, for a large one"
     )
     threads: int | None = setting("CPU threads of torch; null: its own choice", low=1)
 

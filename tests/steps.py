@@ -16,7 +16,7 @@ def decide(combined, is_right):
     """The teacher's error is 0 for the segmenter's own top class and 1 for the others, or the other way round."""
     chunks, velocity = combined._backward_chunks, combined.generative.velocity
 
-    def with_truth(leaf_RCyx, noisy, candidates):
+    def with_truth(leaf_RCyx, noisy, candidates, **more):
         top_Ryx = leaf_RCyx.argmax(dim=1)
 
         def decided(noisy, pair_row_P, pair_class_P):
@@ -25,7 +25,7 @@ def decide(combined, is_right):
             return noisy.target_Kzyx[pair_row_P] + wrong_Pyx[:, None] + 0 * velocity(noisy, pair_row_P, pair_class_P)
 
         combined.generative.velocity = decided
-        taught = chunks(leaf_RCyx, noisy, candidates)
+        taught = chunks(leaf_RCyx, noisy, candidates, **more)
         combined.generative.velocity = velocity
         return taught
 

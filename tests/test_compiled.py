@@ -5,9 +5,9 @@ import torch
 from sd3_folder import build_transformer
 from torch._dynamo.utils import counters
 
-from segadapt.models.generative.compiled import compile_blocks
 from segadapt.models.generative.placement import assert_placed, place
 from segadapt.models.generative.plan import Cost
+from segadapt.models.generative.stages import compile_blocks
 
 BACKEND = "aot_eager"  # traces as inductor does, and needs no C++ compiler
 

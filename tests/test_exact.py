@@ -7,10 +7,11 @@ from it as the measure.
 
 import pytest
 import torch
+from again import Again
 
 from segadapt.models import build as building
 from segadapt.models.build import build_models
-from segadapt.models.generative.compiled import compile_blocks
+from segadapt.models.generative import stages
 
 CLASSES = ("sky", "road", "tree", "car", "person", "sign")
 FORMS = {
@@ -20,7 +21,11 @@ FORMS = {
     "split, parts overlap": ["model.generative.parts=3"],
     "copies": ["model.generative.placement=replicate"],
     "compiled": [],
+    "recorded": ["model.generative.max_pairs=9"],
+    "recorded, split, parts overlap": ["model.generative.parts=3"],
+    "recorded, copies": ["model.generative.placement=replicate", "model.generative.parts=4"],
 }
+SEVERAL = [form for form in FORMS if "split" in form or "copies" in form]
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +34,16 @@ def gradients(saved_models, compose_settings, random_image):
     models = saved_models(CLASSES)
 
     def compute(precision: str, form: str | None) -> list[tuple[float, torch.Tensor, torch.Tensor]]:
-        devices = ["cpu", "cpu"] if form in ("split", "split, parts overlap", "copies") else ["cpu"]
+        devices = ["cpu", "cpu"] if form in SEVERAL else ["cpu"]
         overrides = ["model.generative.max_pairs=100", *FORMS.get(form or "", [])]
         settings = compose_settings(*models, f"runtime.precision={precision}", "model.loss.topk=6", *overrides)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(building, "devices_of", lambda _: devices)
             combined = build_models(settings, CLASSES, force_hooks=len(devices) > 1).combined
         if form == "compiled":
-            compile_blocks(combined.generative.transformer, backend="aot_eager")
+            stages.compile_blocks(combined.generative.transformer, backend="aot_eager")
+        if form and form.startswith("recorded"):
+            record(combined, dtype=torch.bfloat16 if precision == "bf16" else None)
         out = []
         for seed in range(3):
             image_3HW, names = random_image(seed=seed), {"task": "t", "key": str(seed)}
@@ -52,6 +59,22 @@ def gradients(saved_models, compose_settings, random_image):
 
     known: dict[tuple, list] = {}
     return lambda *of: known[of] if of in known else known.setdefault(of, compute(*of))
+
+
+def record(combined, *, dtype):
+    """As build.py does on GPUs; every block is a stage of its own, as if each lay on another device."""
+    parallel = combined.parallel
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "runs_of", lambda t: [(torch.device("cpu"), [block]) for block in t.transformer_blocks])
+        parallel._stages = stages.record_stages(
+            parallel.transformers,
+            lambda device, priorities: Again,
+            parts=parallel.parts,
+            pairs=combined.pairs_at_once,
+            dtype=dtype,
+            backend="aot_eager",
+        )
+    assert len(parallel._stages) == 2 * len(parallel.transformers)
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:

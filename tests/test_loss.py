@@ -241,7 +241,7 @@ def test_step_gradient_of_each_model_equals_finite_differences(build_combined, r
         combined = build_combined(*options, "tta.optimizer.lr=0", dtype=torch.float64)
         seen = []
         backward_chunks = combined._backward_chunks
-        combined._backward_chunks = lambda *given: seen.append(backward_chunks(*given)) or seen[-1]
+        combined._backward_chunks = lambda *given, **more: seen.append(backward_chunks(*given, **more)) or seen[-1]
         with torch.no_grad():
             for name, parameter in combined.parameters().items():
                 if name.startswith(model):

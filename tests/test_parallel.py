@@ -126,7 +126,8 @@ def test_adapters_are_copied_and_owned(saved_models, compose_settings, monkeypat
     settings = compose_settings(*models, "model.update.lora_rank=2", "model.generative.placement=replicate")
     built = build_models(settings, ("sky", "road", "tree"))
     assert [line.split(",")[0] for line in built.map_lines] == [
-        "cpu: whole copy", "cpu: whole copy", "32 (window", "model.generative.placement=replicate"]  # fmt: skip
+        "cpu: whole copy", "cpu: whole copy", "32 (window", built.map_lines[3].split(",")[0]]  # fmt: skip
+    assert built.map_lines[3].startswith("model.generative.placement=replicate is faster")
     combined = built.combined
     assert len(combined.parallel.transformers) == 2
     before = {name: value.detach().clone() for name, value in combined.parameters().items()}
@@ -149,8 +150,8 @@ def test_parts_of_two_devices(saved_models, compose_settings, monkeypatch, place
     overrides = (f"model.generative.placement={placement}", f"model.generative.parts={parts}")
     built = build_models(compose_settings(*models, *overrides), ("sky", "road", "tree"), force_hooks=True)
     assert built.combined.parallel.parts == expected
-    assert built.map_lines[-1].startswith("model.generative.placement=replicate, a whole copy of 0.0 GiB")
-    assert built.map_lines[-1].endswith("at work: there no device waits for another")
+    assert built.map_lines[-1].startswith("model.generative.placement=replicate is faster: a whole copy on each device")
+    assert built.map_lines[-1].endswith("pairs at work, and none waits for another")
 
 
 def test_a_copy_gets_its_inputs_where_it_lives(build_teacher):
@@ -171,6 +172,10 @@ def test_the_plan_counts_what_overlapping_parts_keep():
     assert four - one == 3 * 2 * numbers + 4 * numbers  # bf16 copies, and gradients that wait
     alone, shared = (copy_bytes(transformer, Cost(**COST, bf16=True, parts=parts), copies=2)[1] for parts in (2, 4))
     assert shared - alone == 2 * numbers + 4 * numbers
+    recorded = Cost(**COST, bf16=True, parts=8, recorded=True).weight_bytes(transformer)
+    assert recorded == Cost(**COST, bf16=True, parts=1).weight_bytes(transformer)  # all parts share both
+    one, other, last = copy_bytes(transformer, Cost(**COST, fixed_main_bytes=5, fixed_last_bytes=3), copies=3)
+    assert (one - other, last - other) == (5, 3)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +194,10 @@ def test_the_plan_counts_what_overlapping_parts_keep():
     ],
 )
 def test_parts_are_none_on_one_device_and_as_many_for_each_copy(asked, devices, copies, expected):
-    assert count_parts(asked, devices=devices, copies=copies) == expected
+    asked_for = {"devices": devices, "copies": copies}
+    assert count_parts(asked, **asked_for, recorded=False) == expected
+    doubled = asked is None and copies == 1 and devices > 1
+    assert count_parts(asked, **asked_for, recorded=True) == expected * (2 if doubled else 1)
 
 
 def test_one_device_cuts_nothing_up(saved_models, compose_settings):
@@ -247,7 +255,8 @@ def test_copies_that_do_not_fit_are_refused_and_the_comparison_says_so():
         replicate(transformer, ["cpu"] * 2, Cost(**COST), capacities=[10**6] * 2)
     asked = {"max_pairs": 2, "parts": None}
     line = comparison(transformer, ["cpu"] * 2, Cost(**COST), capacities=[10**6] * 2, **asked)
-    assert "does not fit (0.0 GiB there): the split is the way" in line
+    assert "is no choice" in line
+    assert line.endswith("does not fit into 0.0 GiB")
     # a split in many parts says nothing of copies, which take one each
     loads = copy_bytes(transformer, Cost(trained=True, pairs=4, tokens=23, bf16=True, parts=2), copies=2)
     split = Cost(trained=True, pairs=4, tokens=23, bf16=True, parts=16)
@@ -260,8 +269,8 @@ def test_values_on_their_way_are_waited_for_before_anyone_reads_or_writes_them(
 ):
     """Lanes that only tell what is asked of them."""
     told: list[str] = []
-    monkeypatch.setattr(Lane, "join", lambda lane: told.append("join"))
     combined = build(*PLAIN, copies=copies)
+    monkeypatch.setattr(Lane, "join", lambda lane: None if lane is combined._beside else told.append("join"))
 
     def noted(name, work):
         return lambda *args, **names: told.append(name) or work(*args, **names)
@@ -271,14 +280,15 @@ def test_values_on_their_way_are_waited_for_before_anyone_reads_or_writes_them(
     for name in ("_new_updates", "_backward_chunks"):
         monkeypatch.setattr(combined, name, noted(name, getattr(combined, name)))
     combined.step(random_image(dtype=torch.float64), task="t", key="a")
-    assert len(combined.parallel._arriving) == copies, "nothing is on its way"
+    lanes = len(combined.parallel._arriving)
+    assert lanes == 2 * copies, "nothing is on its way"
     told.clear()
     combined.step(random_image(dtype=torch.float64), task="t", key="b")
-    assert told[: copies + 2] == ["_backward_chunks", *["join"] * copies, "forward"]
+    assert told[: lanes + 2] == ["_backward_chunks", *["join"] * lanes, "forward"]
     told.clear()
     combined.reset()
-    assert told[:copies] == ["join"] * copies
-    assert told.index("_new_updates") > copies - 1
+    assert told[:lanes] == ["join"] * lanes
+    assert told.index("_new_updates") > lanes - 1
 
 
 def test_a_lane_on_the_cpu_is_nothing():
@@ -292,8 +302,19 @@ def test_a_lane_on_the_cpu_is_nothing():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("placement", ["dispatch", "replicate"])
-def test_overlapping_parts_on_gpus_equal_one_gpu(saved_models, compose_settings, monkeypatch, random_image, placement):
+@pytest.mark.parametrize(
+    ("placement", "compiled", "stages"),
+    [
+        ("dispatch", False, 1),
+        ("dispatch", True, 1),
+        ("dispatch", True, 2),
+        ("replicate", False, 1),
+        ("replicate", True, 1),
+    ],
+)
+def test_overlapping_parts_on_gpus_equal_one_gpu(
+    saved_models, compose_settings, monkeypatch, random_image, placement, compiled, stages
+):
     from segadapt.models import build as building
 
     classes = ("sky", "road", "tree", "car", "person", "sign")
@@ -301,7 +322,8 @@ def test_overlapping_parts_on_gpus_equal_one_gpu(saved_models, compose_settings,
     for gpus in ([0], list(range(torch.cuda.device_count()))):
         monkeypatch.setattr(building, "devices_of", lambda runtime, gpus=gpus: gpus)
         overrides = [*models, "runtime=default", "model.generative.parts=4", "runtime.precision=fp32"]
-        overrides.append(f"model.generative.placement={placement}")
+        overrides += [f"model.generative.placement={placement}", f"runtime.compile={compiled and len(gpus) > 1}"]
+        overrides.append(f"model.generative.virtual_stages={stages}")
         combined = build_models(compose_settings(*overrides), classes).combined
         for key in "abcde":  # streams race where they do not wait
             loss, grads, _ = backward(combined, random_image(seed=ord(key)).cuda())

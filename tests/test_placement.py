@@ -15,7 +15,7 @@ from sd3_folder import build_transformer
 
 from segadapt.errors import UserError
 from segadapt.models.generative.placement import assert_placed, place
-from segadapt.models.generative.plan import GIB, Cost, plan, training_bytes
+from segadapt.models.generative.plan import GIB, Cost, deal, plan, training_bytes
 
 MEDIUM = [84_980_736 * 16] * 23 + [54_294_528 * 16]  # bytes to train the blocks of SD3-medium
 TINY = {"trained": True, "pairs": 2, "tokens": 23}
@@ -45,21 +45,48 @@ def loss_and_gradients(transformer):
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in transformer.named_parameters()}
 
 
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=4), virtual_stages=st.integers(1, 5))
+def test_runs_follow_each_other_and_every_device_keeps_its_number_of_blocks(lengths, virtual_stages):
+    stops = [sum(lengths[: index + 1]) for index in range(len(lengths))]
+    blocks = [range(stop - length, stop) for stop, length in zip(stops, lengths, strict=True)]
+    runs = deal(blocks, virtual_stages)
+    assert [block for _, run in runs for block in run] == list(range(sum(lengths)))
+    for device, length in enumerate(lengths):
+        own = [len(run) for of, run in runs if of == device]
+        assert sum(own) == length
+        assert len(own) == min(virtual_stages, length)
+        assert not own or max(own) - min(own) <= 1
+    if virtual_stages == 1:
+        assert [run for _, run in runs] == [run for run in blocks if run]
+
+
+def test_a_split_in_virtual_stages_is_printed_and_computes_the_same(transformer):
+    plain = copy.deepcopy(transformer)
+    placement = place(transformer, ["cpu", "cpu"], Cost(**TINY), force_hooks=True, virtual_stages=2)
+    assert [line.split(",")[0] for line in placement.lines] == ["cpu: blocks 0 2", "cpu: blocks 1 3"]
+    (loss, gradients), (expected, wanted) = loss_and_gradients(transformer), loss_and_gradients(plain)
+    torch.testing.assert_close(loss, expected)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name], msg=name)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     costs=st.lists(st.integers(1, 50), min_size=1, max_size=7),
     devices=st.integers(1, 5),
     fixed_main=st.integers(0, 60),
+    fixed_last=st.integers(0, 30),
     fixed_each=st.integers(0, 10),
     even_blocks=st.booleans(),
     capacity=st.sampled_from((60, 100, 10**6)),
 )
-def test_plan_is_the_best_of_all_splits(costs, devices, fixed_main, fixed_each, even_blocks, capacity):
+def test_plan_is_the_best_of_all_splits(costs, devices, fixed_main, fixed_last, fixed_each, even_blocks, capacity):
     count = min(devices, len(costs))
 
     def loads(cuts):
         ends = [0, *cuts, len(costs)]
-        return [sum(costs[a:b]) + fixed_each + fixed_main * (a == 0) for a, b in itertools.pairwise(ends)]
+        fixed = [fixed_each + fixed_main * (a == 0) + fixed_last * (a == ends[-2]) for a in ends[:-1]]
+        return [own + sum(costs[a:b]) for own, (a, b) in zip(fixed, itertools.pairwise(ends), strict=True)]
 
     def score(cuts):
         most = max(b - a for a, b in itertools.pairwise([0, *cuts, len(costs)]))
@@ -67,7 +94,8 @@ def test_plan_is_the_best_of_all_splits(costs, devices, fixed_main, fixed_each, 
 
     every = itertools.combinations(range(1, len(costs)), count - 1)
     fitting = [score(cuts) for cuts in every if max(loads(cuts)) <= capacity]
-    sizes = {"fixed_main": fixed_main, "fixed_each": fixed_each, "even_blocks": even_blocks}
+    fixed = {"fixed_main": fixed_main, "fixed_last": fixed_last, "fixed_each": fixed_each}
+    sizes = {**fixed, "even_blocks": even_blocks}
     if not fitting:
         with pytest.raises(UserError):
             plan(costs, [capacity] * devices, **sizes)

@@ -184,8 +184,8 @@ def loss_and_borders(combined, image_3HW):
     teacher, seen, backward_chunks = combined.generative, [], combined._backward_chunks
     teacher.autoencoder.encoder.register_forward_hook(lambda _, given, latent: seen.extend([*given, latent]))
 
-    def watched(leaf_KCyx, noisy, candidates):
-        taught = backward_chunks(leaf_KCyx, noisy, candidates)
+    def watched(leaf_KCyx, noisy, candidates, **others):
+        taught = backward_chunks(leaf_KCyx, noisy, candidates, **others)
         seen.extend([leaf_KCyx, leaf_KCyx.grad, noisy.x_t_Kzyx, noisy.target_Kzyx, noisy.sigma_K, taught.loss])
         seen.extend(parameter.grad for parameter in teacher.transformer.parameters())
         return taught

@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,20 @@ from segadapt.config import (
 )
 from segadapt.errors import UserError
 from segadapt.models.combined import Combined
-from segadapt.models.discriminative.recording import cuda_recorder
 from segadapt.models.discriminative.segformer import Segmenter, load_segformer
 from segadapt.models.generative import placement as placing
-from segadapt.models.generative.compiled import compile_blocks
 from segadapt.models.generative.lora import add_lora, plain_state
 from segadapt.models.generative.parallel import Parallel
 from segadapt.models.generative.plan import GIB, Cost, training_bytes
 from segadapt.models.generative.prompts import PromptEmbeddings, load_embeddings, prompt_embeddings
 from segadapt.models.generative.sd3 import Sd3, load_autoencoder, load_transformer
+from segadapt.models.generative.stages import compile_blocks, record_stages
+from segadapt.models.recording import Graphs
 from segadapt.seeds import numpy_generator
 
 DEFAULT_THREADS = torch.get_num_threads()
 BUNDLED = "segadapt:"  # prefix of the models inside the package
+LARGE = 10**9  # parameters of a transformer that is worth a minute of compiling
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,11 @@ def set_up(runtime: RuntimeSettings) -> torch.device:
     return main
 
 
+def count(module: nn.Module) -> int:
+    """Parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def fingerprint(module: nn.Module) -> str:
     """SHA-256 over names, shapes and bytes of all parameters and buffers, adapters left out."""
     digest = hashlib.sha256()
@@ -179,21 +186,22 @@ def build_generative(
     precision: str,
     update: UpdateSettings,
     seed: int,
-    main_bytes: int,
+    fixed: Callable[[nn.Module, bool], tuple[int, int]],
     accumulates: bool = False,
-    compiled: bool = False,
+    compiled: bool | None = False,
     force_hooks: bool = False,
-) -> tuple[Sd3, tuple[placing.Placement, ...], int]:
+) -> tuple[Sd3, tuple[placing.Placement, ...], int, bool]:
     """The teacher, its transformer split over the devices or copied to each; everything else of it on the first one.
 
-    Returns it, where its transformers lie, and how many pairs each device has at work at a time.
+    Returns it, where its transformers lie, how many pairs each device has at work at a time, and whether the blocks are
+    compiled.
 
     Args:
         update: what of it moves; adapters are added here.
         seed: of the adapters and of the shuffle control.
-        main_bytes: what the main device holds beside the teacher (segmenter and logits graph).
+        fixed: see fixed_bytes, of an autoencoder and whether the segmenter is recorded if it can be.
         accumulates: gradients are summed over images.
-        compiled: by torch.compile, block by block.
+        compiled: see runtime.compile.
         force_hooks: accelerate's hooks even on one device, to test the split path.
     """
     main = torch.device(devices[0])
@@ -205,40 +213,54 @@ def build_generative(
     autoencoder = load_autoencoder(checkpoint, revision=settings.revision, folder=folder)
     transformer = load_transformer(checkpoint, revision=settings.revision).requires_grad_(update.generative)
     check_shapes(transformer, autoencoder, embeddings, window_px=settings.window_px)
+    is_large = count(transformer) >= LARGE and main.type == "cuda"
+    compiled = is_large and shutil.which("cc") is not None if compiled is None else compiled
     if update.lora_rank:
         add_lora(transformer, rank=update.lora_rank, alpha=update.lora_alpha, seed=seed)
     if settings.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     text_bytes = sum(t.numel() * t.element_size() for t in (embeddings.sequence_CLE, embeddings.pooled_CD))
+    main_bytes, last_bytes = fixed(autoencoder, compiled)
     cost = Cost(
         trained=update.generative,
         pairs=0,
         tokens=(settings.window_px // 16) ** 2 + embeddings.sequence_CLE.shape[1],
         checkpointing=settings.gradient_checkpointing,
         compiled=compiled,
+        recorded=compiled and main.type == "cuda" and not settings.gradient_checkpointing,
         bf16=precision == "bf16",
         accumulates=accumulates,
-        fixed_main_bytes=main_bytes + training_bytes(autoencoder, trained=False) + text_bytes,
+        fixed_main_bytes=main_bytes + text_bytes,
+        fixed_last_bytes=last_bytes,
     )
     copied, max_pairs, parts = settings.placement == "replicate", settings.max_pairs, settings.parts
     cost = placing.share_out(transformer, devices, cost, copied=copied, max_pairs=max_pairs, parts=parts)
     in_parts = f", in {cost.parts} parts" if cost.parts > 1 else ""
-    further = [f"{cost.pairs} (window, class) pairs at work at a time{in_parts}"]
+    how = ", compiled" if compiled else ""
+    further = [f"{cost.pairs} (window, class) pairs at work at a time{in_parts}{how}"]
+    if is_large and not compiled:
+        further.append("not compiled, which is slow: runtime.compile=false, or no C compiler (cc) is installed")
     if len(devices) > 1:
         further.append(placing.comparison(transformer, devices, cost, max_pairs=max_pairs, parts=parts))
     if copied:
         transformers, placements = placing.replicate(transformer, devices, cost)
     else:
-        placements = [placing.place(transformer, devices, cost, force_hooks=force_hooks)]
+        more = {"force_hooks": force_hooks, "virtual_stages": settings.virtual_stages}
+        placements = [placing.place(transformer, devices, cost, **more)]
         transformers = [transformer]
     placements[-1] = dataclasses.replace(placements[-1], lines=(*placements[-1].lines, *further))
     if compiled:
         for each in transformers:
             compile_blocks(each)
+    stages = []
+    if cost.recorded:
+        dtype = torch.bfloat16 if precision == "bf16" else None
+        graphs = {"parts": cost.parts, "pairs": cost.pairs, "dtype": dtype}
+        stages = record_stages(transformers, lambda *of: Graphs(*of).memory, **graphs)
     on = [torch.device(device) for device in devices]
-    parallel = Parallel(transformers, on, parts=cost.parts)
+    parallel = Parallel(transformers, on, parts=cost.parts, stages=stages)
     teacher = Sd3(transformer, autoencoder, embeddings, device=main, precision=precision, parallel=parallel)
-    return teacher, tuple(placements), cost.pairs // len(devices)
+    return teacher, tuple(placements), cost.pairs // len(devices), compiled
 
 
 def check_shapes(transformer: Any, autoencoder: Any, embeddings: PromptEmbeddings, *, window_px: int) -> None:
@@ -258,16 +280,23 @@ def check_shapes(transformer: Any, autoencoder: Any, embeddings: PromptEmbedding
                         "that or less, also for data.short_side_px.")  # fmt: skip
 
 
-def segmenter_bytes(
-    segmenter: Segmenter, *, is_trained: bool, accumulates: bool = False, is_recorded: bool = False
-) -> int:
-    """Weights and, if trained, gradients and AdamW moments; at full size 6 GiB more for what one image needs.
+def fixed_bytes(
+    segmenter: Segmenter,
+    autoencoder: nn.Module,
+    *,
+    is_trained: bool,
+    accumulates: bool = False,
+    is_recorded: bool = False,
+) -> tuple[int, int]:
+    """Bytes beside the transformer on the main device and on the last, which may be the same.
 
-    Measured with B5 at 512x683: the segmenter's graph, the autoencoder's activations, logits, text embeddings in use.
-    Recorded, 4 GiB more (estimated): a second graph, which CUDA graphs keep, and gradients of their own.
+    Weights; if trained, gradients and AdamW moments; at full size what one image needs, measured with B5 at 512x683:
+    3 GiB for the segmenter's graph and logits, 3 GiB to encode two windows, 4 GiB for what CUDA graphs keep.
     """
-    weights = training_bytes(segmenter.net, trained=is_trained, accumulates=accumulates)
-    return weights + ((10 if is_recorded else 6) * GIB if is_trained and weights > GIB else 0)
+    main = training_bytes(segmenter.net, trained=is_trained, accumulates=accumulates)
+    if not is_trained or main < GIB:
+        return main, training_bytes(autoencoder, trained=False)
+    return main + (7 if is_recorded else 3) * GIB, training_bytes(autoencoder, trained=False) + 3 * GIB
 
 
 def build_models(
@@ -277,26 +306,27 @@ def build_models(
     main = set_up(settings.runtime)
     segmenter = build_segmenter(settings.model.discriminative, len(classes), main)
     fingerprints = {"discriminative": fingerprint(segmenter.net)}
-    is_recorded = settings.runtime.compile and main.type == "cuda"
     # recomputed activations save and restore the state of a generator, which a CUDA graph can't
-    record = cuda_recorder() if is_recorded and not settings.model.discriminative.gradient_checkpointing else None
+    can_record = main.type == "cuda" and not settings.model.discriminative.gradient_checkpointing
+    seed, precision = settings.experiment.seed, settings.runtime.precision
     if not isinstance(settings, AdaptConfig) or settings.tta.forward_mode == "discriminative_only":
-        combined = Combined(
-            segmenter, None, seed=settings.experiment.seed, precision=settings.runtime.precision, record=record
-        )
-        return Models(combined, (), fingerprints)
+        memory = Graphs(main).memory() if can_record and settings.runtime.compile else None
+        return Models(Combined(segmenter, None, seed=seed, precision=precision, memory=memory), (), fingerprints)
     update, accumulates = settings.model.update, settings.tta.optimizer.accumulate > 1
-    generative, placements, pairs = build_generative(
+
+    def fixed(autoencoder: nn.Module, compiled: bool) -> tuple[int, int]:
+        how = {"accumulates": accumulates, "is_recorded": compiled and can_record}
+        return fixed_bytes(segmenter, autoencoder, is_trained=update.discriminative, **how)
+
+    generative, placements, pairs, compiled = build_generative(
         settings.model.generative,
         classes=classes,
         dataset_name=settings.data.name,
         devices=devices_of(settings.runtime),
-        precision=settings.runtime.precision,
+        precision=precision,
         update=update,
-        seed=settings.experiment.seed,
-        main_bytes=segmenter_bytes(
-            segmenter, is_trained=update.discriminative, accumulates=accumulates, is_recorded=record is not None
-        ),
+        seed=seed,
+        fixed=fixed,
         accumulates=accumulates,
         compiled=settings.runtime.compile,
         force_hooks=force_hooks,
@@ -312,8 +342,8 @@ def build_models(
         generative,
         dataclasses.replace(settings.model, generative=window),
         settings.tta.optimizer,
-        seed=settings.experiment.seed,
-        precision=settings.runtime.precision,
-        record=record,
+        seed=seed,
+        precision=precision,
+        memory=Graphs(main).memory() if can_record and compiled else None,
     )
     return Models(combined, placements, fingerprints)

@@ -6,7 +6,7 @@ s window px
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from segadapt.config import ModelSettings, OptimizerSettings, UpdateSettings
-from segadapt.models.discriminative.recording import Record, Recorder
 from segadapt.models.discriminative.segformer import Segmenter
 from segadapt.models.generative import candidates as candidate_classes
 from segadapt.models.generative import loss as objective
 from segadapt.models.generative import trust, windows
 from segadapt.models.generative.lora import lora_parameters
+from segadapt.models.generative.parallel import Lane
 from segadapt.models.generative.sd3 import NoisyLatent, Sd3, add_noise
 from segadapt.models.precision import autocast
+from segadapt.models.recording import Memory, Piece, Recorder
 from segadapt.models.updates import Updates
 from segadapt.seeds import torch_generator
 
@@ -57,14 +58,19 @@ class Taught:
     teacher_agrees: Tensor
 
 
-def segmenting(segmenter: Segmenter, precision: str) -> Callable[[Tensor], Tensor]:
-    """Images [B, 3, H, W] to logits [B, C, h, w], float32."""
+def segmenting(
+    segmenter: Segmenter, precision: str, memory: Memory | None, moving: Sequence[nn.Parameter]
+) -> Callable[[Tensor], Sequence[Tensor | None]]:
+    """Images [B, 3, H, W] to logits [B, C, h, w], float32; recorded where there is a memory."""
 
-    def forward(image_B3HW: Tensor) -> Tensor:
+    def forward(image_B3HW: Tensor) -> tuple[Tensor]:
         with autocast(image_B3HW.device, precision):
-            return segmenter.logits(image_B3HW)
+            return (segmenter.logits(image_B3HW),)
 
-    return forward
+    if memory is None:
+        return forward
+    grads = [torch.empty_like(parameter) for parameter in moving]
+    return Recorder([Piece(forward, moving, moving, grads)], memory, plain=forward)
 
 
 class Combined:
@@ -78,7 +84,7 @@ class Combined:
         model, optimizer: settings.
         seed: all draws come from (seed, task, image key, purpose).
         precision: 'bf16' (autocast over float32 weights) or 'fp32'.
-        record: how the segmenter's work is recorded, to be replayed for each image of the same size; None: it is not.
+        memory: where the segmenter's work is recorded, to be replayed for images of the same size; None: it is not.
     """
 
     def __init__(
@@ -90,7 +96,7 @@ class Combined:
         *,
         seed: int,
         precision: str,
-        record: Record | None = None,
+        memory: Memory | None = None,
     ):
         self.segmenter, self.generative = segmenter, generative
         self.seed, self.precision = seed, precision
@@ -108,9 +114,9 @@ class Combined:
             self._choose_parameters(model.update)
             self._source = {name: value.detach().to("cpu", copy=True) for name, value in self.parameters().items()}
             self._updates = self._new_updates()
-        forward = segmenting(segmenter, precision)  # no method: a cycle would keep the weights of one run into the next
-        moving = list(self.groups["discriminative"].values())
-        self._segment = Recorder(forward, moving, record=record) if record else forward
+        # no method of this class: a cycle would keep the weights of one run into the next
+        self._segment = segmenting(segmenter, precision, memory, list(self.groups["discriminative"].values()))
+        self._beside = Lane([self.device])
 
     @property
     def trains_discriminative(self) -> bool:
@@ -180,19 +186,24 @@ class Combined:
             task, key: name the image; noise, sigma and class draws come from (seed, task, key).
         """
         image_3HW = image_3HW.to(self.device, non_blocking=True)
-        # noise first: a GPU encodes the windows while the host is still naming the segmenter's many small kernels
-        noisy = None if self.generative is None else self.noise(image_3HW, task=task, key=key)
-        logits_BChw = self.logits(image_3HW)
-        scored_Chw = logits_BChw[0].detach()
-        if noisy is None:
+        if self.generative is None:
+            scored_Chw = self.logits(image_3HW)[0].detach()
             return Prediction(scored_Chw, bool(scored_Chw.isfinite().all()))
+        self._beside.fork()
+        noisy = self.noise(image_3HW, task=task, key=key)  # beside the segmenter's many small kernels
+        with self._beside():
+            logits_BChw = self.logits(image_3HW)
+        self._beside.join()
+        scored_Chw = logits_BChw[0].detach()
         taught, candidates = self.backward(image_3HW, logits_BChw, noisy, task=task, key=key)
         return self._update(scored_Chw, taught, candidates)
 
     def logits(self, image_3HW: Tensor) -> Tensor:
         """The segmenter's [1, C, h, w], float32; with a graph if it learns."""
         with torch.set_grad_enabled(self.trains_discriminative):
-            return self._segment(image_3HW[None])
+            (logits_BChw,) = self._segment(image_3HW[None])
+        assert logits_BChw is not None
+        return logits_BChw
 
     def backward(
         self, image_3HW: Tensor, logits_BChw: Tensor, noisy: NoisyLatent, *, task: str, key: str
@@ -213,10 +224,17 @@ class Combined:
         )
         q_RCyx = q_KCyx.repeat_interleave(self.window.draws, dim=0)
         leaf_RCyx = q_RCyx.detach().requires_grad_(self.trains_discriminative)
-        taught = self._backward_chunks(leaf_RCyx, noisy, candidates)
+
+        def segmenter_learns() -> None:
+            if self.trains_discriminative:
+                self._beside.fork()
+                with self._beside():
+                    q_RCyx.backward(leaf_RCyx.grad)
+
+        taught = self._backward_chunks(leaf_RCyx, noisy, candidates, when_complete=segmenter_learns)
         self.parallel.sum_gradients()
-        if self.trains_discriminative:
-            q_RCyx.backward(leaf_RCyx.grad)
+        self.parallel.arrive()
+        self._beside.join()
         return taught, candidates
 
     def autocast(self) -> torch.autocast | nullcontext:
@@ -266,7 +284,12 @@ class Combined:
         return self.on_grid(logits_BChw[0].detach(), image_3HW, grid=grid).softmax(dim=1).mean(dim=(2, 3))
 
     def _backward_chunks(
-        self, leaf_RCyx: Tensor, noisy: NoisyLatent, candidates: candidate_classes.Candidates
+        self,
+        leaf_RCyx: Tensor,
+        noisy: NoisyLatent,
+        candidates: candidate_classes.Candidates,
+        *,
+        when_complete: Callable[[], None] = lambda: None,
     ) -> Taught:
         """Backward of (1/R) sum_r loss_r into the teacher and into the leaf, at most pairs_at_once pairs at a time.
 
@@ -274,12 +297,16 @@ class Combined:
         together) is run twice, first without graph for the velocities, then chunk by chunk with the gradient that the
         loss gave each velocity.
 
-        Returns the loss, detached, and how far the teacher agrees with itself and with the segmenter.
+        Args:
+            when_complete: called as soon as the leaf has its gradient, while the teacher still has to go backward.
+        Returns:
+            The loss, detached, and how far the teacher agrees with itself and with the segmenter.
         """
         assert self.generative is not None
         total = leaf_RCyx.new_zeros(())
         sums_4 = torch.zeros(4, dtype=torch.float64, device=leaf_RCyx.device)
-        for of_rows, of_pairs in candidates.groups(self.pairs_at_once):
+        groups = list(candidates.groups(self.pairs_at_once))
+        for of_rows, of_pairs in groups:
             pair_row_P = candidates.pair_window_P[of_pairs]
             pair_class_P = candidates.pair_class_P[of_pairs]
             chunks = list(
@@ -287,8 +314,8 @@ class Combined:
             )
             twice = self.trains_generative and len(chunks) > 1
             with torch.set_grad_enabled(self.trains_generative and not twice):
-                velocity_Pzyx = torch.cat([self.generative.velocity(noisy, *chunk) for chunk in chunks])
-            velocity_Pzyx.requires_grad_(self.trains_generative)
+                given_Pzyx = torch.cat([self.generative.velocity(noisy, *chunk) for chunk in chunks])
+            velocity_Pzyx = given_Pzyx.detach().requires_grad_(self.trains_generative)
             pair_row_P, target_Rzyx = pair_row_P - of_rows.start, noisy.target_Kzyx[of_rows]
             verdict = trust.judge(
                 trust.asked_errors(
@@ -318,10 +345,14 @@ class Combined:
             )
             share = losses_R.sum() / len(leaf_RCyx)
             share.backward()
+            if of_rows.stop == groups[-1][0].stop:
+                when_complete()
             if twice:
                 assert velocity_Pzyx.grad is not None
                 for chunk, grad_Pzyx in zip(chunks, velocity_Pzyx.grad.split(self.pairs_at_once), strict=True):
                     self.generative.velocity(noisy, *chunk).backward(grad_Pzyx)
+            elif self.trains_generative:
+                given_Pzyx.backward(velocity_Pzyx.grad)
             total += share.detach()
             sums_4 += verdict.sums_4
         agreement, alike, asked, counted = sums_4

@@ -5,24 +5,31 @@ P (row, class) pairs   z y x latent channels and grid
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
-SPLIT_PARTS = 4  # more parts wait less for each other, and cost the host more: of 4 and 8, 4 was faster on two H200
+from segadapt.models.generative.stages import Stage
+
+# of a split transformer: more parts wait less for each other, but cost the host more unless their work is recorded; of
+# 4 and 8 parts, 4 were faster on two H200 unrecorded, and 8 recorded
+SPLIT_PARTS, RECORDED_PARTS = 4, 8
+CARRIERS = 2  # lanes of an owner: one gathers and adds while the other's numbers travel
+SENT = 2**25  # numbers that travel between GPUs at a time
 
 
-def count_parts(asked: int | None, *, devices: int, copies: int) -> int:
+def count_parts(asked: int | None, *, devices: int, copies: int, recorded: bool) -> int:
     """Into how many parts pairs are cut: none on one device, else as asked and as many for each copy.
 
     Args:
-        asked: None: 4 on a split transformer, one for each of several copies.
+        asked: None: 4 or, recorded, 8 on a split transformer, one for each of several copies.
     """
     if devices == 1:
         return 1
     if asked is None:
-        asked = SPLIT_PARTS if copies == 1 else copies
+        asked = copies if copies > 1 else RECORDED_PARTS if recorded else SPLIT_PARTS
     return -(-asked // copies) * copies
 
 
@@ -56,6 +63,20 @@ class Lane:
             torch.cuda.current_stream(stream.device).wait_stream(stream)
 
 
+def send(sources: Sequence[Any], targets: Sequence[Any], *, add: bool) -> None:
+    """Copy many tensors to another device, or add them there; many at a time, as each copy costs the host its time."""
+    put: Any = torch._foreach_add_ if add else torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+    start = 0
+    while start < len(sources):
+        stop, numbers = start, 0
+        while stop < len(sources) and numbers < SENT and sources[stop].dtype == sources[start].dtype:
+            numbers, stop = numbers + sources[stop].numel(), stop + 1
+        some = targets[start:stop]
+        flat = torch.cat([source.reshape(-1) for source in sources[start:stop]]).to(some[0].device, non_blocking=True)
+        put(list(some), [row.view_as(to) for row, to in zip(flat.split([t.numel() for t in some]), some, strict=True)])
+        start = stop
+
+
 class Parallel:
     """A transformer and how its work is shared out.
 
@@ -69,18 +90,30 @@ class Parallel:
             devices[0], devices[1], ...
         devices: all that are used, the main one first.
         parts: into how many parts pairs are cut, at most; the same number for each copy.
+        stages: of all transformers, where their blocks are recorded.
     """
 
-    def __init__(self, transformers: Sequence[SD3Transformer2DModel], devices: Sequence[torch.device], *, parts: int):
+    def __init__(
+        self,
+        transformers: Sequence[SD3Transformer2DModel],
+        devices: Sequence[torch.device],
+        *,
+        parts: int,
+        stages: Sequence[Stage] = (),
+    ):
         assert parts >= 1, parts
         assert len(transformers) in (1, len(devices)), (len(transformers), devices)
         assert parts % len(transformers) == 0, (parts, len(transformers))
         self.transformers, self.devices, self.parts = tuple(transformers), tuple(devices), parts
         self._lanes = [Lane(devices) for _ in range(parts)] if parts > 1 else []
+        copies = len(transformers) if len(transformers) > 1 else 0
+        self._carriers = [Lane(devices) for _ in range(CARRIERS * copies)]
         if self._lanes:  # gradients of one weight come from several lanes; autograd waits for each, and warns
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         self._owner: dict[str, int] = {}  # of the parameters that move; empty for one transformer
-        self._arriving: list[Lane] = []  # lanes that carry owners' values to the copies
+        self._stages = stages
+        self._arriving: list[Lane] = []  # lanes that carry gradients to owners, or owners' values to the copies
+        self._sent: list[nn.Parameter] = []  # whose gradients they carry
 
     # --- forward ---
 
@@ -91,14 +124,18 @@ class Parallel:
             part: velocities of a slice of the pairs by a transformer, on the main device.
         """
         self.arrive()
+        for stage in self._stages:
+            stage.refresh()
         count = min(self.parts, pairs)
         if count == 1:
+            self._choose(0)
             return part(self.transformers[0], slice(0, pairs))
         ends = [pairs * index // count for index in range(count + 1)]
         lanes, out = self._lanes[:count], []
         for lane in lanes:
             lane.fork()
         for index, lane in enumerate(lanes):
+            self._choose(index // len(self.transformers))
             with lane():
                 out.append(part(self.transformers[index % len(self.transformers)], slice(*ends[index : index + 2])))
         for lane in lanes:
@@ -107,6 +144,10 @@ class Parallel:
             if velocity_Pzyx.is_cuda:  # its memory is the lane's; the current stream reads it
                 velocity_Pzyx.record_stream(torch.cuda.current_stream(velocity_Pzyx.device))
         return torch.cat(out)
+
+    def _choose(self, part: int) -> None:
+        for stage in self._stages:
+            stage.part = part
 
     # --- copies ---
 
@@ -124,51 +165,51 @@ class Parallel:
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
-        """Give each owner the sum of its parameter's gradients, in the order of the copies, and drop the others."""
-        sent: list[nn.Parameter] = []
-        lanes: list[Lane] = []
-        for lane, own, others in self._by_owner():
-            lanes.append(lane)
-            for parameter, *copies in zip(own, *others, strict=True):
-                for copy in copies:
-                    if copy.grad is None:
-                        continue
-                    arrived = copy.grad.to(parameter.device)
-                    parameter.grad = arrived if parameter.grad is None else parameter.grad.add_(arrived)
-                    sent.append(copy)
-        for lane in lanes:
+        """Give each owner the sum of its parameter's gradients, in the order of the copies.
+
+        The sums, and other copies without gradients, are there after `arrive`.
+        """
+        for lane in self._lanes:  # a stage adds gradients on the lane of its part, which autograd does not know of
             lane.join()
-        for copy in sent:  # not before all lanes have met: another one would write where this one still reads
-            copy.grad = None
+        for lane, own, others in self._by_owner():
+            self._arriving.append(lane)
+            for copies in others:
+                pairs = [(mine, theirs) for mine, theirs in zip(own, copies, strict=True) if theirs.grad is not None]
+                for mine, _ in pairs:
+                    mine.grad = torch.zeros_like(mine) if mine.grad is None else mine.grad
+                send([theirs.grad for _, theirs in pairs], [mine.grad for mine, _ in pairs], add=True)
+                self._sent += [theirs for _, theirs in pairs]
 
     @torch.no_grad()
     def spread(self) -> None:
         """Give every copy the owners' values, for after each change of a parameter; the next forward waits for them."""
         self.arrive()
         for lane, own, others in self._by_owner():
-            for parameter, *copies in zip(own, *others, strict=True):
-                for copy in copies:
-                    copy.copy_(parameter, non_blocking=True)
             self._arriving.append(lane)
+            for copies in others:
+                send(own, copies, add=False)
 
     def arrive(self) -> None:
-        """Let the devices wait for values on their way; until then they encode and segment the next image.
+        """Let the devices wait for what is on its way; until then they encode and segment the next image.
 
-        Before owners' values are written otherwise than by the step after a forward, or copies' values read.
+        Before gradients are read, owners' values are written otherwise than by the step after a forward, or copies'
+        values are read.
         """
         while self._arriving:
             self._arriving.pop().join()
+        while self._sent:  # not before all lanes have met: another one would write where this one still reads
+            self._sent.pop().grad = None
 
     def _by_owner(self) -> Iterator[tuple[Lane, list[nn.Parameter], list[list[nn.Parameter]]]]:
-        """Of each owner a lane, its parameters and those of the other copies; inside the lane, so all links at once."""
+        """Of each owner, by lane, parameters and those of the other copies; inside the lane, so all links at once."""
         if not self._owner:
             return
         everywhere: list[Mapping[str, nn.Parameter]] = [dict(t.named_parameters()) for t in self.transformers]
-        lanes = self._lanes[: len(self.transformers)]
-        for lane in lanes:
+        for lane in self._carriers:
             lane.fork()
-        for index, lane in enumerate(lanes):
-            names = [name for name, owner in self._owner.items() if owner == index]
+        for index, lane in enumerate(self._carriers):
+            owner = index // CARRIERS
+            names = [name for name, of in self._owner.items() if of == owner][index % CARRIERS :: CARRIERS]
             of_copy = [[parameters[name] for name in names] for parameters in everywhere]
             with lane():
-                yield lane, of_copy.pop(index), of_copy
+                yield lane, of_copy.pop(owner), of_copy

@@ -12,7 +12,7 @@ from torch import nn
 
 from segadapt.errors import UserError
 from segadapt.models.generative.parallel import count_parts
-from segadapt.models.generative.plan import GIB, RESERVE_BYTES, Cost, Plan, plan, run_text
+from segadapt.models.generative.plan import GIB, RESERVE_BYTES, Cost, Plan, deal, plan, run_text
 
 Device = int | str
 PAIRS = (40, 32, 24, 20, 16, 12, 10, 8, 6, 5, 4, 3, 2, 1)  # on each device, tried in this order
@@ -41,6 +41,7 @@ def place(
     *,
     force_hooks: bool = False,
     capacities: Sequence[int] | None = None,
+    virtual_stages: int = 1,
 ) -> Placement:
     """Plan and dispatch; one device is a plain move. Afterwards never call `.to()` on the transformer or a parent.
 
@@ -52,6 +53,7 @@ def place(
         cost: of a step; the loose modules are added to the main device here.
         force_hooks: hooks even for one device, to test the split path.
         capacities: bytes of each device; default the whole GPU less 1 GiB, and no limit on the CPU.
+        virtual_stages: runs of blocks of each device, see plan.deal.
     Raises:
         UserError: it does not fit, a device does not exist, or weights would lie on the CPU, disk or meta device.
     """
@@ -62,9 +64,10 @@ def place(
     device_map: dict[str, Device] = {
         name: main_device for name, child in transformer.named_children() if child is not blocks
     }
-    for device, run in zip(devices, split.blocks, strict=False):  # more devices than blocks: the rest stays empty
-        device_map |= {f"transformer_blocks.{index}": device for index in run}
-    placement = Placement(device_map, main_device, _lines(names, split))
+    runs = deal(split.blocks, virtual_stages)
+    for index, run in runs:  # more devices than blocks: the rest stays empty
+        device_map |= {f"transformer_blocks.{block}": devices[index] for block in run}
+    placement = Placement(device_map, main_device, _lines(names, split, runs))
     for name, _ in _tensors(transformer):
         placement.device_of(name)  # asserts that the map covers it
     dispatch_model(transformer, device_map, main_device=main_device, force_hooks=force_hooks)  # pyright: ignore
@@ -96,6 +99,7 @@ def plan_split(
         [weight + kept for weight in weights],
         [_capacity(device) for device in devices] if capacities is None else capacities,
         fixed_main=cost.fixed_main_bytes + cost.weight_bytes(transformer) - sum(weights),
+        fixed_last=cost.fixed_last_bytes,
         fixed_each=running,  # a block's activations exist one block at a time where they are not kept
         even_blocks=cost.parts > 1,
         names=[_name(device) for device in devices],
@@ -126,8 +130,8 @@ def share_out(
     count, copies = len(devices), len(devices) if copied else 1
     limits = list(capacities or map(_capacity, devices))
     fits = copies_fit if copied else plan_split
-    several = count_parts(parts, devices=count, copies=copies)
-    for now in dict.fromkeys((several, copies) if parts is None else (several,)):
+    several = count_parts(parts, devices=count, copies=copies, recorded=cost.recorded)
+    for now in dict.fromkeys((several, max(several // 2, copies), copies) if parts is None else (several,)):
         choices = [max_pairs] if max_pairs else [each for each in PAIRS if each * count <= MOST_PAIRS or each == 1]
         for each in choices:
             asked = replace(cost, pairs=each * count, parts=now)
@@ -162,7 +166,7 @@ def replicate(
     for device, name, load in reversed(list(zip(devices, names, loads, strict=True))):  # the model itself last
         one = transformer if len(copies) == len(devices) - 1 else copy.deepcopy(transformer)
         nn.Module.to(one, torch.device(device))
-        main = " (main device: segmenter, autoencoder and loss included)" if one is transformer else ""
+        main = " (main device: segmenter and loss included)" if one is transformer else ""
         line = f"{name}: whole copy, {load / GIB:.1f} GiB estimated{main}"
         copies.insert(0, one)
         placements.insert(0, Placement({child: device for child, _ in one.named_children()}, device, (line,)))
@@ -188,7 +192,11 @@ def copy_bytes(transformer: SD3Transformer2DModel, cost: Cost, *, copies: int) -
     """Bytes on each device that holds a whole transformer, the main one first."""
     kept, running = cost.block_bytes(width=transformer.inner_dim, copies=copies)
     each = cost.weight_bytes(transformer, copies=copies) + len(transformer.transformer_blocks) * kept + running
-    return [each + (cost.fixed_main_bytes if index == 0 else 0) for index in range(copies)]
+    moving = sum(p.numel() * p.element_size() for p in transformer.parameters() if p.requires_grad and cost.trained)
+    loads = [each + (moving // 4 if copies > 1 else 0)] * copies  # gradients and values on their way, 2 GiB for SD3
+    loads[0] += cost.fixed_main_bytes
+    loads[-1] += cost.fixed_last_bytes
+    return loads
 
 
 def comparison(
@@ -204,11 +212,11 @@ def comparison(
     limits = list(capacities or map(_capacity, devices))
     shared = share_out(transformer, devices, cost, copied=True, max_pairs=max_pairs, parts=parts, capacities=limits)
     loads = copy_bytes(transformer, shared, copies=len(devices))
+    size = f"a whole copy on each device ({max(loads) / GIB:.1f} GiB)"
     if all(load <= limit for load, limit in zip(loads, limits, strict=True)):
-        why = f"fits with {shared.pairs} pairs at work: there no device waits for another"
-    else:
-        why = f"does not fit ({min(limits) / GIB:.1f} GiB there): the split is the way"
-    return f"model.generative.placement=replicate, a whole copy of {max(loads) / GIB:.1f} GiB on each device, {why}"
+        why = f"fits with {shared.pairs} pairs at work, and none waits for another"
+        return f"model.generative.placement=replicate is faster: {size} {why}"
+    return f"model.generative.placement=replicate is no choice: {size} does not fit into {min(limits) / GIB:.1f} GiB"
 
 
 def assert_placed(transformer: nn.Module, placement: Placement) -> None:
@@ -264,11 +272,12 @@ def _name(device: Device) -> str:
     return f"cuda:{device}" if isinstance(device, int) else device
 
 
-def _lines(names: Sequence[str], split: Plan) -> tuple[str, ...]:
+def _lines(names: Sequence[str], split: Plan, runs: Sequence[tuple[int, range]]) -> tuple[str, ...]:
+    texts = [" ".join(run_text(run) for of, run in runs if of == index) for index in range(len(split.blocks))]
     lines = [
-        f"{name}: blocks {run_text(run)}, {bytes_here / GIB:.1f} GiB estimated"
-        for name, run, bytes_here in zip(names, split.blocks, split.loads, strict=False)
+        f"{name}: blocks {text}, {bytes_here / GIB:.1f} GiB estimated"
+        for name, text, bytes_here in zip(names, texts, split.loads, strict=False)
     ]
-    lines[0] += " (main device: loose modules, segmenter, autoencoder and loss included)"
+    lines[0] += " (main device: loose modules, segmenter and loss included)"
     lines += [f"{name}: unused, there are only {len(split.blocks)} blocks" for name in names[len(split.blocks) :]]
     return tuple(lines)

@@ -32,10 +32,12 @@ class Cost:
     tokens: int  # image + text tokens of one pair, (px / 16) ** 2 + L
     checkpointing: bool = False  # the transformer recomputes activations; this does not switch it on
     compiled: bool = False  # its blocks are
+    recorded: bool = False  # its blocks are: one bf16 copy and one set of gradients serve all parts
     bf16: bool = False  # autocast, which keeps a bf16 copy of every weight until backward unless blocks are recomputed
     accumulates: bool = False  # a sum of gradients is kept from image to image
     parts: int = 1  # forwards of one backward: each keeps a bf16 copy, and gradients of several wait for each other
-    fixed_main_bytes: int = 0  # on the main device: segmenter, autoencoder, logits' graph
+    fixed_main_bytes: int = 0  # on the main device: segmenter, logits' graph, text embeddings
+    fixed_last_bytes: int = 0  # on the last device: autoencoder
 
     def weight_bytes(self, module: nn.Module, *, copies: int = 1) -> int:
         """Weights and buffers, and if trained gradients, both AdamW moments, and bf16 copies of the weights.
@@ -44,7 +46,7 @@ class Cost:
             module: the transformer or a part of it.
             copies: whole transformers that share out moments, sums and parts; each keeps all its own gradients.
         """
-        parts = -(-self.parts // copies)
+        parts = 1 if self.recorded else -(-self.parts // copies)
         weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
         buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
         if not self.trained:
@@ -72,6 +74,21 @@ class Plan:
     loads: tuple[int, ...]
 
 
+def deal(blocks: Sequence[range], virtual_stages: int) -> list[tuple[int, range]]:
+    """(device, blocks) along the transformer: each device's number of blocks, in so many runs as even as possible.
+
+    Interleaved pipeline stages (Narayanan et al. 2021): with v runs a device, parts reach the next v times as soon.
+    """
+    out, start = [], 0
+    for turn in range(virtual_stages):
+        for device, run in enumerate(blocks):
+            stop = start + len(run) * (turn + 1) // virtual_stages - len(run) * turn // virtual_stages
+            if stop > start:
+                out.append((device, range(start, stop)))
+            start = stop
+    return out
+
+
 def training_bytes(module: nn.Module, *, trained: bool, accumulates: bool = False) -> int:
     """Bytes of weights and buffers, and if trained of gradients and both AdamW moments: 16 per float32 parameter."""
     return Cost(trained, pairs=0, tokens=0, accumulates=accumulates).weight_bytes(module)
@@ -82,6 +99,7 @@ def plan(
     capacities: Sequence[int],
     *,
     fixed_main: int = 0,
+    fixed_last: int = 0,
     fixed_each: int = 0,
     even_blocks: bool = False,
     names: Sequence[str] | None = None,
@@ -97,7 +115,7 @@ def plan(
     Args:
         costs: bytes of each block, in order.
         capacities: bytes that each device can hold; the first one is the main device.
-        fixed_main: bytes on the main device beside its blocks.
+        fixed_main, fixed_last: bytes on the first device, the main one, and on the last, beside their blocks.
         fixed_each: bytes on every device beside its blocks, such as one block's activations while it is recomputed.
         even_blocks: before that, have as few blocks on the fullest device as fit: where devices work at the same time,
             the one with the most blocks keeps the others waiting.
@@ -106,7 +124,9 @@ def plan(
         UserError: no split fits.
     """
     count = min(len(capacities), len(costs))
-    fixed = [fixed_each + (fixed_main if device == 0 else 0) for device in range(count)]
+    fixed = [fixed_each] * count
+    fixed[0] += fixed_main
+    fixed[-1] += fixed_last
     prefix = [0]
     for cost in costs:
         prefix.append(prefix[-1] + cost)

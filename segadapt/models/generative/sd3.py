@@ -122,7 +122,7 @@ class Sd3:
     """The generative model: frozen autoencoder, class embeddings, and the transformer that judges a labelling.
 
     Not an nn.Module: the transformer may be split over devices, and moving a parent would break the split silently.
-    All inputs and outputs live on `device`, the main device. Every part is in eval mode.
+    All inputs and outputs live on `device`, the main device; the autoencoder on the last. Every part is in eval mode.
     """
 
     def __init__(
@@ -141,7 +141,8 @@ class Sd3:
         for copy in self.parallel.transformers:
             copy.eval()
         self.autoencoder = autoencoder.eval().requires_grad_(False)
-        torch.nn.Module.to(self.autoencoder, device)
+        self._encoding_device = self.parallel.devices[-1]  # which has nothing else to do while the main one segments
+        torch.nn.Module.to(self.autoencoder, self._encoding_device)
         self.embeddings = embeddings
         self.device = device
         self.precision = precision
@@ -161,11 +162,11 @@ class Sd3:
         float32; with precision 'bf16' a GPU may use TF32 (10 bits of mantissa) inside convolutions and matrix products.
         """
         with torch.autocast(self.device.type, enabled=False), tf32(self.precision == "bf16"):
+            found: Any = self.autoencoder.encode(windows_K3ss.to(self._encoding_device), return_dict=False)[0]
             if isinstance(self.autoencoder, AutoencoderTiny):
-                return self.autoencoder.encode(windows_K3ss, return_dict=False)[0]
-            (posterior,) = self.autoencoder.encode(windows_K3ss, return_dict=False)
+                return found.to(self.device)
             config = self.autoencoder.config
-            return (posterior.mean - config["shift_factor"]) * config["scaling_factor"]
+            return (found.mean.to(self.device) - config["shift_factor"]) * config["scaling_factor"]
 
     def velocity(self, noisy: NoisyLatent, pair_window_P: Tensor, pair_class_P: Tensor) -> Tensor:
         """Conditional velocities of all pairs: [P, z, y, x] in the dtype of the latents (float32). No CFG.
