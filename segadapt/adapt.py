@@ -70,7 +70,7 @@ def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str
             "data_sha256": hashlib.sha256("".join(result.data_sha256 for result in results).encode()).hexdigest(),
             "weights_sha256": models.fingerprints,
             "peak_memory_gib": peak_memory_gib(),
-            "versions": versions(models.combined.device),
+            "versions": versions(models.method.device),
         }
         write_json(folder.path / "results.json", summary)
         mirror.summary({f"mean/{name}": value for name, value in summary["mean"].items()})

@@ -24,6 +24,7 @@ from segadapt.datasets.labels import IGNORE
 from segadapt.datasets.resize import resize_short_side
 from segadapt.errors import UserError
 from segadapt.models.build import Models, build_models
+from segadapt.models.combined import Combined
 from segadapt.models.generative import windows
 from segadapt.models.generative.plan import GIB
 from segadapt.models.out_of_memory import explain_out_of_memory
@@ -157,15 +158,15 @@ def check_models(settings: CheckConfig, dataset: Dataset, entry: stream.Entry, c
     """Load both models as adapt would and take one step on one image; returns the problems."""
     models = build_models(settings, dataset.classes)
     console.print(*describe(models), sep="\n")
-    combined, start = models.combined, time.perf_counter()
+    method, start = models.method, time.perf_counter()
     image_3HW = resize_short_side(dataset.load(entry.task, entry.key).image_HW3, settings.data.short_side_px)
-    with explain_out_of_memory(combined, f"{entry.key} of {entry.task.name}"):
-        step = combined.step(image_3HW, task=entry.task.name, key=entry.key)
+    with explain_out_of_memory(method, f"{entry.key} of {entry.task.name}"):
+        step = method.step(image_3HW, task=entry.task.name, key=entry.key)
     is_finite = bool(step.logits_Chw.isfinite().all()) and step.is_step_finite
-    combined.reset()
+    method.reset()
     numbers = "" if step.loss is None else f"loss {step.loss:.6g}, gradient norm {step.grad_norm:.6g}, "
     console.print(f"one step on {entry.task.name} {entry.key}: {numbers}{time.perf_counter() - start:.2f} s")
-    for index in range(torch.cuda.device_count()) if combined.device.type == "cuda" else ():
+    for index in range(torch.cuda.device_count()) if method.device.type == "cuda" else ():
         console.print(f"cuda:{index}: {torch.cuda.max_memory_reserved(index) / GIB:.1f} GiB at most")
     problem = f"{entry.key}: {numbers}expected finite numbers. Check the checkpoints, or set runtime.precision=fp32."
     return [] if is_finite else [problem]
@@ -173,15 +174,16 @@ def check_models(settings: CheckConfig, dataset: Dataset, entry: stream.Entry, c
 
 def describe(models: Models) -> list[str]:
     """Sizes, embeddings, autoencoder, placement and host memory of the loaded models."""
-    combined, teacher = models.combined, models.combined.generative
-    lines = [f"segmenter: {_millions(combined.segmenter.net)}"]
-    if teacher is None:
+    method = models.method
+    lines = [f"segmenter: {_millions(method.segmenter.net)}"]
+    if not isinstance(method, Combined):
         return [*lines, "teacher: none (tta.forward_mode=discriminative_only)"]
+    teacher = method.generative
     vae, text = teacher.autoencoder, teacher.embeddings
     latents = "already shifted and scaled"
     if isinstance(vae, AutoencoderKL):
         latents = "shift {shift_factor:g}, scale {scaling_factor:g}".format(**vae.config)
-    snapshot = sum(parameter.numel() * parameter.element_size() for parameter in combined.parameters().values())
+    snapshot = sum(parameter.numel() * parameter.element_size() for parameter in method.parameters().values())
     return [
         *lines,
         f"teacher: transformer {_millions(teacher.transformer)}, autoencoder {_millions(vae)}",

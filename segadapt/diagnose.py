@@ -47,8 +47,8 @@ def run(settings: DiagnoseConfig, *, console: Console | None = None) -> dict[str
         settings.logging.root, settings.experiment.name, run_id=settings.experiment.id, settings=identity_of(settings)
     )
     models = build_models(frozen(settings), dataset.classes)
-    combined = models.combined
-    assert combined.generative is not None
+    combined = models.method
+    assert isinstance(combined, Combined)
     models.assert_placed()
     folder.start_over(asdict(settings))
     sentence = protocol(settings, order_sha256=stream.order_hash(flat))

@@ -13,9 +13,10 @@ from segadapt import metrics, stream
 from segadapt.config import AdaptConfig, EvaluateConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.models.build import Models
-from segadapt.models.combined import Prediction
+from segadapt.models.combined import Combined
 from segadapt.models.diagnostics import examine
 from segadapt.models.out_of_memory import explain_out_of_memory
+from segadapt.models.source import Prediction
 from segadapt.record import JsonLines, RunFolder, write_json, write_png_palette
 from segadapt.terminal import TaskProgress
 from segadapt.wandb_mirror import Mirror
@@ -60,16 +61,16 @@ class TaskLoop:
 
     def __init__(self, run: Run, task: Task, *, images: int):
         self.shared, self.task, self.images, self.slug = run, task, images, slug_of(task)
-        self.matrix = metrics.ConfusionMatrix(len(run.dataset.classes), run.models.combined.device)
+        self.matrix = metrics.ConfusionMatrix(len(run.dataset.classes), run.models.method.device)
         self.data = hashlib.sha256()
         self.counts_CC = self.matrix.counts()
         self.labelled = self.skipped = self.refused = self.broken = 0
 
     def run(self) -> TaskResult:
         """Reset unless continual, then predict, score, adapt and record each image."""
-        shared, task, combined = self.shared, self.task, self.shared.models.combined
+        shared, task, method = self.shared, self.task, self.shared.models.method
         if not (isinstance(shared.settings, AdaptConfig) and shared.settings.tta.continual):
-            combined.reset()
+            method.reset()
         shared.models.assert_placed()
         start = time.perf_counter()
         progress = TaskProgress(
@@ -85,9 +86,9 @@ class TaskLoop:
                 sample = next(shared.samples)
                 ready = time.perf_counter()
                 assert sample.entry.task == task, (sample.entry, task)
-                with explain_out_of_memory(combined, f"{sample.entry.key} of {task.name}"):
+                with explain_out_of_memory(method, f"{sample.entry.key} of {task.name}"):
                     diagnosis = self._diagnose(index, sample)  # before the step: of the weights that it starts from
-                    prediction = combined.step(sample.image_3HW, task=task.name, key=sample.entry.key)
+                    prediction = method.step(sample.image_3HW, task=task.name, key=sample.entry.key)
                 miou, classes = self._score_and_save(index, sample, prediction)
                 self.data.update(sample.digest.encode())
                 self._record(index, sample, prediction, miou, classes, diagnosis)
@@ -95,8 +96,8 @@ class TaskLoop:
                 shared.timings.append({"task": task.name, "key": sample.entry.key, "seconds": round(done - ready, 6),
                                      "waited_for_data": round(ready - began, 6)})  # fmt: skip
                 progress.advance(float("nan") if miou is None else miou)
-        with explain_out_of_memory(combined, f"end of {task.name}"):
-            combined.flush()
+        with explain_out_of_memory(method, f"end of {task.name}"):
+            method.flush()
         counts_CC = self.counts_CC
         scores = metrics.scores(counts_CC) if self.labelled else None
         seconds, data = time.perf_counter() - start, self.data.hexdigest()
@@ -107,7 +108,7 @@ class TaskLoop:
         write_json(shared.folder.path / "tasks" / f"{self.slug}.json", row | {"confusion_matrix": counts_CC})
         shared.mirror.summary({f"{self.slug}/{name}": row[name] for name in MEANS})
         if isinstance(shared.settings, AdaptConfig) and shared.settings.tta.save_adapted:
-            combined.segmenter.save(shared.folder.path / "adapted" / self.slug)
+            method.segmenter.save(shared.folder.path / "adapted" / self.slug)
         if self.skipped or self.broken:
             shared.console.print(
                 f"{task.name}: {self.skipped} steps skipped, loss or gradient was not finite; "
@@ -144,14 +145,14 @@ class TaskLoop:
 
     def _diagnose(self, index: int, sample: stream.Prepared) -> dict[str, Any] | None:
         """Every n-th image of a task: can the teacher, as it is now, teach at the noise of this image's own step?"""
-        settings, combined = self.shared.settings, self.shared.models.combined
-        if not isinstance(settings, AdaptConfig) or combined.generative is None:
+        settings, method = self.shared.settings, self.shared.models.method
+        if not isinstance(settings, AdaptConfig) or not isinstance(method, Combined):
             return None
         if not settings.tta.diagnose_every or index % settings.tta.diagnose_every:
             return None
         assert sample.label_HW is not None
         (tally,) = examine(
-            combined, sample.image_3HW, sample.label_HW, task=self.task.name, key=sample.entry.key, sigmas=[None]
+            method, sample.image_3HW, sample.label_HW, task=self.task.name, key=sample.entry.key, sigmas=[None]
         )
         return tally.summary()
 

@@ -14,6 +14,7 @@ from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.errors import UserError
 from segadapt.models.build import build_models, fingerprint
 from segadapt.models.combined import Combined
+from segadapt.models.source import Source
 
 CLASSES = ("sky", "road", "car")
 SIZES = ((48, 64), (64, 48), (40, 40), (32, 70))  # H, W px: landscape, portrait, square, wide
@@ -219,7 +220,7 @@ def test_evaluate_scores_like_adapt_without_adaptation(settings_of, tmp_path):
 def test_the_saved_model_has_the_weights_after_the_last_step(settings_of, adapted, tmp_path):
     settings = settings_of(tmp_path)
     dataset, task = build_dataset(settings.data), build_tasks(settings.data)[1]
-    combined = build_models(settings, dataset.classes).combined
+    combined = build_models(settings, dataset.classes).method
     source = fingerprint(combined.segmenter.net)
     for sample in stream.read(
         dataset, stream.order(dataset, task, seed=0, shuffle=True, limit=None), short_side_px=32, workers=0
@@ -339,7 +340,8 @@ def test_too_little_memory_names_the_image_and_what_to_lower(settings_of, tmp_pa
     def step(*_, **__):
         raise torch.OutOfMemoryError(SAID)
 
-    monkeypatch.setattr(Combined, "step", step)
+    for method in (Combined, Source):
+        monkeypatch.setattr(method, "step", step)
     said = r"of gaussian_noise/5: CUDA out of memory\. Tried .* GPU 1 .* is free\. To need less: "
     with pytest.raises(UserError, match=rf"^\w+ {said}{cures}"):
         adapt.run(settings_of(tmp_path, *overrides))

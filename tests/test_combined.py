@@ -8,10 +8,10 @@ from conftest import CLASSES
 from torch.nn.functional import interpolate, normalize
 
 from segadapt.errors import UserError
-from segadapt.models.combined import Combined
 from segadapt.models.generative import windows
 from segadapt.models.generative.candidates import Candidates, select
 from segadapt.models.generative.sd3 import NoisyLatent
+from segadapt.models.source import Source
 from segadapt.seeds import torch_generator
 
 ALL_CLASSES = f"model.loss.topk={len(CLASSES)}"
@@ -163,7 +163,7 @@ def test_prediction_is_made_before_the_update(build_combined, random_image, prec
 
 
 def test_without_a_teacher_the_same_logits_and_nothing_moves(build_segmenter, build_combined, random_image):
-    source = Combined(build_segmenter(), None, seed=0, precision="fp32")
+    source = Source(build_segmenter(), seed=0, precision="fp32")
     prediction = source.step(random_image(), task="t", key="k")
     assert torch.equal(prediction.logits_Chw, build_combined().step(random_image(), task="t", key="k").logits_Chw)
     assert (prediction.loss, prediction.is_updated) == (None, False)

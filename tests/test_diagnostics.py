@@ -201,7 +201,7 @@ def test_an_image_has_the_same_numbers_whatever_was_asked_before(build_combined,
 
 def test_the_split_teacher_says_the_same(compose_settings, saved_models, random_image):
     settings = compose_settings(*saved_models(CLASSES), "runtime.precision=fp32")
-    plain, hooked = (build_models(settings, CLASSES, force_hooks=hooks).combined for hooks in (False, True))
+    plain, hooked = (build_models(settings, CLASSES, force_hooks=hooks).method for hooks in (False, True))
     one, other = (examined(each, random_image(), random_label(), draws=2) for each in (plain, hooked))
     assert one == other
 

@@ -39,7 +39,7 @@ def gradients(saved_models, compose_settings, random_image):
         settings = compose_settings(*models, f"runtime.precision={precision}", "model.loss.topk=6", *overrides)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(building, "devices_of", lambda _: devices)
-            combined = build_models(settings, CLASSES, force_hooks=len(devices) > 1).combined
+            combined = build_models(settings, CLASSES, force_hooks=len(devices) > 1).method
         if form == "compiled":
             stages.compile_blocks(combined.generative.transformer, backend="aot_eager")
         if form and form.startswith("recorded"):

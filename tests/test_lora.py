@@ -111,7 +111,7 @@ def test_merging_a_model_without_adapters_changes_nothing(transformer):
 def test_of_the_teacher_only_the_adapters_move_and_reset_restores_them(saved_models, compose_settings, random_image):
     files = saved_models(CLASSES)
     full, models = (build_models(compose_settings(*files, *options), CLASSES) for options in ((), RANK))
-    combined = models.combined
+    combined = models.method
     assert models.fingerprints == full.fingerprints
     before = state(combined)
     first = combined.step(random_image(), task="t", key="0")
@@ -134,7 +134,7 @@ def test_first_loss_with_adapters_is_that_without(saved_models, compose_settings
     files = saved_models(CLASSES)
     losses = [
         build_models(compose_settings(*files, "model.loss.topk=6", *options), CLASSES)
-        .combined.step(random_image(), task="t", key="k")
+        .method.step(random_image(), task="t", key="k")
         .loss
         for options in ((), RANK)
     ]
@@ -153,7 +153,7 @@ def test_forced_hooks_of_the_split_change_no_number_with_adapters(
         f"runtime.precision={precision}",
         f"model.generative.gradient_checkpointing={recompute}",
     )
-    plain, hooked = (build_models(settings, CLASSES, force_hooks=force).combined for force in (False, True))
+    plain, hooked = (build_models(settings, CLASSES, force_hooks=force).method for force in (False, True))
     for seed in range(3):
         one, other = (c.step(random_image(seed=seed), task="t", key=str(seed)) for c in (plain, hooked))
         assert one.is_updated

@@ -130,8 +130,8 @@ def test_shuffle_control_reaches_the_teacher(saved_models, compose_settings):
     )
     assert plain.fingerprints["embeddings"] != control.fingerprints["embeddings"]
     assert plain.fingerprints["generative"] == control.fingerprints["generative"]
-    expected = shuffled(plain.combined.generative.embeddings, seed=0)
-    assert torch.equal(control.combined.generative.embeddings.sequence_CLE, expected.sequence_CLE)
+    expected = shuffled(plain.method.generative.embeddings, seed=0)
+    assert torch.equal(control.method.generative.embeddings.sequence_CLE, expected.sequence_CLE)
 
 
 # -- how they are told -------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def test_adapters_are_copied_and_owned(saved_models, compose_settings, monkeypat
     assert [line.split(",")[0] for line in built.map_lines] == [
         "cpu: whole copy", "cpu: whole copy", "32 (window", built.map_lines[3].split(",")[0]]  # fmt: skip
     assert built.map_lines[3].startswith("model.generative.placement=replicate is faster")
-    combined = built.combined
+    combined = built.method
     assert len(combined.parallel.transformers) == 2
     before = {name: value.detach().clone() for name, value in combined.parameters().items()}
     assert combined.step(random_image(), task="t", key="k").is_updated
@@ -149,7 +149,7 @@ def test_parts_of_two_devices(saved_models, compose_settings, monkeypatch, place
     monkeypatch.setattr(building, "devices_of", lambda runtime: ["cpu", "cpu"])
     overrides = (f"model.generative.placement={placement}", f"model.generative.parts={parts}")
     built = build_models(compose_settings(*models, *overrides), ("sky", "road", "tree"), force_hooks=True)
-    assert built.combined.parallel.parts == expected
+    assert built.method.parallel.parts == expected
     assert built.map_lines[-1].startswith("model.generative.placement=replicate is faster: a whole copy on each device")
     assert built.map_lines[-1].endswith("pairs at work, and none waits for another")
 
@@ -203,7 +203,7 @@ def test_parts_are_none_on_one_device_and_as_many_for_each_copy(asked, devices, 
 def test_one_device_cuts_nothing_up(saved_models, compose_settings):
     models = saved_models(("sky", "road", "tree"))
     built = build_models(compose_settings(*models, "model.generative.parts=4"), ("sky", "road", "tree"))
-    assert built.combined.parallel.parts == 1
+    assert built.method.parallel.parts == 1
 
 
 def test_as_many_pairs_as_fit_are_at_work_on_each_device():
@@ -245,7 +245,7 @@ def test_fewer_parts_are_taken_where_more_do_not_fit():
 def test_without_a_number_the_run_takes_what_fits(saved_models, compose_settings):
     models, classes = saved_models(("sky", "road", "tree")), ("sky", "road", "tree")
     built = build_models(compose_settings(*models, "model.generative.max_pairs=null"), classes)
-    assert built.combined.pairs_at_once == PAIRS[0]
+    assert built.method.pairs_at_once == PAIRS[0]
     assert f"{PAIRS[0]} (window, class) pairs at work at a time" in "\n".join(built.map_lines)
 
 
@@ -324,7 +324,7 @@ def test_overlapping_parts_on_gpus_equal_one_gpu(
         overrides = [*models, "runtime=default", "model.generative.parts=4", "runtime.precision=fp32"]
         overrides += [f"model.generative.placement={placement}", f"runtime.compile={compiled and len(gpus) > 1}"]
         overrides.append(f"model.generative.virtual_stages={stages}")
-        combined = build_models(compose_settings(*overrides), classes).combined
+        combined = build_models(compose_settings(*overrides), classes).method
         for key in "abcde":  # streams race where they do not wait
             loss, grads, _ = backward(combined, random_image(seed=ord(key)).cuda())
             found.append((loss.cpu(), {name: grad.cpu() for name, grad in grads.items()}))

@@ -8,9 +8,10 @@ import torch
 from again import Again
 
 from segadapt import config
-from segadapt.models.combined import Combined, segmenting
+from segadapt.models.combined import Combined
 from segadapt.models.discriminative.segformer import Segmenter
 from segadapt.models.recording import Graphs, Piece, Recorder
+from segadapt.models.source import segmenting
 
 SIZES = ((32, 48), (32, 32), (48, 32))
 

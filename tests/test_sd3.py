@@ -165,7 +165,7 @@ def test_forced_hooks_of_the_split_change_no_number(saved_models, compose_settin
         f"runtime.precision={precision}",
         f"model.generative.gradient_checkpointing={recompute}",
     )
-    plain, hooked = (build_models(settings, CLASSES, force_hooks=force).combined for force in (False, True))
+    plain, hooked = (build_models(settings, CLASSES, force_hooks=force).method for force in (False, True))
     assert plain.generative is not None
     assert hooked.generative is not None
     assert not hasattr(plain.generative.transformer, "_hf_hook")

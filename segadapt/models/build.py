@@ -34,6 +34,7 @@ from segadapt.models.generative.prompts import PromptEmbeddings, load_embeddings
 from segadapt.models.generative.sd3 import Sd3, load_autoencoder, load_transformer
 from segadapt.models.generative.stages import compile_blocks, record_stages
 from segadapt.models.recording import Graphs
+from segadapt.models.source import Source
 from segadapt.seeds import numpy_generator
 
 DEFAULT_THREADS = torch.get_num_threads()
@@ -45,7 +46,7 @@ LARGE = 10**9  # parameters of a transformer that is worth a minute of compiling
 class Models:
     """What a run needs of the models, and where each transformer lies (nowhere: no teacher)."""
 
-    combined: Combined
+    method: Source  # or one built on it
     placements: tuple[placing.Placement, ...]
     fingerprints: dict[str, str]  # sha256 of the weights as loaded, by model
 
@@ -56,8 +57,8 @@ class Models:
 
     def assert_placed(self) -> None:
         """RuntimeError: a part of a transformer is no longer where it was placed."""
-        if self.placements:
-            for transformer, placement in zip(self.combined.parallel.transformers, self.placements, strict=True):
+        if isinstance(self.method, Combined):
+            for transformer, placement in zip(self.method.parallel.transformers, self.placements, strict=True):
                 placing.assert_placed(transformer, placement)
 
 
@@ -311,7 +312,7 @@ def build_models(
     seed, precision = settings.experiment.seed, settings.runtime.precision
     if not isinstance(settings, AdaptConfig) or settings.tta.forward_mode == "discriminative_only":
         memory = Graphs(main).memory() if can_record and settings.runtime.compile else None
-        return Models(Combined(segmenter, None, seed=seed, precision=precision, memory=memory), (), fingerprints)
+        return Models(Source(segmenter, seed=seed, precision=precision, memory=memory), (), fingerprints)
     update, accumulates = settings.model.update, settings.tta.optimizer.accumulate > 1
 
     def fixed(autoencoder: nn.Module, compiled: bool) -> tuple[int, int]:

@@ -6,8 +6,7 @@ s window px
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,31 +20,10 @@ from segadapt.models.generative import trust, windows
 from segadapt.models.generative.lora import lora_parameters
 from segadapt.models.generative.parallel import Lane
 from segadapt.models.generative.sd3 import NoisyLatent, Sd3, add_noise
-from segadapt.models.precision import autocast
-from segadapt.models.recording import Memory, Piece, Recorder
+from segadapt.models.recording import Memory
+from segadapt.models.source import Prediction, Source
 from segadapt.models.updates import Updates
 from segadapt.seeds import torch_generator
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What one step returns; the logits are those of the forward BEFORE the update, the only ones that are scored."""
-
-    logits_Chw: Tensor  # float32, detached, raw
-    is_finite: bool  # all of them
-    loss: float | None = None  # None: no generative loss was asked for
-    grad_norm: float | None = None  # of all moving parameters together
-    is_updated: bool = False  # its gradient is used, now or in a later step; False: none or zero, not finite, refused
-    is_refused: bool = False  # finite, but teacher and segmenter agree on more pixels than trust.max_agreement
-    candidates: tuple[int, ...] = ()  # classes asked about, each window
-    kept: float | None = None  # share of latent pixels that count
-    agreement: float | None = None  # mean share of draws that decide for the same class; None with one draw
-    teacher_agrees: float | None = None  # share of the asked pixels where teacher and segmenter decide alike
-
-    @property
-    def is_step_finite(self) -> bool:
-        """Loss and gradient, where there are any."""
-        return all(math.isfinite(value) for value in (self.loss, self.grad_norm) if value is not None)
 
 
 @dataclass(frozen=True)
@@ -58,64 +36,40 @@ class Taught:
     teacher_agrees: Tensor
 
 
-def segmenting(
-    segmenter: Segmenter, precision: str, memory: Memory | None, moving: Sequence[nn.Parameter]
-) -> Callable[[Tensor], Sequence[Tensor | None]]:
-    """Images [B, 3, H, W] to logits [B, C, h, w], float32; recorded where there is a memory."""
-
-    def forward(image_B3HW: Tensor) -> tuple[Tensor]:
-        with autocast(image_B3HW.device, precision):
-            return (segmenter.logits(image_B3HW),)
-
-    if memory is None:
-        return forward
-    grads = [torch.empty_like(parameter) for parameter in moving]
-    return Recorder([Piece(forward, moving, moving, grads)], memory, plain=forward)
-
-
-class Combined:
-    """SegFormer taught by SD3, image by image. `generative=None` is `discriminative_only`: the same code, loss None.
+class Combined(Source):
+    """SegFormer taught by SD3, image by image.
 
     Not an nn.Module, so that nobody can move the split transformer with it. Both models stay in eval mode.
 
     Args:
-        segmenter: on the main device.
-        generative: None to only predict; the settings are then not needed.
+        segmenter, seed, precision, memory: as in Source.
+        generative: the teacher.
         model, optimizer: settings.
-        seed: all draws come from (seed, task, image key, purpose).
-        precision: 'bf16' (autocast over float32 weights) or 'fp32'.
-        memory: where the segmenter's work is recorded, to be replayed for images of the same size; None: it is not.
     """
 
     def __init__(
         self,
         segmenter: Segmenter,
-        generative: Sd3 | None,
-        model: ModelSettings | None = None,
-        optimizer: OptimizerSettings | None = None,
+        generative: Sd3,
+        model: ModelSettings,
+        optimizer: OptimizerSettings,
         *,
         seed: int,
         precision: str,
         memory: Memory | None = None,
     ):
-        self.segmenter, self.generative = segmenter, generative
-        self.seed, self.precision = seed, precision
-        self.device = next(segmenter.net.parameters()).device
-        self.groups: dict[str, dict[str, nn.Parameter]] = {"discriminative": {}, "generative": {}}
-        segmenter.net.requires_grad_(False)
-        if generative is not None:
-            assert model is not None, "a generative model needs its settings"
-            assert optimizer is not None
-            self.loss, self.window, self.trust = model.loss, model.generative, model.trust
-            self.optimizer_settings = optimizer
-            self.parallel = generative.parallel
-            assert self.window.max_pairs is not None, "build.py finds out how many fit"
-            self.pairs_at_once = self.window.max_pairs * len(self.parallel.devices)
-            self._choose_parameters(model.update)
-            self._source = {name: value.detach().to("cpu", copy=True) for name, value in self.parameters().items()}
-            self._updates = self._new_updates()
-        # no method of this class: a cycle would keep the weights of one run into the next
-        self._segment = segmenting(segmenter, precision, memory, list(self.groups["discriminative"].values()))
+        norms, all_of_it, update = segmenter.norm_parameters, segmenter.parameters, model.update
+        moving = (norms() if update.update_norm_only else all_of_it()) if update.discriminative else {}
+        super().__init__(segmenter, seed=seed, precision=precision, memory=memory, moving=moving)
+        self.generative, self.parallel = generative, generative.parallel
+        self.loss, self.window, self.trust = model.loss, model.generative, model.trust
+        self.optimizer_settings = optimizer
+        assert self.window.max_pairs is not None, "build.py finds out how many fit"
+        self.pairs_at_once = self.window.max_pairs * len(self.parallel.devices)
+        self.groups = {"discriminative": self.moving, "generative": self._choose_of_teacher(update)}
+        assert any(self.groups.values()), "parse.py refuses settings under which nothing moves"
+        self._source = {name: value.detach().to("cpu", copy=True) for name, value in self.parameters().items()}
+        self._updates = self._new_updates()
         self._beside = Lane([self.device])
 
     @property
@@ -128,26 +82,20 @@ class Combined:
         """Whether any parameter of the teacher moves."""
         return bool(self.groups["generative"])
 
-    def _choose_parameters(self, update: UpdateSettings) -> None:
-        """Name what moves; all else is frozen. Norms are chosen by module type, and of the segmenter alone."""
-        assert self.generative is not None
-        if update.discriminative:
-            norms, all_of_it = self.segmenter.norm_parameters, self.segmenter.parameters
-            self.groups["discriminative"] = norms() if update.update_norm_only else all_of_it()
+    def _choose_of_teacher(self, update: UpdateSettings) -> dict[str, nn.Parameter]:
+        """What moves of it; all else is frozen."""
+        owned: dict[str, nn.Parameter] = {}
         if update.generative:
             adapters = lora_parameters(self.generative.transformer)
             assert bool(adapters) == (update.lora_rank > 0), "adapters come before placement, see models/build.py"
-            names = list(adapters or dict(self.generative.transformer.named_parameters()))
-            self.groups["generative"] = self.parallel.own(names)
-        assert any(self.groups.values()), "parse.py refuses settings under which nothing moves"
-        for parameter in self.groups["discriminative"].values():
-            parameter.requires_grad_(True)
+            owned = self.parallel.own(list(adapters or dict(self.generative.transformer.named_parameters())))
         for copy in self.parallel.transformers:
             for name, parameter in copy.named_parameters():
-                parameter.requires_grad_(name in self.groups["generative"])
+                parameter.requires_grad_(name in owned)
+        return owned
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """What may move, by name with the model's prefix; all else stays bit-equal."""
+        """Of both models."""
         return {f"{model}.{name}": p for model, group in self.groups.items() for name, p in group.items()}
 
     def _new_updates(self) -> Updates:
@@ -157,8 +105,6 @@ class Combined:
     def reset(self) -> None:
         """Back to the source state: weights, optimizer, and no gradient that waits. Draws need none: their generators
         belong to the image."""
-        if self.generative is None:
-            return
         self.parallel.arrive()
         for name, parameter in self.parameters().items():
             parameter.copy_(self._source[name])
@@ -175,7 +121,7 @@ class Combined:
 
     def flush(self) -> None:
         """The step of the images that still wait for one (optimizer.accumulate); for the end of a task."""
-        if self.generative is not None and self._updates.flush():
+        if self._updates.flush():
             self.parallel.spread()
 
     def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
@@ -186,9 +132,6 @@ class Combined:
             task, key: name the image; noise, sigma and class draws come from (seed, task, key).
         """
         image_3HW = image_3HW.to(self.device, non_blocking=True)
-        if self.generative is None:
-            scored_Chw = self.logits(image_3HW)[0].detach()
-            return Prediction(scored_Chw, bool(scored_Chw.isfinite().all()))
         self._beside.fork()
         noisy = self.noise(image_3HW, task=task, key=key)  # beside the segmenter's many small kernels
         with self._beside():
@@ -197,13 +140,6 @@ class Combined:
         scored_Chw = logits_BChw[0].detach()
         taught, candidates = self.backward(image_3HW, logits_BChw, noisy, task=task, key=key)
         return self._update(scored_Chw, taught, candidates)
-
-    def logits(self, image_3HW: Tensor) -> Tensor:
-        """The segmenter's [1, C, h, w], float32; with a graph if it learns."""
-        with torch.set_grad_enabled(self.trains_discriminative):
-            (logits_BChw,) = self._segment(image_3HW[None])
-        assert logits_BChw is not None
-        return logits_BChw
 
     def backward(
         self, image_3HW: Tensor, logits_BChw: Tensor, noisy: NoisyLatent, *, task: str, key: str
@@ -237,12 +173,8 @@ class Combined:
         self._beside.join()
         return taught, candidates
 
-    def autocast(self) -> torch.autocast | nullcontext:
-        return autocast(self.device, self.precision)
-
     def noise(self, image_3HW: Tensor, *, task: str, key: str) -> NoisyLatent:
         """The image's windows, encoded and noised: one row for each draw. All classes share a row's noise."""
-        assert self.generative is not None
         w, boxes_K2 = self.window, self.boxes(image_3HW)
         windows_K3ss = 2 * windows.cut(image_3HW, boxes_K2, window_px=w.window_px) - 1
         latent_Rzyx = self.generative.encode(windows_K3ss).repeat_interleave(w.draws, dim=0)
@@ -302,7 +234,6 @@ class Combined:
         Returns:
             The loss, detached, and how far the teacher agrees with itself and with the segmenter.
         """
-        assert self.generative is not None
         total = leaf_RCyx.new_zeros(())
         sums_4 = torch.zeros(4, dtype=torch.float64, device=leaf_RCyx.device)
         groups = list(candidates.groups(self.pairs_at_once))

@@ -113,7 +113,6 @@ def examine(
         sigmas: noise levels in (0, 1]; None: those of the run's own step, with its own noise and number of draws.
         draws: noise draws of the classifier at a given level; the gradient takes those of the run.
     """
-    assert combined.generative is not None
     image_3HW, label_HW = image_3HW.to(combined.device), label_HW.to(combined.device).long()
     with torch.no_grad(), combined.autocast():
         logits_BChw = combined.segmenter.logits(image_3HW[None])

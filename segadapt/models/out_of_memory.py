@@ -8,34 +8,35 @@ import torch
 from segadapt.errors import UserError
 from segadapt.models.combined import Combined
 from segadapt.models.generative.lora import lora_parameters
+from segadapt.models.source import Source
 
 
 @contextmanager
-def explain_out_of_memory(combined: Combined, what: str) -> Iterator[None]:
+def explain_out_of_memory(method: Source, what: str) -> Iterator[None]:
     """UserError in place of torch's: which image, what the device was asked for, what takes memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         said = ". ".join(str(error).split(". ")[:3])  # what was asked of which GPU, and its size
-        options = cures(combined)
+        options = cures(method)
         raise UserError(f"{what}: {said}. To need less: {', or '.join(options)}.") from error
 
 
-def cures(combined: Combined) -> list[str]:
+def cures(method: Source) -> list[str]:
     """What would take less memory than the settings do, the cheapest first."""
-    if combined.generative is None:
+    if not isinstance(method, Combined):
         return ["lower data.short_side_px"]
-    g, out = combined.window, list[str]()
+    g, out = method.window, list[str]()
     if g.max_pairs and g.max_pairs > 1:
         out.append(f"lower model.generative.max_pairs={g.max_pairs}")
-    if combined.trains_generative and not g.gradient_checkpointing:
+    if method.trains_generative and not g.gradient_checkpointing:
         out.append("set model.generative.gradient_checkpointing=true")
-    if combined.trains_generative and not lora_parameters(combined.generative.transformer):
+    if method.trains_generative and not lora_parameters(method.generative.transformer):
         out.append("train adapters alone (model.update.lora_rank=8)")
-    if len(combined.parallel.transformers) > 1:
+    if len(method.parallel.transformers) > 1:
         out.append("split the transformer (model.generative.placement=dispatch)")
     else:
         out.append("make another GPU visible (CUDA_VISIBLE_DEVICES)")
-    if combined.trains_discriminative:
+    if method.trains_discriminative:
         out.append("set model.discriminative.gradient_checkpointing=true")
     return out

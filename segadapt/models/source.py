@@ -1,0 +1,113 @@
+"""The segmenter as it came: every image predicted, nothing learned. Methods that learn build on it.
+
+B images (1)   C classes   3 RGB   H W image px   h w logits, ceil(px / 4)
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from segadapt.models.discriminative.segformer import Segmenter
+from segadapt.models.precision import autocast
+from segadapt.models.recording import Memory, Piece, Recorder
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one step returns; the logits are those of the forward BEFORE the update, the only ones that are scored."""
+
+    logits_Chw: Tensor  # float32, detached, raw
+    is_finite: bool  # all of them
+    loss: float | None = None  # None: no generative loss was asked for
+    grad_norm: float | None = None  # of all moving parameters together
+    is_updated: bool = False  # its gradient is used, now or in a later step; False: none or zero, not finite, refused
+    is_refused: bool = False  # finite, but teacher and segmenter agree on more pixels than trust.max_agreement
+    candidates: tuple[int, ...] = ()  # classes asked about, each window
+    kept: float | None = None  # share of latent pixels that count
+    agreement: float | None = None  # mean share of draws that decide for the same class; None with one draw
+    teacher_agrees: float | None = None  # share of the asked pixels where teacher and segmenter decide alike
+
+    @property
+    def is_step_finite(self) -> bool:
+        """Loss and gradient, where there are any."""
+        return all(math.isfinite(value) for value in (self.loss, self.grad_norm) if value is not None)
+
+
+def segmenting(
+    segmenter: Segmenter, precision: str, memory: Memory | None, moving: Sequence[nn.Parameter]
+) -> Callable[[Tensor], Sequence[Tensor | None]]:
+    """Images [B, 3, H, W] to logits [B, C, h, w], float32; recorded where there is a memory."""
+
+    def forward(image_B3HW: Tensor) -> tuple[Tensor]:
+        with autocast(image_B3HW.device, precision):
+            return (segmenter.logits(image_B3HW),)
+
+    if memory is None:
+        return forward
+    grads = [torch.empty_like(parameter) for parameter in moving]
+    return Recorder([Piece(forward, moving, moving, grads)], memory, plain=forward)
+
+
+class Source:
+    """A method that moves nothing.
+
+    Args:
+        segmenter: on the main device.
+        seed: all draws come from (seed, task, image key, purpose).
+        precision: 'bf16' (autocast over float32 weights) or 'fp32'.
+        memory: where the segmenter's work is recorded, to be replayed for images of the same size; None: it is not.
+        moving: parameters of the segmenter that a method built on this one moves, by name; all others are frozen.
+    """
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        *,
+        seed: int,
+        precision: str,
+        memory: Memory | None = None,
+        moving: Mapping[str, nn.Parameter] | None = None,
+    ):
+        self.segmenter, self.seed, self.precision = segmenter, seed, precision
+        self.device = next(segmenter.net.parameters()).device
+        self.moving = dict(moving or {})
+        segmenter.net.requires_grad_(False)
+        for parameter in self.moving.values():
+            parameter.requires_grad_(True)
+        # no method of this class: a cycle would keep the weights of one run into the next
+        self._segment = segmenting(segmenter, precision, memory, list(self.moving.values()))
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What may move, by name with the model's prefix; all else stays bit-equal."""
+        return {f"discriminative.{name}": parameter for name, parameter in self.moving.items()}
+
+    def reset(self) -> None:
+        """Back to the state before the first image."""
+
+    def flush(self) -> None:
+        """What still waits for an update; for the end of a task."""
+
+    def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
+        """Predict one image.
+
+        Args:
+            image_3HW: float32 RGB in 0..1, already at the short side of the configuration; any device.
+            task, key: name the image.
+        """
+        scored_Chw = self.logits(image_3HW.to(self.device, non_blocking=True))[0].detach()
+        return Prediction(scored_Chw, bool(scored_Chw.isfinite().all()))
+
+    def logits(self, image_3HW: Tensor) -> Tensor:
+        """The segmenter's [1, C, h, w], float32; with a graph if it learns."""
+        with torch.set_grad_enabled(bool(self.moving)):
+            (logits_BChw,) = self._segment(image_3HW[None])
+        assert logits_BChw is not None
+        return logits_BChw
+
+    def autocast(self) -> torch.autocast | nullcontext:
+        """As the settings say; see models/precision.py."""
+        return autocast(self.device, self.precision)
