@@ -11,8 +11,8 @@ python benchmarks/step.py --tiny --device cpu                    toy size, under
 
 SegFormer-B5 and SD3-medium shapes, random weights. Workload: one 512x683 image, 150 classes, 2 windows x --classes
 candidates, 333 text tokens, both models updated, bf16 autocast over float32 weights. Loss and gradients of one image
-are compared with those of the first row. A row that does not fit the card prints null. --compile compiles the blocks
-and records the segmenter of all but the first two forms. The rate of the transformer part is that of forward and
+are compared with those of the first row. A row that does not fit the card prints null. --compile compiles and records
+all but the first two forms. The rate of the transformer part is that of forward and
 backward of the same pairs in the same chunks, in operations of real pairs: no padding, no recomputation.
 """
 

@@ -140,5 +140,5 @@ def versions(main: torch.device) -> dict[str, str]:
 
 
 def peak_memory_gib() -> list[float]:
-    """Peak of allocated memory of each visible GPU since the run began, GiB; empty without GPUs."""
+    """Peak of memory reserved on each visible GPU since the run began, GiB; empty without GPUs."""
     return [round(torch.cuda.max_memory_reserved(gpu) / 2**30, 3) for gpu in range(torch.cuda.device_count())]

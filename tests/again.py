@@ -12,7 +12,7 @@ class Again:
     def warm_up(self, work):
         work()
 
-    def record(self, work, *, backward):
+    def record(self, work):
         self.recorded += 1
         with torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
             result = work()

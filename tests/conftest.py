@@ -159,10 +159,10 @@ def random_image() -> Callable[..., Tensor]:
 def saved_models(tmp_path_factory, build_segmenter, build_teacher) -> Callable[..., tuple[str, ...]]:
     """saved_models(classes): both models on disk, with embeddings; gives the overrides that name them."""
 
-    def save(classes: tuple[str, ...]) -> tuple[str, ...]:
+    def save(classes: tuple[str, ...], *, num_layers: int = 2) -> tuple[str, ...]:
         folder: Path = tmp_path_factory.mktemp("models")
         build_segmenter(len(classes)).save(folder / "segformer")
-        teacher = build_teacher(len(classes))
+        teacher = build_teacher(len(classes), num_layers=num_layers)
         save_generative(folder / "sd3", teacher.transformer, teacher.autoencoder)
         beside = folder / "sd3" / "embeddings.safetensors"
         save_embeddings(beside, teacher.embeddings, classes=classes, dataset_name="tiny", model="tiny")

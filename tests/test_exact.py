@@ -68,7 +68,7 @@ def record(combined, *, dtype):
         patch.setattr(stages, "runs_of", lambda t: [(torch.device("cpu"), [block]) for block in t.transformer_blocks])
         parallel._stages = stages.record_stages(
             parallel.transformers,
-            lambda device, priorities: Again,
+            lambda device, priority: Again,
             parts=parallel.parts,
             pairs=combined.pairs_at_once,
             dtype=dtype,

@@ -98,7 +98,7 @@ def test_a_late_backward_is_found_across_sizes_as_all_share_their_memory(build, 
 class Once(Again):
     """It keeps nothing of the work, as a graph does."""
 
-    def record(self, work, *, backward):
+    def record(self, work):
         return work(), lambda: None
 
 

@@ -1,6 +1,7 @@
 """From the model settings to the two models, placed on their devices and joined."""
 
 import dataclasses
+import gc
 import hashlib
 import os
 import shutil
@@ -104,9 +105,11 @@ def set_up(runtime: RuntimeSettings) -> torch.device:
     torch.use_deterministic_algorithms(runtime.deterministic)
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    gc.collect()  # recorded and compiled models refer to themselves, and --multirun shares one process
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32
     if main.type == "cuda":
         torch.cuda.init()  # or the next call finds no allocator
+        torch.cuda.empty_cache()
         for gpu in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(gpu)
     return main
@@ -192,7 +195,7 @@ def build_generative(
     compiled: bool | None = False,
     force_hooks: bool = False,
 ) -> tuple[Sd3, tuple[placing.Placement, ...], int, bool]:
-    """The teacher, its transformer split over the devices or copied to each; everything else of it on the first one.
+    """The teacher: its transformer split over the devices or copied to each, the autoencoder on the last one.
 
     Returns it, where its transformers lie, how many pairs each device has at work at a time, and whether the blocks are
     compiled.
@@ -215,7 +218,8 @@ def build_generative(
     transformer = load_transformer(checkpoint, revision=settings.revision).requires_grad_(update.generative)
     check_shapes(transformer, autoencoder, embeddings, window_px=settings.window_px)
     is_large = count(transformer) >= LARGE and main.type == "cuda"
-    compiled = is_large and shutil.which("cc") is not None if compiled is None else compiled
+    if compiled is None:
+        compiled = is_large and bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
     if update.lora_rank:
         add_lora(transformer, rank=update.lora_rank, alpha=update.lora_alpha, seed=seed)
     if settings.gradient_checkpointing:
@@ -240,7 +244,7 @@ def build_generative(
     how = ", compiled" if compiled else ""
     further = [f"{cost.pairs} (window, class) pairs at work at a time{in_parts}{how}"]
     if is_large and not compiled:
-        further.append("not compiled, which is slow: runtime.compile=false, or no C compiler (cc) is installed")
+        further.append("not compiled, which is slow: runtime.compile=false, or neither gcc nor clang was found")
     if len(devices) > 1:
         further.append(placing.comparison(transformer, devices, cost, max_pairs=max_pairs, parts=parts))
     if copied:
@@ -295,9 +299,10 @@ def fixed_bytes(
     3 GiB for the segmenter's graph and logits, 3 GiB to encode two windows, 4 GiB for what CUDA graphs keep.
     """
     main = training_bytes(segmenter.net, trained=is_trained, accumulates=accumulates)
-    if not is_trained or main < GIB:
-        return main, training_bytes(autoencoder, trained=False)
-    return main + (7 if is_recorded else 3) * GIB, training_bytes(autoencoder, trained=False) + 3 * GIB
+    last = training_bytes(autoencoder, trained=False)
+    if count(segmenter.net) < 5 * 10**7:
+        return main, last
+    return main + (3 * is_trained + 4 * is_recorded) * GIB, last + 3 * GIB
 
 
 def build_models(

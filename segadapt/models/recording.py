@@ -23,7 +23,7 @@ class Memory(Protocol):
         """Do it once: kernels are compiled and chosen."""
         ...
 
-    def record(self, work: Callable[[], Any], *, backward: bool) -> tuple[Any, Callable[[], None]]:
+    def record(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """Its result, and how to do it again: from the same inputs' memory into the same results' memory."""
         ...
 
@@ -34,44 +34,47 @@ class Graphs:
     So parts that pass through several devices keep their order, and gradients are added by one at a time.
 
     Args:
-        priorities: of forward and backward beside other work of the device; the lower number goes first.
+        priority: beside other work of the device; the lower number goes first, 0 is the last.
     """
 
-    def __init__(self, device: torch.device, priorities: tuple[int, int] = (0, 0)):
+    def __init__(self, device: torch.device, priority: int = 0):
         self._device = device
-        # the work keeps the priority of the stream that it was recorded on
-        self._streams = tuple(torch.cuda.Stream(device, priority=priority) for priority in priorities)
+        self.stream = torch.cuda.Stream(device, priority=priority)  # recorded work keeps its priority
         self._last = torch.cuda.Event()  # end of the last replay; waiting for one that never was is nothing
 
     def memory(self) -> "GraphMemory":
         """Of its recordings one forward at a time may wait for its backward; other memories' may wait beside it."""
-        return GraphMemory(self, *self._streams)
+        return GraphMemory(self)
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(self._last)
+        self.wait(stream)
         graph.replay()
         self._last.record(stream)
+
+    def wait(self, stream: torch.cuda.Stream) -> None:
+        """Let a stream wait for the last replay."""
+        stream.wait_event(self._last)
 
 
 class GraphMemory:
     """See Memory. Other threads may call CUDA meanwhile (a loader pins memory): they do not end a capture."""
 
-    def __init__(self, graphs: Graphs, forward: torch.cuda.Stream, backward: torch.cuda.Stream):
-        self._graphs, self._forward, self._backward = graphs, forward, backward
-        self._pool = torch.cuda.graph_pool_handle()
+    def __init__(self, graphs: Graphs):
+        self._graphs, self._stream, self._pool = graphs, graphs.stream, torch.cuda.graph_pool_handle()
 
     def warm_up(self, work: Callable[[], Any]) -> None:
-        self._forward.wait_stream(torch.cuda.current_stream(self._forward.device))
-        with torch.cuda.stream(self._forward):
+        self._graphs.wait(self._stream)  # whose replays use this stream's workspace, and add to the same gradients
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
             work()
-        self._forward.synchronize()
+        self._stream.synchronize()
 
-    def record(self, work: Callable[[], Any], *, backward: bool) -> tuple[Any, Callable[[], None]]:
-        graph, stream = torch.cuda.CUDAGraph(), self._backward if backward else self._forward
+    def record(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
         with (
-            torch.cuda.device(stream.device),
-            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+            torch.cuda.device(self._stream.device),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
         ):
             result = work()
         return result, lambda: self._graphs.replay(graph)
@@ -92,6 +95,21 @@ def _enter(state: Tensors) -> list[Tensor | None]:
     return [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in state]
 
 
+def _first(tensors: Tensors, rows: int) -> list[Tensor | None]:
+    return [None if t is None else t.detach()[:rows] for t in tensors]
+
+
+def _settle(values: Tensors, places: Tensors | None) -> list[Tensor | None]:
+    """Without their graph; in the places, where there are any and they are not there already."""
+    out: list[Tensor | None] = []
+    for value, place in zip(values, places or [None] * len(values), strict=True):
+        if value is None or place is None or value.data_ptr() == place.data_ptr():
+            out.append(None if value is None else value.detach())
+        else:
+            out.append(place.copy_(value.detach()))
+    return out
+
+
 class Recording:
     """Forward for inputs of one size, and backward into them and the parameters that move.
 
@@ -101,19 +119,29 @@ class Recording:
         pieces: see Piece.
         inputs: of the size; those that require a gradient get one.
         memory: see Memory.
+        larger: a recording of the same kind and more rows, whose inputs' and outputs' places this one shares.
     """
 
-    def __init__(self, pieces: Sequence[Piece], inputs: Sequence[Tensor], memory: Memory):
+    def __init__(
+        self, pieces: Sequence[Piece], inputs: Sequence[Tensor], memory: Memory, *, larger: "Recording | None" = None
+    ):
         self._pieces, self._with_grad = pieces, torch.is_grad_enabled()
-        self._inputs = [t.detach().clone().requires_grad_(self._with_grad and t.requires_grad) for t in inputs]
+        rows = len(inputs[0])
+        own = [t.detach().clone() for t in inputs] if larger is None else _first(larger._inputs, rows)
+        needs_grad = [self._with_grad and t.requires_grad for t in inputs]
+        self._inputs = [t.requires_grad_(needs) for t, needs in zip(own, needs_grad, strict=True) if t is not None]
+        self._out_places = None if larger is None else _first(larger._outputs, rows)
+        self._in_places = None if larger is None or not larger.has_backward else _first(larger._in_grads, rows)
         self._live: list[tuple[Piece, Tensors, Tensors]] = []  # from forward to backward: pieces, inputs, outputs
         self._used: dict[nn.Parameter, Tensor] = {}  # parameters that get a gradient, and where it is
-        self._out_grads: Tensors = []  # memory for those of the outputs
+        self._out_grads: Tensors = []  # places for those of the outputs
         memory.warm_up(self._there_and_back)
         self.has_backward = any(grad is not None for grad in self._out_grads)
-        self._outputs, self._replay_forward = memory.record(self._run_forward, backward=False)
+        if larger is not None and self.has_backward:
+            self._out_grads = _first(larger._out_grads, rows)
+        self._outputs, self._replay_forward = memory.record(self._run_forward)
         if self.has_backward:
-            self._in_grads, self._replay_backward = memory.record(self._run_backward, backward=True)
+            self._in_grads, self._replay_backward = memory.record(self._run_backward)
         self._live = []
 
     def _there_and_back(self) -> None:
@@ -137,13 +165,13 @@ class Recording:
                 state = piece.run(*entered)
                 if self._with_grad:
                     self._live.append((piece, entered, state))
-        return [None if t is None else t.detach() for t in state]
+        return _settle(state, self._out_places)
 
     def _run_backward(self) -> Tensors:
         grads = self._out_grads
         while self._live:
             grads = self._leave(*self._live.pop(), grads)
-        return grads
+        return _settle(grads, self._in_places)
 
     def _leave(self, piece: Piece, entered: Tensors, left: Tensors, grads: Tensors) -> Tensors:
         """Backward of a piece: gradients of its inputs; those of its parameters are added."""
@@ -199,7 +227,7 @@ class _Replay(torch.autograd.Function):
 class Recorder:
     """Pieces of work in a row, recorded for each size of their inputs.
 
-    All recordings share their memory, so the backward of one forward comes before the next forward.
+    All recordings share the memory of activations, so the backward of one forward comes before the next forward.
 
     Args:
         pieces: see Piece.
@@ -207,7 +235,7 @@ class Recorder:
         plain: the same work as it is: for the first time that a size is seen, and for sizes beyond `most_sizes`. No
             graph of it may be alive when its size comes the second time: its accumulators belong to another stream.
         most_sizes: with `plain`.
-        most_rows: the first recording is for so many rows of all inputs, that smaller ones find room in its memory.
+        most_rows: the first recording is for so many rows of all inputs, and smaller ones find room in its memory.
     """
 
     def __init__(
@@ -224,6 +252,7 @@ class Recorder:
         self._seen: set[Any] = set()
         self.runs = 0  # replays of whatever size
         self.recordings: dict[Any, Recording] = {}
+        self._largest: dict[Any, Recording] = {}  # of each kind, where most_rows are known
         self._anchor = torch.zeros((), requires_grad=True)  # makes autograd call the backward
 
     def __call__(self, *inputs: Tensor) -> Tensors:
@@ -234,11 +263,15 @@ class Recorder:
             if self._plain and (size not in self._seen or len(self.recordings) == self._most_sizes):
                 self._seen.add(size)
                 return self._plain(*inputs)
-            if len(inputs[0]) < self._most_rows and not any(kind == known for known, *_ in self.recordings):
+            if len(inputs[0]) < self._most_rows and kind not in self._largest:
                 most = [t.detach()[:1].expand(self._most_rows, *t.shape[1:]) for t in inputs]
                 most = [t.requires_grad_(given.requires_grad) for t, given in zip(most, inputs, strict=True)]
-                self.recordings[kind, *(t.shape for t in most)] = Recording(self._pieces, most, self._memory)
-            self.recordings[size] = Recording(self._pieces, inputs, self._memory)
+                self._largest[kind] = Recording(self._pieces, most, self._memory)
+                self.recordings[kind, *(t.shape for t in most)] = self._largest[kind]
+            larger = self._largest.get(kind) if len(inputs[0]) < self._most_rows else None
+            self.recordings[size] = Recording(self._pieces, inputs, self._memory, larger=larger)
+            if len(inputs[0]) == self._most_rows:
+                self._largest.setdefault(kind, self.recordings[size])
         recording = self.recordings[size]
         self.runs += 1
         if not recording.has_backward:

@@ -124,6 +124,7 @@ class Parallel:
             part: velocities of a slice of the pairs by a transformer, on the main device.
         """
         self.arrive()
+        self._join_lanes()
         for stage in self._stages:
             stage.refresh()
         count = min(self.parts, pairs)
@@ -144,6 +145,11 @@ class Parallel:
             if velocity_Pzyx.is_cuda:  # its memory is the lane's; the current stream reads it
                 velocity_Pzyx.record_stream(torch.cuda.current_stream(velocity_Pzyx.device))
         return torch.cat(out)
+
+    def _join_lanes(self) -> None:
+        """A stage reads weights and adds gradients on the lane of its part, which autograd does not know of."""
+        for lane in self._lanes:
+            lane.join()
 
     def _choose(self, part: int) -> None:
         for stage in self._stages:
@@ -169,8 +175,7 @@ class Parallel:
 
         The sums, and other copies without gradients, are there after `arrive`.
         """
-        for lane in self._lanes:  # a stage adds gradients on the lane of its part, which autograd does not know of
-            lane.join()
+        self._join_lanes()
         for lane, own, others in self._by_owner():
             self._arriving.append(lane)
             for copies in others:

@@ -24,7 +24,7 @@ class Placement:
     """Where every module of the transformer lives; `lines` print as a map."""
 
     device_map: dict[str, Device]  # module name -> device
-    main_device: Device  # inputs, outputs, loose modules, segmenter, autoencoder, loss
+    main_device: Device  # inputs, outputs, loose modules, segmenter, loss
     lines: tuple[str, ...]
 
     def device_of(self, name: str) -> torch.device:
@@ -214,8 +214,9 @@ def comparison(
     loads = copy_bytes(transformer, shared, copies=len(devices))
     size = f"a whole copy on each device ({max(loads) / GIB:.1f} GiB)"
     if all(load <= limit for load, limit in zip(loads, limits, strict=True)):
-        why = f"fits with {shared.pairs} pairs at work, and none waits for another"
-        return f"model.generative.placement=replicate is faster: {size} {why}"
+        why = f"{size} fits with {shared.pairs} pairs at work, and none waits for another"
+        verdict = "is faster" if shared.pairs >= cost.pairs else f"may be faster or not (split: {cost.pairs} pairs)"
+        return f"model.generative.placement=replicate {verdict}: {why}"
     return f"model.generative.placement=replicate is no choice: {size} does not fit into {min(limits) / GIB:.1f} GiB"
 
 

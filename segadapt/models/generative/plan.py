@@ -50,7 +50,8 @@ class Cost:
         weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
         buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
         if not self.trained:
-            return weights + buffers
+            kept = 2 * sum(p.numel() for p in module.parameters()) if self.recorded and self.bf16 else 0
+            return weights + buffers + kept
         moving = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
         has_copies = self.bf16 and not self.checkpointing
         cast = 2 * parts * sum(parameter.numel() for parameter in module.parameters()) if has_copies else 0

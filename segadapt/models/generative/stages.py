@@ -134,7 +134,7 @@ class Stage:
 
 def record_stages(
     transformers: Sequence[SD3Transformer2DModel],
-    graphs: Callable[[torch.device, tuple[int, int]], Callable[[], Memory]],
+    graphs: Callable[[torch.device, int], Callable[[], Memory]],
     *,
     parts: int,
     pairs: int,
@@ -144,8 +144,8 @@ def record_stages(
     """Every run of blocks on one device becomes a stage; after placement and compilation.
 
     Args:
-        graphs: of a device and priorities (see Graphs), where memories for recording come from. Of several stages on
-            a device the one that others wait for goes first: forward the first, backward the last.
+        graphs: of a device and a priority (see Graphs), where memories for recording come from. Of several stages on a
+            device the earliest goes first.
         parts, pairs: all parts of all transformers, and the pairs at work in them together.
         dtype, backend: as in Stage.
     """
@@ -153,7 +153,7 @@ def record_stages(
     for transformer in transformers:
         runs = runs_of(transformer)
         for index, (device, blocks) in enumerate(runs):
-            new = graphs(device, (index - len(runs), -index))
+            new = graphs(device, -sum(other == device for other, _ in runs[index + 1 :]))
             memories = [new() for _ in range(parts // len(transformers))]
             stages.append(Stage(blocks, memories, most_pairs=-(-pairs // parts), dtype=dtype, backend=backend))
     return stages
