@@ -39,7 +39,9 @@ class Graphs:
 
     def __init__(self, device: torch.device, priority: int = 0):
         self._device = device
-        self.stream = torch.cuda.Stream(device, priority=priority)  # recorded work keeps its priority
+        # recorded work keeps the priority of this stream; one less, as lanes draw on the 32 streams of priority 0, and
+        # cuBLAS has one workspace a stream
+        self.stream = torch.cuda.Stream(device, priority=priority - 1)
         self._last = torch.cuda.Event()  # end of the last replay; waiting for one that never was is nothing
 
     def memory(self) -> "GraphMemory":
@@ -127,7 +129,7 @@ class Recording:
     ):
         self._pieces, self._with_grad = pieces, torch.is_grad_enabled()
         rows = len(inputs[0])
-        own = [t.detach().clone() for t in inputs] if larger is None else _first(larger._inputs, rows)
+        own = _settle([t.detach().clone() for t in inputs], None if larger is None else _first(larger._inputs, rows))
         needs_grad = [self._with_grad and t.requires_grad for t in inputs]
         self._inputs = [t.requires_grad_(needs) for t, needs in zip(own, needs_grad, strict=True) if t is not None]
         self._out_places = None if larger is None else _first(larger._outputs, rows)
