@@ -41,7 +41,7 @@ from segadapt.models.generative import placement as placing
 from segadapt.models.generative.lora import add_lora
 from segadapt.models.generative.parallel import Parallel
 from segadapt.models.generative.plan import GIB, RESERVE_BYTES
-from segadapt.models.generative.stages import compile_blocks, record_stages
+from segadapt.models.generative.stages import compile_and_record
 from segadapt.models.recording import Graphs
 from segadapt.models.updates import Updates
 from segadapt.parse import from_overrides
@@ -206,15 +206,7 @@ def assemble(a: argparse.Namespace, settings: config.AdaptConfig, *, name: str, 
     sys.stderr.write("\n  ".join([f"{name}: {cost.pairs} pairs at work, {cost.parts} parts", *lines]) + "\n")
     settings = copy.deepcopy(settings)
     settings.model.generative.max_pairs = cost.pairs // len(names)
-    if compiled:
-        for each in transformers:
-            compile_blocks(each)
-    stages = []
-    if cost.recorded:
-        dtype = torch.bfloat16 if a.precision == "bf16" else None
-        graphs = {"parts": cost.parts, "pairs": cost.pairs, "dtype": dtype}
-        stages = record_stages(transformers, lambda *of: Graphs(*of).memory, **graphs)
-    parallel = Parallel(transformers, devices, parts=cost.parts, stages=stages)
+    parallel = Parallel(transformers, devices, parts=cost.parts, stages=compile_and_record(transformers, cost))
     memory = Graphs(devices[0]).memory() if compiled and devices[0].type == "cuda" else None
     return join(segmenter, transformer, vae, settings, precision=a.precision, parallel=parallel, memory=memory)
 

@@ -33,7 +33,7 @@ from segadapt.models.generative.parallel import Parallel
 from segadapt.models.generative.plan import GIB, Cost, training_bytes
 from segadapt.models.generative.prompts import PromptEmbeddings, load_embeddings, prompt_embeddings
 from segadapt.models.generative.sd3 import Sd3, load_autoencoder, load_transformer
-from segadapt.models.generative.stages import compile_blocks, record_stages
+from segadapt.models.generative.stages import compile_and_record
 from segadapt.models.recording import Graphs
 from segadapt.models.source import Source
 from segadapt.seeds import numpy_generator
@@ -254,15 +254,7 @@ def build_generative(
         placements = [placing.place(transformer, devices, cost, **more)]
         transformers = [transformer]
     placements[-1] = dataclasses.replace(placements[-1], lines=(*placements[-1].lines, *further))
-    if compiled:
-        for each in transformers:
-            compile_blocks(each)
-    stages = []
-    if cost.recorded:
-        dtype = torch.bfloat16 if precision == "bf16" else None
-        graphs = {"parts": cost.parts, "pairs": cost.pairs, "dtype": dtype}
-        stages = record_stages(transformers, lambda *of: Graphs(*of).memory, **graphs)
-    on = [torch.device(device) for device in devices]
+    on, stages = [torch.device(device) for device in devices], compile_and_record(transformers, cost)
     parallel = Parallel(transformers, on, parts=cost.parts, stages=stages)
     teacher = Sd3(transformer, autoencoder, embeddings, device=main, precision=precision, parallel=parallel)
     return teacher, tuple(placements), cost.pairs // len(devices), compiled

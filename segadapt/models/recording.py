@@ -49,6 +49,7 @@ class Graphs:
         return GraphMemory(self)
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """On the current stream, after the last replay."""
         stream = torch.cuda.current_stream(self._device)
         self.wait(stream)
         graph.replay()
@@ -157,7 +158,6 @@ class Recording:
                 if any(grad is not None for grad in grads):
                     self._leave(piece, entered, state, grads)
                 self._out_grads = grads
-                state = _enter(state)
 
     def _run_forward(self) -> Tensors:
         self._live, state = [], self._inputs

@@ -11,7 +11,8 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from segadapt.models.recording import Memory, Piece, Recorder, Tensors
+from segadapt.models.generative.plan import Cost
+from segadapt.models.recording import Graphs, Memory, Piece, Recorder, Tensors
 
 
 def compile_blocks(transformer: SD3Transformer2DModel, *, backend: str = "inductor") -> None:
@@ -130,6 +131,18 @@ class Stage:
 
         parameters, leaves = zip(*moving, strict=True) if moving else ((), ())
         return Piece(run, parameters, leaves, [torch.zeros_like(parameter) for parameter in parameters], self._add)
+
+
+def compile_and_record(transformers: Sequence[SD3Transformer2DModel], cost: Cost) -> list[Stage]:
+    """What the cost says of it, done to all blocks; the stages are for Parallel. After placement and adapters."""
+    if cost.compiled:
+        for transformer in transformers:
+            compile_blocks(transformer)
+    if not cost.recorded:
+        return []
+    dtype = torch.bfloat16 if cost.bf16 else None
+    graphs = {"parts": cost.parts, "pairs": cost.pairs, "dtype": dtype}
+    return record_stages(transformers, lambda *of: Graphs(*of).memory, **graphs)
 
 
 def record_stages(
