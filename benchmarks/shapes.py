@@ -17,7 +17,7 @@ from segadapt.models.generative.parallel import Parallel
 from segadapt.models.generative.plan import Cost
 from segadapt.models.generative.prompts import PromptEmbeddings
 from segadapt.models.generative.sd3 import Sd3
-from segadapt.models.recording import Memory
+from segadapt.models.recording import Graphs
 
 SD3_MEDIUM = {"sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 24, "attention_head_dim": 64,
               "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
@@ -88,7 +88,7 @@ def join(
     *,
     precision: str,
     parallel: Parallel,
-    memory: Memory | None,
+    is_recorded: bool,
 ) -> Combined:
     """The two models as `segadapt adapt` joins them, with random text embeddings."""
     main = next(segmenter.net.parameters()).device
@@ -101,10 +101,13 @@ def join(
         torch.zeros(width[1]),
         source="learned",
     )
-    teacher = Sd3(transformer, vae, text, device=main, precision=precision, parallel=parallel)
-    return Combined(
-        segmenter, teacher, settings.model, settings.tta.optimizer, seed=0, precision=precision, memory=memory
+    memory, encoding_memory = (
+        Graphs(device).memory() if is_recorded and device.type == "cuda" else None
+        for device in (main, parallel.devices[-1])
     )
+    both = {"precision": precision}
+    teacher = Sd3(transformer, vae, text, device=main, parallel=parallel, memory=encoding_memory, **both)
+    return Combined(segmenter, teacher, settings.model, settings.tta.optimizer, seed=0, memory=memory, **both)
 
 
 def difference(combined: Combined, reference: dict[str, torch.Tensor], prefix: str) -> float:

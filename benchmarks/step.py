@@ -42,7 +42,6 @@ from segadapt.models.generative.lora import add_lora
 from segadapt.models.generative.parallel import Parallel
 from segadapt.models.generative.plan import GIB, RESERVE_BYTES
 from segadapt.models.generative.stages import compile_and_record
-from segadapt.models.recording import Graphs
 from segadapt.models.updates import Updates
 from segadapt.parse import from_overrides
 from segadapt.seeds import torch_generator
@@ -54,6 +53,7 @@ PLAIN = ("windows", "classes")  # the forms of others
 def joint_backward(combined: Combined, image_3HW: torch.Tensor, key: str, *, pairs_a_time: int) -> float:
     """The plain form: all velocities with their graphs, then one backward into both models."""
     assert combined.generative is not None
+    image_3HW = image_3HW.to(combined.device)
     with combined.autocast():  # around everything: one bf16 copy of each weight
         logits_BChw = combined.segmenter.logits(image_3HW[None])
         noisy = combined.noise(image_3HW, task="step", key=key)
@@ -89,7 +89,7 @@ def joint_backward(combined: Combined, image_3HW: torch.Tensor, key: str, *, pai
 def our_backward(combined: Combined, image_3HW: torch.Tensor, key: str) -> float:
     """The package's."""
     noisy = combined.noise(image_3HW, task="step", key=key)
-    logits_BChw = combined.logits(image_3HW)
+    logits_BChw = combined.logits(image_3HW.to(combined.device))
     taught, _ = combined.backward(image_3HW, logits_BChw, noisy, task="step", key=key)
     return taught.loss.item()
 
@@ -104,7 +104,7 @@ def forms(combined: Combined, image_3HW: torch.Tensor, *, pairs: int, name: str)
 
         def step(key: str) -> float:
             loss = backward(key)
-            plain.take()
+            plain.take(torch.tensor(True))
             return loss
 
         return backward, step
@@ -207,8 +207,8 @@ def assemble(a: argparse.Namespace, settings: config.AdaptConfig, *, name: str, 
     settings = copy.deepcopy(settings)
     settings.model.generative.max_pairs = cost.pairs // len(names)
     parallel = Parallel(transformers, devices, parts=cost.parts, stages=compile_and_record(transformers, cost))
-    memory = Graphs(devices[0]).memory() if compiled and devices[0].type == "cuda" else None
-    return join(segmenter, transformer, vae, settings, precision=a.precision, parallel=parallel, memory=memory)
+    how = {"precision": a.precision, "is_recorded": compiled}
+    return join(segmenter, transformer, vae, settings, parallel=parallel, **how)
 
 
 def measure(
@@ -246,7 +246,7 @@ def measure(
 
         def segment(_: str) -> None:
             combined.segmenter.net.zero_grad()
-            combined.logits(image_3HW).square().mean().backward()
+            combined.logits(image_3HW.to(combined.device)).square().mean().backward()
 
         row["seconds_segmenter"] = seconds(segment, devices, **times)
     clear(combined)
@@ -299,9 +299,10 @@ def set_up(a: argparse.Namespace, classes: int) -> tuple[list[int], config.Adapt
 
 
 def draw_image(settings: config.AdaptConfig, width_px: int, device: torch.device) -> torch.Tensor:
-    """[3, H, W], the same at each call."""
+    """[3, H, W] on the host, the same at each call; pinned where it goes to a GPU."""
     size = 3, settings.data.short_side_px, width_px
-    return torch.rand(size, generator=torch.Generator().manual_seed(0)).to(device)
+    image_3HW = torch.rand(size, generator=torch.Generator().manual_seed(0))
+    return image_3HW.pin_memory() if device.type == "cuda" else image_3HW
 
 
 def devices_of(name: str, gpus: list[int]) -> list[Any]:

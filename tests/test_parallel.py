@@ -270,22 +270,28 @@ def test_values_on_their_way_are_waited_for_before_anyone_reads_or_writes_them(
     """Lanes that only tell what is asked of them."""
     told: list[str] = []
     combined = build(*PLAIN, copies=copies)
-    carriers = combined.parallel._carriers
-    monkeypatch.setattr(Lane, "join", lambda lane: told.append("join") if lane in carriers else None)
+    parallel = combined.parallel
+    under_way = [*parallel._carriers, parallel._updating]
+    monkeypatch.setattr(Lane, "join", lambda lane, *_: told.append("join") if lane in under_way else None)
 
     def noted(name, work):
         return lambda *args, **names: told.append(name) or work(*args, **names)
 
     for each in combined.parallel.transformers:
         monkeypatch.setattr(each, "forward", noted("forward", each.forward))
-    for name in ("_new_updates", "_backward_chunks"):
+    for name in ("_new_updates", "_backward_chunks", "_segment"):
         monkeypatch.setattr(combined, name, noted(name, getattr(combined, name)))
     combined.step(random_image(dtype=torch.float64), task="t", key="a")
-    lanes = len(combined.parallel._arriving)
-    assert lanes == 2 * copies, "nothing is on its way"
+    lanes = len(parallel._arriving)
+    assert lanes == 2 * copies + 1, "nothing is on its way"
     told.clear()
     combined.step(random_image(dtype=torch.float64), task="t", key="b")
-    assert told[: lanes + 2] == ["_backward_chunks", *["join"] * lanes, "forward"]
+    assert told[: lanes + 4] == ["join", "_segment", *["join"] * lanes, "_backward_chunks", "forward"]
+    assert set(parallel._arriving) == set(under_way)
+    told.clear()
+    combined.parameters()
+    assert told == ["join"] * lanes
+    combined.step(random_image(dtype=torch.float64), task="t", key="c")
     told.clear()
     combined.reset()
     assert told[:lanes] == ["join"] * lanes

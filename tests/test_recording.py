@@ -10,6 +10,7 @@ from again import Again
 from segadapt import config
 from segadapt.models.combined import Combined
 from segadapt.models.discriminative.segformer import Segmenter
+from segadapt.models.generative.sd3 import Sd3
 from segadapt.models.recording import Graphs, Piece, Recorder
 from segadapt.models.source import segmenting
 
@@ -50,6 +51,18 @@ def test_recorded_steps_equal_plain_ones(build, random_image, overrides):
     assert len(recorded._segment.recordings) == len(SIZES)
     for name, value in recorded.parameters().items():
         assert torch.equal(value, plain.parameters()[name]), name
+
+
+def test_recorded_encoding_equals_the_plain_one(build_teacher):
+    """Also after others, and results that are kept stay."""
+    plain, memory = build_teacher(), Again()
+    recorded = Sd3(plain.transformer, plain.autoencoder, plain.embeddings, device=plain.device, memory=memory)
+    draw = torch.Generator().manual_seed(0)
+    given = [torch.rand(count, 3, 32, 32, generator=draw) for count in (2, 1, 2, 2, 1, 2)]
+    found = [recorded.encode(windows_K3ss) for windows_K3ss in given]
+    assert memory.recorded == 2  # one window and two
+    for windows_K3ss, latent_Kzyx in zip(given, found, strict=True):
+        assert torch.equal(latent_Kzyx, plain.encode(windows_K3ss))
 
 
 def test_each_size_is_recorded_the_second_time_and_no_more_than_allowed(build_segmenter, random_image):

@@ -5,6 +5,8 @@ import torch
 from steps import decide, steps
 from test_combined import ALL_CLASSES, LEARN, changed, optimizer_state, poison_velocity, same, state, watch
 
+from segadapt.models.updates import Updates
+
 SGD = (ALL_CLASSES, "tta.optimizer.name=sgd", "tta.optimizer.lr=0.1")
 
 
@@ -118,3 +120,31 @@ def test_no_sum_of_gradients_is_kept_without_accumulation(build_combined):
     steps(combined, "a")
     assert combined._updates._sums == {}
     assert all(parameter.grad is None for parameter in combined.parameters().values())
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_step_that_the_device_decides_equals_the_hosts(compose_settings, device, warmup):
+    """Five images of which three are used; the very first is not, nor is it counted as a step."""
+    draw = torch.Generator().manual_seed(0)
+    source = [torch.randn(size, generator=draw) for size in ((3, 4), (5,))]
+    options = ("name=adamw", "lr=0.1", "weight_decay=0.1", f"warmup={warmup}", "clip_norm=1")
+    settings = compose_settings(*(f"tta.optimizer.{option}" for option in options)).tta.optimizer
+    both = []
+    for fused in (True, False):
+        parameters = [torch.nn.Parameter(value.clone().to(device)) for value in source]
+        groups = {"discriminative": dict(zip("ab", parameters, strict=True))}
+        both.append((parameters, Updates(groups, settings, fused=fused)))
+    for use in (False, True, False, True, True):
+        grads = [torch.randn(value.shape, generator=draw) * (1 if use else torch.nan) for value in source]
+        for parameters, updates in both:
+            before = [parameter.detach().clone() for parameter in parameters]
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter.grad = grad.to(device)
+            updates.take(torch.tensor(use, device=device))
+            assert all(parameter.grad is None for parameter in parameters)
+            moved = [not torch.equal(parameter, old) for parameter, old in zip(parameters, before, strict=True)]
+            assert moved == [use, use]
+        for fused, plain in zip(both[0][0], both[1][0], strict=True):
+            torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+    assert all(each["step"].item() == 3 for _, updates in both for each in updates.optimizer.state.values())

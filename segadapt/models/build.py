@@ -256,7 +256,10 @@ def build_generative(
     placements[-1] = dataclasses.replace(placements[-1], lines=(*placements[-1].lines, *further))
     on, stages = [torch.device(device) for device in devices], compile_and_record(transformers, cost)
     parallel = Parallel(transformers, on, parts=cost.parts, stages=stages)
-    teacher = Sd3(transformer, autoencoder, embeddings, device=main, precision=precision, parallel=parallel)
+    memory = Graphs(on[-1]).memory() if compiled and main.type == "cuda" else None
+    teacher = Sd3(
+        transformer, autoencoder, embeddings, device=main, precision=precision, parallel=parallel, memory=memory
+    )
     return teacher, tuple(placements), cost.pairs // len(devices), compiled
 
 

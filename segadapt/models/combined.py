@@ -5,7 +5,6 @@ P (row, class) pairs   3 RGB   H W image px   h w logits, ceil(px / 4)   z y x l
 s window px
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from segadapt.models.generative import candidates as candidate_classes
 from segadapt.models.generative import loss as objective
 from segadapt.models.generative import trust, windows
 from segadapt.models.generative.lora import lora_parameters
-from segadapt.models.generative.parallel import Lane
+from segadapt.models.generative.parallel import Lane, read_later
 from segadapt.models.generative.sd3 import NoisyLatent, Sd3, add_noise
 from segadapt.models.recording import Memory
 from segadapt.models.source import Prediction, Source
@@ -95,7 +94,8 @@ class Combined(Source):
         return owned
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """Of both models."""
+        """Of both models, as the last update left them."""
+        self.parallel.arrive()
         return {f"{model}.{name}": p for model, group in self.groups.items() for name, p in group.items()}
 
     def _new_updates(self) -> Updates:
@@ -105,7 +105,6 @@ class Combined(Source):
     def reset(self) -> None:
         """Back to the source state: weights, optimizer, and no gradient that waits. Draws need none: their generators
         belong to the image."""
-        self.parallel.arrive()
         for name, parameter in self.parameters().items():
             parameter.copy_(self._source[name])
             parameter.grad = None
@@ -121,25 +120,34 @@ class Combined(Source):
 
     def flush(self) -> None:
         """The step of the images that still wait for one (optimizer.accumulate); for the end of a task."""
+        self.parallel.arrive()
         if self._updates.flush():
             self.parallel.spread()
 
     def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
         """Predict one image, then adapt on it: one loss, one backward into both models, one update.
 
+        The update may still be under way on the GPUs; `parameters` waits for it, and `flush`.
+
         Args:
             image_3HW: float32 RGB in 0..1, already at the short side of the configuration; any device.
             task, key: name the image; noise, sigma and class draws come from (seed, task, key).
         """
+        noisy = self.noise(image_3HW, task=task, key=key)  # waits for no update, and needs not be waited for
         image_3HW = image_3HW.to(self.device, non_blocking=True)
         self._beside.fork()
-        noisy = self.noise(image_3HW, task=task, key=key)  # beside the segmenter's many small kernels
         with self._beside():
             logits_BChw = self.logits(image_3HW)
+        self.parallel.prepare()
         self._beside.join()
         scored_Chw = logits_BChw[0].detach()
         taught, candidates = self.backward(image_3HW, logits_BChw, noisy, task=task, key=key)
         return self._update(scored_Chw, taught, candidates)
+
+    def logits(self, image_3HW: Tensor) -> Tensor:
+        """As in Source, of the weights after the last update."""
+        self.parallel.join_update()
+        return super().logits(image_3HW)
 
     def backward(
         self, image_3HW: Tensor, logits_BChw: Tensor, noisy: NoisyLatent, *, task: str, key: str
@@ -176,10 +184,14 @@ class Combined(Source):
     def noise(self, image_3HW: Tensor, *, task: str, key: str) -> NoisyLatent:
         """The image's windows, encoded and noised: one row for each draw. All classes share a row's noise."""
         w, boxes_K2 = self.window, self.boxes(image_3HW)
+        image_3HW = image_3HW.to(self.parallel.devices[-1], non_blocking=True)  # which encodes
         windows_K3ss = 2 * windows.cut(image_3HW, boxes_K2, window_px=w.window_px) - 1
         latent_Rzyx = self.generative.encode(windows_K3ss).repeat_interleave(w.draws, dim=0)
         noise_Rzyx = torch.randn(
-            latent_Rzyx.shape, generator=torch_generator(self.seed, task, key, "noise"), dtype=latent_Rzyx.dtype
+            latent_Rzyx.shape,
+            generator=torch_generator(self.seed, task, key, "noise"),
+            dtype=latent_Rzyx.dtype,
+            pin_memory=self.device.type == "cuda",
         )
         high = w.sigma if w.sigma_high is None else w.sigma_high
         uniform_R = torch.rand(len(latent_Rzyx), generator=torch_generator(self.seed, task, key, "sigma"))
@@ -188,7 +200,9 @@ class Combined(Source):
 
     def _send(self, tensor: Tensor) -> Tensor:
         """From the host to the main device; from pinned memory, as the host must not wait for the device's work."""
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        if self.device.type != "cuda":
+            return tensor
+        return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(self.device, non_blocking=True)
 
     def in_windows(self, logits_BChw: Tensor, image_3HW: Tensor, *, grid: int) -> Tensor:
         """What the objective reads of the logits, on the latent grid of each window: [K, C, y, x], differentiable."""
@@ -299,27 +313,28 @@ class Combined(Source):
     def _update(self, scored_Chw: Tensor, taught: Taught, candidates: candidate_classes.Candidates) -> Prediction:
         """Use the gradients if they and the loss are finite and trust does not refuse the image.
 
-        One host read for all numbers of the image.
+        The devices decide, and go on; the host reads all numbers of the image at once.
         """
         grads = [parameter.grad for parameter in self.parameters().values() if parameter.grad is not None]
         norm = self._total_norm(grads)
-        numbers = (taught.loss, norm, scored_Chw.isfinite().all(), taught.kept, taught.agreement, taught.teacher_agrees)
-        loss, grad_norm, is_sound, kept, agreement, agrees = torch.stack([n.float() for n in numbers]).tolist()
-        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        is_refused = is_finite and agrees > self.trust.max_agreement
-        is_updated = is_finite and not is_refused and grad_norm > 0  # moments alone would move the weights
-        if is_updated and self._updates.take():
-            self.parallel.spread()
+        is_finite = taught.loss.isfinite() & norm.isfinite()
+        is_refused = is_finite & (taught.teacher_agrees > self.trust.max_agreement)
+        is_used = is_finite & ~is_refused & (norm > 0)  # moments alone would move the weights
+        numbers = (taught.loss, norm, scored_Chw.isfinite().all(), is_used, is_refused, taught.kept, taught.agreement,
+                   taught.teacher_agrees)  # fmt: skip
+        read = read_later(torch.stack([number.float() for number in numbers]))
+        self.parallel.update(lambda: self._updates.take(is_used), reads=[*grads, is_used])
         self._updates.drop()
-        if is_refused and self.trust.restore:
+        loss, grad_norm, is_sound, updated, refused, kept, agreement, agrees = read()
+        if refused and self.trust.restore:
             self._move_to_source(self.trust.restore)
         return Prediction(
             scored_Chw,
             bool(is_sound),
             loss,
             grad_norm,
-            is_updated=is_updated,
-            is_refused=is_refused,
+            is_updated=bool(updated),
+            is_refused=bool(refused),
             candidates=candidates.counts[:: candidates.draws],
             kept=kept,
             agreement=agreement if candidates.draws > 1 else None,

@@ -114,6 +114,7 @@ def examine(
         draws: noise draws of the classifier at a given level; the gradient takes those of the run.
     """
     image_3HW, label_HW = image_3HW.to(combined.device), label_HW.to(combined.device).long()
+    combined.parallel.arrive()
     with torch.no_grad(), combined.autocast():
         logits_BChw = combined.segmenter.logits(image_3HW[None])
     w, boxes_K2 = combined.window, combined.boxes(image_3HW)

@@ -279,3 +279,18 @@ class Recorder:
         if not recording.has_backward:
             return recording.forward(inputs)
         return _Replay.apply(self._anchor, self, recording, *inputs)  # type: ignore[no-any-return]
+
+
+def recorder_of(
+    run: Callable[..., Tensors], memory: Memory | None, moving: Sequence[nn.Parameter] = ()
+) -> Callable[..., Tensors]:
+    """The same work, recorded where there is a memory.
+
+    Args:
+        run: of inputs on the memory's device.
+        moving: parameters that it reads and that get gradients.
+    """
+    if memory is None:
+        return run
+    grads = [torch.empty_like(parameter) for parameter in moving]
+    return Recorder([Piece(run, moving, moving, grads)], memory, plain=run)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from segadapt.models.discriminative.segformer import Segmenter
 from segadapt.models.precision import autocast
-from segadapt.models.recording import Memory, Piece, Recorder
+from segadapt.models.recording import Memory, recorder_of
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,7 @@ def segmenting(
         with autocast(image_B3HW.device, precision):
             return (segmenter.logits(image_B3HW),)
 
-    if memory is None:
-        return forward
-    grads = [torch.empty_like(parameter) for parameter in moving]
-    return Recorder([Piece(forward, moving, moving, grads)], memory, plain=forward)
+    return recorder_of(forward, memory, moving)
 
 
 class Source:

@@ -16,13 +16,14 @@ class Updates:
     Args:
         groups: parameters that move, by model ('discriminative', 'generative') and name.
         settings: rule, rates, clipping, images of one step.
-        fused: one kernel for all parameters; CUDA only.
+        fused: one kernel for all parameters.
     """
 
     def __init__(
         self, groups: Mapping[str, Mapping[str, nn.Parameter]], settings: OptimizerSettings, *, fused: bool
     ) -> None:
         s = self.settings = settings
+        self._fused = fused
         rates = {
             "discriminative": s.lr if s.lr_discriminative is None else s.lr_discriminative,
             "generative": s.lr if s.lr_generative is None else s.lr_generative,
@@ -37,9 +38,22 @@ class Updates:
         self.waiting = 0  # images whose gradients wait for a step
         self._sums: dict[nn.Parameter, Tensor] = {}  # empty unless images accumulate
 
-    def take(self) -> bool:
-        """Use the gradients of one image, which must be finite: a step (True), or a part of a later one."""
-        if self.settings.accumulate == 1:
+    def take(self, use: Tensor) -> bool:
+        """Use the gradients of one image: a step (True), or a part of a later one. Or do not, as the image may say.
+
+        Args:
+            use: one bool, where the gradients are; if not, nothing changes. The host waits for it only if it must: for
+                accumulation, while rates rise, on the CPU, and with SGD (torch 2.13 leaves its momentum undefined if
+                the first step is not taken).
+        """
+        s = self.settings
+        if self._fused and s.name == "adamw" and s.accumulate == 1 and self._steps >= s.warmup:
+            self._step(skip=~use)
+            return True
+        if not use:
+            self.drop()
+            return False
+        if s.accumulate == 1:
             self._step()
             return True
         for parameter, gradient in self._gradients():
@@ -49,7 +63,7 @@ class Updates:
                 self._sums[parameter] = gradient.clone()  # a recorded backward writes the next one into the same memory
         self.waiting += 1
         self.drop()
-        return self.flush() if self.waiting == self.settings.accumulate else False
+        return self.flush() if self.waiting == s.accumulate else False
 
     def drop(self) -> None:
         """Forget the gradients of the last image; those that wait stay."""
@@ -70,8 +84,13 @@ class Updates:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         return [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
 
-    def _step(self) -> None:
-        """One optimizer step with .grad, each model's clipped to its own norm; the first ones shorter if asked."""
+    def _step(self, skip: Tensor | None = None) -> None:
+        """One optimizer step with .grad, each model's clipped to its own norm; the first ones shorter if asked.
+
+        Args:
+            skip: one bool: whether all stays as it is. The fused AdamW reads it where torch.amp.GradScaler tells of
+                gradients that are not finite.
+        """
         self._steps += 1
         if self.settings.warmup:
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
@@ -79,5 +98,9 @@ class Updates:
         if self.settings.clip_norm is not None:
             for group in self.optimizer.param_groups:
                 torch.nn.utils.clip_grad_norm_(group["params"], self.settings.clip_norm)
+        if skip is not None:
+            # on the device whose turn is last: no other then waits for the step of the one that its copy comes from
+            last = self.optimizer.param_groups[-1]["params"][-1].device
+            self.optimizer.found_inf = skip.float().to(last, non_blocking=True)  # type: ignore[union-attr]
         self.optimizer.step()
         self.drop()

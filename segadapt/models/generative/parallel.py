@@ -57,10 +57,26 @@ class Lane:
                 entered.enter_context(torch.cuda.stream(stream))
             yield
 
-    def join(self) -> None:
-        """Let the devices wait for the lane."""
+    def join(self, device: torch.device | None = None) -> None:
+        """Let the devices, or the one of them, wait for the lane."""
         for stream in self._streams:
-            torch.cuda.current_stream(stream.device).wait_stream(stream)
+            if device in (None, stream.device):
+                torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+
+def read_later(tensor: Tensor) -> Callable[[], list[float]]:
+    """Start a copy to the host; what is returned waits for it, and for nothing that the device is given meanwhile."""
+    copy = tensor.to("cpu", non_blocking=True)
+    if not tensor.is_cuda:
+        return copy.tolist
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> list[float]:
+        copied.synchronize()
+        return copy.tolist()
+
+    return wait
 
 
 def send(sources: Sequence[Any], targets: Sequence[Any], *, add: bool) -> None:
@@ -112,8 +128,11 @@ class Parallel:
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         self._owner: dict[str, int] = {}  # of the parameters that move; empty for one transformer
         self._stages = stages
-        self._arriving: list[Lane] = []  # lanes that carry gradients to owners, or owners' values to the copies
-        self._sent: list[nn.Parameter] = []  # whose gradients they carry
+        self._updating = Lane(devices)
+        self._arriving: list[Lane] = []  # lanes that update, carry gradients to owners, or owners' values to the copies
+        self._read: list[Tensor] = []  # what the update reads; its memory must not go to others meanwhile
+        self._sent: list[nn.Parameter] = []  # whose gradients are carried
+        self._is_prepared = False
 
     # --- forward ---
 
@@ -123,10 +142,9 @@ class Parallel:
         Args:
             part: velocities of a slice of the pairs by a transformer, on the main device.
         """
-        self.arrive()
-        self._join_lanes()
-        for stage in self._stages:
-            stage.refresh()
+        if not self._is_prepared:
+            self.prepare()
+        self._is_prepared = False
         count = min(self.parts, pairs)
         if count == 1:
             self._choose(0)
@@ -146,6 +164,17 @@ class Parallel:
                 velocity_Pzyx.record_stream(torch.cuda.current_stream(velocity_Pzyx.device))
         return torch.cat(out)
 
+    def prepare(self) -> None:
+        """What `velocities` does before its parts; called earlier, it is done beside other work given before and after.
+
+        No parameter may change between the two.
+        """
+        self.arrive()
+        self._join_lanes()
+        for stage in self._stages:
+            stage.refresh()
+        self._is_prepared = True
+
     def _join_lanes(self) -> None:
         """A stage reads weights and adds gradients on the lane of its part, which autograd does not know of."""
         for lane in self._lanes:
@@ -154,6 +183,27 @@ class Parallel:
     def _choose(self, part: int) -> None:
         for stage in self._stages:
             stage.part = part
+
+    # --- update ---
+
+    def update(self, step: Callable[[], bool], *, reads: Sequence[Tensor]) -> None:
+        """Work of the optimizer; where it is a step (True), every copy gets the owners' values.
+
+        It is done beside what the devices are given next, up to `arrive`.
+
+        Args:
+            reads: gradients, and whatever else was made by others.
+        """
+        self._updating.fork()
+        with self._updating():
+            if step():
+                self.spread()
+        self._arriving.append(self._updating)
+        self._read = list(reads)
+
+    def join_update(self) -> None:
+        """Let the main device wait for the owners' new values; before the segmenter's are read, which has no copies."""
+        self._updating.join(self.devices[0])
 
     # --- copies ---
 
@@ -189,19 +239,20 @@ class Parallel:
     def spread(self) -> None:
         """Give every copy the owners' values, for after each change of a parameter; the next forward waits for them."""
         self.arrive()
+        self._is_prepared = False
         for lane, own, others in self._by_owner():
             self._arriving.append(lane)
             for copies in others:
                 send(own, copies, add=False)
 
     def arrive(self) -> None:
-        """Let the devices wait for what is on its way; until then they encode and segment the next image.
+        """Let the devices wait for what is on its way; until then they score an image, and encode and segment the next.
 
-        Before gradients are read, owners' values are written otherwise than by the step after a forward, or copies'
-        values are read.
+        Before gradients or parameters are read, or written otherwise than by `update`.
         """
         while self._arriving:
             self._arriving.pop().join()
+        self._read.clear()
         while self._sent:  # not before all lanes have met: another one would write where this one still reads
             self._sent.pop().grad = None
 

@@ -16,6 +16,7 @@ from segadapt.models.generative.plan import GIB, RESERVE_BYTES, Cost, Plan, deal
 
 Device = int | str
 PAIRS = (40, 32, 24, 20, 16, 12, 10, 8, 6, 5, 4, 3, 2, 1)  # on each device, tried in this order
+HEAD = ("norm_out", "proj_out")  # of the transformer, after its blocks; 5 of SD3-medium's 2,028 million parameters
 MOST_PAIRS = 40  # on all devices: two windows of 20 candidates; more takes memory and saves little time
 
 
@@ -24,7 +25,7 @@ class Placement:
     """Where every module of the transformer lives; `lines` print as a map."""
 
     device_map: dict[str, Device]  # module name -> device
-    main_device: Device  # inputs, outputs, loose modules, segmenter, loss
+    main_device: Device  # inputs, outputs, embedders, segmenter, loss
     lines: tuple[str, ...]
 
     def device_of(self, name: str) -> torch.device:
@@ -45,12 +46,12 @@ def place(
 ) -> Placement:
     """Plan and dispatch; one device is a plain move. Afterwards never call `.to()` on the transformer or a parent.
 
-    Loose modules (embeddings, norm_out, proj_out) live on the first device, the main one: inputs are given there, and
-    the output returns there. dtype casts, adapters and requires_grad come before.
+    Embedders live on the first device, the main one: inputs are given there, and the output returns there. What follows
+    the last block lives with it. dtype casts, adapters and requires_grad come before.
 
     Args:
         devices: GPU indices, all of them used; or "cpu" (several only to imitate a split, with force_hooks).
-        cost: of a step; the loose modules are added to the main device here.
+        cost: of a step; what is no block is added to the main device here.
         force_hooks: hooks even for one device, to test the split path.
         capacities: bytes of each device; default the whole GPU less 1 GiB, and no limit on the CPU.
         virtual_stages: runs of blocks of each device, see plan.deal.
@@ -67,6 +68,7 @@ def place(
     runs = deal(split.blocks, virtual_stages)
     for index, run in runs:  # more devices than blocks: the rest stays empty
         device_map |= {f"transformer_blocks.{block}": devices[index] for block in run}
+        device_map |= dict.fromkeys(HEAD, devices[index])
     placement = Placement(device_map, main_device, _lines(names, split, runs))
     for name, _ in _tensors(transformer):
         placement.device_of(name)  # asserts that the map covers it
@@ -279,6 +281,6 @@ def _lines(names: Sequence[str], split: Plan, runs: Sequence[tuple[int, range]])
         f"{name}: blocks {text}, {bytes_here / GIB:.1f} GiB estimated"
         for name, text, bytes_here in zip(names, texts, split.loads, strict=False)
     ]
-    lines[0] += " (main device: loose modules, segmenter and loss included)"
+    lines[0] += " (main device: embedders, segmenter and loss included)"
     lines += [f"{name}: unused, there are only {len(split.blocks)} blocks" for name in names[len(split.blocks) :]]
     return tuple(lines)

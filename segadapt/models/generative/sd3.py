@@ -4,6 +4,7 @@ K windows   P (window, class) pairs   3 RGB   s window px   z y x latent channel
 """
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from segadapt.models.checkpoint_errors import explain_checkpoint_errors
 from segadapt.models.generative.parallel import Parallel
 from segadapt.models.generative.prompts import PromptEmbeddings
 from segadapt.models.precision import autocast, tf32
+from segadapt.models.recording import Memory, recorder_of
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
@@ -118,11 +120,25 @@ def load_transformer(checkpoint: str, *, revision: str | None) -> SD3Transformer
     return _read_strictly(SD3Transformer2DModel, "transformer", source, "model.generative.checkpoint")
 
 
+def _encoding(autoencoder: AutoencoderKL | AutoencoderTiny, precision: str) -> Callable[[Tensor], tuple[Tensor]]:
+    """Windows in -1..1 to the autoencoder's own mean, [K, z, y, x]; no method of a class, which would be a cycle."""
+
+    def run(windows_K3ss: Tensor) -> tuple[Tensor]:
+        with torch.autocast(windows_K3ss.device.type, enabled=False), tf32(precision == "bf16"):
+            found: Any = autoencoder.encode(windows_K3ss, return_dict=False)[0]
+            return (found if isinstance(autoencoder, AutoencoderTiny) else found.mean,)
+
+    return run
+
+
 class Sd3:
     """The generative model: frozen autoencoder, class embeddings, and the transformer that judges a labelling.
 
     Not an nn.Module: the transformer may be split over devices, and moving a parent would break the split silently.
     All inputs and outputs live on `device`, the main device; the autoencoder on the last. Every part is in eval mode.
+
+    Args:
+        memory: on the last device, where encoding is recorded, to be replayed for as many windows; None: it is not.
     """
 
     def __init__(
@@ -134,6 +150,7 @@ class Sd3:
         device: torch.device,
         precision: str = "bf16",
         parallel: Parallel | None = None,
+        memory: Memory | None = None,
     ):
         self.parallel = parallel or Parallel([transformer], [device], parts=1)
         assert self.parallel.transformers[0] is transformer
@@ -143,6 +160,7 @@ class Sd3:
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self._encoding_device = self.parallel.devices[-1]  # which has nothing else to do while the main one segments
         torch.nn.Module.to(self.autoencoder, self._encoding_device)
+        self._encode = recorder_of(_encoding(self.autoencoder, precision), memory)
         self.embeddings = embeddings
         self.device = device
         self.precision = precision
@@ -161,12 +179,12 @@ class Sd3:
 
         float32; with precision 'bf16' a GPU may use TF32 (10 bits of mantissa) inside convolutions and matrix products.
         """
-        with torch.autocast(self.device.type, enabled=False), tf32(self.precision == "bf16"):
-            found: Any = self.autoencoder.encode(windows_K3ss.to(self._encoding_device), return_dict=False)[0]
-            if isinstance(self.autoencoder, AutoencoderTiny):
-                return found.to(self.device)
-            config = self.autoencoder.config
-            return (found.mean.to(self.device) - config["shift_factor"]) * config["scaling_factor"]
+        (found_Kzyx,) = self._encode(windows_K3ss.to(self._encoding_device))
+        assert found_Kzyx is not None
+        if isinstance(self.autoencoder, AutoencoderTiny):
+            return found_Kzyx.to(self.device)
+        config = self.autoencoder.config
+        return (found_Kzyx.to(self.device) - config["shift_factor"]) * config["scaling_factor"]
 
     def velocity(self, noisy: NoisyLatent, pair_window_P: Tensor, pair_class_P: Tensor) -> Tensor:
         """Conditional velocities of all pairs: [P, z, y, x] in the dtype of the latents (float32). No CFG.
@@ -176,7 +194,7 @@ class Sd3:
 
         def part(transformer: SD3Transformer2DModel, of_pairs: slice) -> Tensor:
             window_P, class_P = pair_window_P[of_pairs], pair_class_P[of_pairs]
-            there = transformer.proj_out.weight.device  # a copy's own; of a split transformer the main device
+            there = transformer.pos_embed.proj.weight.device  # a copy's own; of a split transformer the main device
             with self.autocast():
                 velocity_Pzyx = transformer(
                     hidden_states=noisy.x_t_Kzyx[window_P].to(there),
