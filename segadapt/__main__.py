@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from segadapt import __version__, config
 from segadapt.errors import UserError, did_you_mean
-from segadapt.parse import parse
+from segadapt.parse import methods_as_files, parse
 
 # verb: (primary config, schema, function as module:name, what it does)
 VERBS: dict[str, tuple[str, type, str, str]] = {
@@ -105,7 +105,7 @@ def _start(verb: str, arguments: list[str]) -> None:
     """Hand over to Hydra; its errors about the command line become UserErrors."""
     primary, schema, path, _ = VERBS[verb]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing and exiting with 1
-    sys.argv = [f"segadapt {verb}", *options_first(arguments)]
+    sys.argv = [f"segadapt {verb}", *options_first(methods_as_files(arguments))]
 
     @hydra.main(version_base="1.3", config_path="pkg://segadapt.conf", config_name=primary)
     def job(composed: DictConfig) -> None:

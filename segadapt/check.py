@@ -28,6 +28,7 @@ from segadapt.models.combined import Combined
 from segadapt.models.generative import windows
 from segadapt.models.generative.plan import GIB
 from segadapt.models.out_of_memory import explain_out_of_memory
+from segadapt.parse import wants_teacher
 from segadapt.terminal import results_table
 
 MOST_PROBLEMS = 20  # shown; all are counted
@@ -135,7 +136,7 @@ def sizes_table(facts: Sequence[ImageFacts], settings: CheckConfig) -> Table:
     rows: list[list[str | int]] = []
     for ((height, width), (new_height, new_width)), images in count.most_common(MOST_SIZES):
         count_windows: str | int = "none"
-        if settings.tta.forward_mode == "tta":
+        if wants_teacher(settings.tta):
             plan_K2 = windows.plan(new_height, new_width, window_px=g.window_px, stride_px=g.stride_px)
             count_windows = len(plan_K2)
         rows.append([f"{height} x {width}", f"{new_height} x {new_width}", count_windows, images])
@@ -177,7 +178,7 @@ def describe(models: Models) -> list[str]:
     method = models.method
     lines = [f"segmenter: {_millions(method.segmenter.net)}"]
     if not isinstance(method, Combined):
-        return [*lines, "teacher: none (tta.forward_mode=discriminative_only)"]
+        return [*lines, "teacher: none, this method needs none"]
     teacher = method.generative
     vae, text = teacher.autoencoder, teacher.embeddings
     latents = "already shifted and scaled"

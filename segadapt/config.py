@@ -170,7 +170,11 @@ class OptimizerSettings:
 
 @dataclass
 class TtaSettings:
-    forward_mode: str = setting("adapt, or only predict with the segmenter", choices=("tta", "discriminative_only"))
+    forward_mode: str = setting(
+        "adapt, or only predict with the segmenter (as method=source)", choices=("tta", "discriminative_only")
+    )
+    method: str = setting("of adaptation; tta.method=NAME takes all of conf/tta/NAME.yaml")
+    options: dict[str, Any] = setting("the method's own, see its docstring and conf/tta/NAME.yaml")
     continual: bool = setting("keep what was learned from task to task; false: reset before each")
     save_adapted: bool = setting("save the adapted segmenter of each task as a folder that from_pretrained reads")
     diagnose_every: int = setting(

@@ -22,6 +22,7 @@ from segadapt.models.build import build_models
 from segadapt.models.combined import Combined
 from segadapt.models.diagnostics import Tally, examine
 from segadapt.models.out_of_memory import explain_out_of_memory
+from segadapt.parse import wants_teacher
 from segadapt.protocol import identity, peak_memory_gib, versions, without
 from segadapt.record import RunFolder, write_bytes, write_json
 from segadapt.terminal import TaskProgress
@@ -91,9 +92,10 @@ def check_settings(settings: DiagnoseConfig) -> None:
     data, sigmas = settings.data, settings.diagnose.sigmas
     if data.kind == "files" and data.label_path is None:
         raise UserError("data.label_path=null: diagnose compares both models with labels. Set data.label_path.")
-    if settings.tta.forward_mode != "tta":
-        raise UserError(f"tta.forward_mode={settings.tta.forward_mode}: diagnose asks the teacher, which this mode "
-                        "does not load. Set tta.forward_mode=tta.")  # fmt: skip
+    if not wants_teacher(settings.tta):
+        t = settings.tta
+        raise UserError(f"tta.forward_mode={t.forward_mode}, tta.method={t.method}: diagnose asks the teacher, which "
+                        "these do not load. Set tta.forward_mode=tta and tta.method=generative.")  # fmt: skip
     if settings.diagnose.clean and data.corruptions and "{corruption}" in str(data.image_path):
         raise UserError(f"diagnose.clean=true, but data.image_path={data.image_path} names no clean images. Set "
                         "diagnose.clean=false, or diagnose them in a run of their own.")  # fmt: skip

@@ -9,16 +9,22 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from segadapt.config import fields_of
+from segadapt.config import TtaSettings, fields_of
 from segadapt.errors import UserError, did_you_mean
 
 T = TypeVar("T")
+METHOD = "tta.method="
 
 
 def from_overrides(primary: str, overrides: Sequence[str], schema: type[T]) -> T:
     """Settings as the command line would give them, for scripts: from_overrides("adapt", ["data=toytown_c"], ...)."""
     with initialize_config_module("segadapt.conf", version_base="1.3"):
-        return parse(compose(primary, list(overrides)), schema)
+        return parse(compose(primary, methods_as_files(overrides)), schema)
+
+
+def methods_as_files(overrides: Sequence[str]) -> list[str]:
+    """tta.method=NAME asks for all of conf/tta/NAME.yaml: the method's own optimizer and options."""
+    return [f"tta={given.removeprefix(METHOD)}" if given.startswith(METHOD) else given for given in overrides]
 
 
 def _flat(config: DictConfig, known: dict[str, dataclasses.Field], prefix: str = "") -> dict[str, Any]:
@@ -34,9 +40,11 @@ def _flat(config: DictConfig, known: dict[str, dataclasses.Field], prefix: str =
     return out
 
 
-def parse(config: DictConfig, schema: type[T]) -> T:
+def parse(config: DictConfig, schema: type[T], *, prefix: str = "") -> T:
     """Check a composed config against its schema and return it as plain dataclasses.
 
+    Args:
+        prefix: of the names in messages, where the config is a part of a larger one.
     Raises:
         UserError: an unknown, missing or mistyped setting, a value outside its choices or range; names the nearest.
     """
@@ -46,22 +54,44 @@ def parse(config: DictConfig, schema: type[T]) -> T:
     given = _flat(config, known)
     for name in given:
         if name not in known:
-            raise UserError(f"{name} is not a setting.{did_you_mean(name, known)}")
+            raise UserError(f"{prefix}{name} is not a setting.{did_you_mean(name, known)}")
     try:
         typed = OmegaConf.merge(OmegaConf.structured(schema), config)
         missing = sorted(OmegaConf.missing_keys(typed))
         if missing:
-            raise UserError(f"{missing[0]} has no value: {known[missing[0]].metadata['help']}. Set {missing[0]}=VALUE.")
+            name = f"{prefix}{missing[0]}"
+            raise UserError(f"{name} has no value: {known[missing[0]].metadata['help']}. Set {name}=VALUE.")
         parsed = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         name = error.full_key or "?"
         expected = f"; expected: {known[name].metadata['help']}" if name in known else ""
-        raise UserError(f"{name}={given.get(name)!r}: {str(error.msg).splitlines()[0]}{expected}.") from error
+        raise UserError(f"{prefix}{name}={given.get(name)!r}: {str(error.msg).splitlines()[0]}{expected}.") from error
     for name, item in known.items():
         value = OmegaConf.select(typed, name)
-        _check_value(name, value, item.metadata)
-    _check_fields_together(parsed)
+        _check_value(f"{prefix}{name}", value, item.metadata)
+    if not prefix:
+        _check_fields_together(parsed)
     return parsed  # type: ignore[return-value]
+
+
+def wants_teacher(tta: TtaSettings) -> bool:
+    """Whether a generative model is loaded."""
+    from segadapt.methods import METHODS
+
+    return tta.forward_mode == "tta" and METHODS[tta.method].has_teacher
+
+
+def options_of(tta: TtaSettings) -> Any:
+    """The method's `Options`.
+
+    Raises:
+        UserError: no such method; an option that it does not have, or without value, or out of range.
+    """
+    from segadapt.methods import METHODS  # which imports torch
+
+    if tta.method not in METHODS:
+        raise UserError(f"tta.method={tta.method} is not a method.{did_you_mean(tta.method, METHODS)}")
+    return parse(OmegaConf.create(tta.options), METHODS[tta.method].Options, prefix="tta.options.")
 
 
 def _check_value(name: str, value: Any, rule: Any) -> None:
@@ -77,8 +107,11 @@ def _check_value(name: str, value: Any, rule: Any) -> None:
 
 def _check_fields_together(config: Any) -> None:
     """UserError: two settings that contradict each other; both are named."""
+    tta = getattr(config, "tta", None)
+    if tta is not None:
+        options_of(tta)
     generative = getattr(getattr(config, "model", None), "generative", None)
-    if generative is None or getattr(getattr(config, "tta", None), "forward_mode", "tta") == "discriminative_only":
+    if generative is None or (tta is not None and not wants_teacher(tta)):
         return
     update = getattr(config.model, "update", None)
     if update is not None and not (update.discriminative or update.generative):

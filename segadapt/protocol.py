@@ -10,6 +10,9 @@ import torch
 
 from segadapt import __version__
 from segadapt.config import AdaptConfig, DataSettings, EvaluateConfig, LossSettings, ModelSettings
+from segadapt.methods import METHODS
+from segadapt.methods.learner import Learner
+from segadapt.models.source import Source
 
 PACKAGES = (
     "torch",
@@ -37,8 +40,8 @@ FREE = (
 
 
 def method_of(settings: EvaluateConfig) -> str:
-    """'generative', or 'source' where nothing is updated."""
-    return "generative" if isinstance(settings, AdaptConfig) and settings.tta.forward_mode == "tta" else "source"
+    """The name of METHODS; 'source' where there is only a segmenter."""
+    return settings.tta.method if isinstance(settings, AdaptConfig) and settings.tta.forward_mode == "tta" else "source"
 
 
 def without(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -54,10 +57,13 @@ def without(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 def identity(settings: EvaluateConfig) -> dict[str, Any]:
     """All settings that can change results, as nested JSON values."""
-    values = without(asdict(settings), FREE)
-    if method_of(settings) == "source":  # what only the update reads does not make another run
+    values, method = without(asdict(settings), (*FREE, "tta.method")), METHODS[method_of(settings)]
+    if not method.has_teacher:  # what nothing reads does not make another run
         values["model"] = {"discriminative": values["model"]["discriminative"]}
+    if method is Source:
         values.pop("tta", None)
+    elif not values["tta"]["options"]:
+        del values["tta"]["options"]
     return values | {"method": method_of(settings)}
 
 
@@ -88,10 +94,16 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
             + (f", clipped to norm {opt.clip_norm:g}" if opt.clip_norm is not None else "")
             + (f", rates rise over {opt.warmup} steps" if opt.warmup else "")
             + (f", a step every {opt.accumulate} images" if opt.accumulate > 1 else ""),
-            "continual" if settings.tta.continual else "reset before each task",
         ]  # fmt: skip
+    elif isinstance(settings, AdaptConfig):
+        parts += [f"{name} {value}" for name, value in settings.tta.options.items()]
+    if isinstance(settings, AdaptConfig) and issubclass(METHODS[method_of(settings)], Learner):
+        opt = settings.tta.optimizer
+        parts.append(f"{opt.name} {opt.lr if opt.lr_discriminative is None else opt.lr_discriminative:g}")
+    if isinstance(settings, AdaptConfig) and METHODS[method_of(settings)].learns:
+        parts.append("continual" if settings.tta.continual else "reset before each task")
     parts += [
-        "scored before the update at label size, one bilinear resize",
+        f"scored {METHODS[method_of(settings)].scored} at label size, one bilinear resize",
         f"short side {data.short_side_px} px",
         f"shuffle seed {seed}" if data.shuffle else "not shuffled",
         f"{runtime.precision} {'autocast over fp32 weights' if runtime.precision == 'bf16' else ''}".strip(),

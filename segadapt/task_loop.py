@@ -178,6 +178,9 @@ class TaskLoop:
                 "loss": prediction.loss,
                 "grad_norm": prediction.grad_norm,
                 "is_updated": prediction.is_updated,
+            }
+        if prediction.candidates:
+            line |= {
                 "is_refused": prediction.is_refused,
                 "candidates": prediction.candidates,
                 "single_class_windows": sum(count == 1 for count in prediction.candidates),

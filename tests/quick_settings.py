@@ -10,13 +10,14 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from segadapt.parse import parse
+from segadapt.parse import methods_as_files, parse
 
 T = TypeVar("T")
 
 
 def quick_settings(primary: str, overrides: Sequence[str], schema: type[T]) -> T:
     """As `from_overrides` gives them: composed once for the same groups; values are set on top, as Hydra does."""
+    overrides = methods_as_files(overrides)
     values = tuple(text for text in overrides if re.match(r"\w+\.[\w.]+=", text))
     groups = tuple(text for text in overrides if text not in values)
     return copy.deepcopy(_parsed(primary, groups, values, schema))

@@ -81,7 +81,7 @@ def test_how_a_run_would_update_makes_no_other_diagnosis(overrides, tmp_path):
     [
         (
             ("tta.forward_mode=discriminative_only",),
-            r"tta\.forward_mode=discriminative_only: diagnose asks the teacher",
+            r"tta\.forward_mode=discriminative_only, tta\.method=generative: diagnose asks the teacher",
         ),
         (("diagnose.sigmas=[]",), r"diagnose\.sigmas=\[\]: expected one or more"),
         (("diagnose.sigmas=[0.5,0]",), r"diagnose\.sigmas=\[0\.5, 0\.0\]: expected"),

@@ -19,7 +19,7 @@ SCHEMAS = [
 def prefix_of(path: Path) -> str:
     """Where the content of a group file lands: conf/model/generative/sd3_medium.yaml -> 'model.generative.'."""
     folder = path.parent.relative_to(CONF)
-    return "" if folder.parts[:1] in ((), ("base",), ("experiment",)) else ".".join(folder.parts) + "."
+    return "" if folder.parts[:1] in ((), ("base",), ("experiment",), ("tuned",)) else ".".join(folder.parts) + "."
 
 
 def commented(path: Path) -> str:

@@ -25,6 +25,7 @@ from segadapt.config import (
     UpdateSettings,
 )
 from segadapt.errors import UserError
+from segadapt.methods.build import build_method
 from segadapt.models.combined import Combined
 from segadapt.models.discriminative.segformer import Segmenter, load_segformer
 from segadapt.models.generative import placement as placing
@@ -36,6 +37,7 @@ from segadapt.models.generative.sd3 import Sd3, load_autoencoder, load_transform
 from segadapt.models.generative.stages import compile_and_record
 from segadapt.models.recording import Graphs
 from segadapt.models.source import Source
+from segadapt.parse import wants_teacher
 from segadapt.seeds import numpy_generator
 
 DEFAULT_THREADS = torch.get_num_threads()
@@ -310,9 +312,9 @@ def build_models(
     # recomputed activations save and restore the state of a generator, which a CUDA graph can't
     can_record = main.type == "cuda" and not settings.model.discriminative.gradient_checkpointing
     seed, precision = settings.experiment.seed, settings.runtime.precision
-    if not isinstance(settings, AdaptConfig) or settings.tta.forward_mode == "discriminative_only":
+    if not isinstance(settings, AdaptConfig) or not wants_teacher(settings.tta):
         memory = Graphs(main).memory() if can_record and settings.runtime.compile else None
-        return Models(Source(segmenter, seed=seed, precision=precision, memory=memory), (), fingerprints)
+        return Models(build_method(settings, segmenter, memory=memory), (), fingerprints)
     update, accumulates = settings.model.update, settings.tta.optimizer.accumulate > 1
 
     def fixed(autoencoder: nn.Module, compiled: bool) -> tuple[int, int]:

@@ -5,8 +5,10 @@ P (row, class) pairs   3 RGB   H W image px   h w logits, ceil(px / 4)   z y x l
 s window px
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,8 @@ class Combined(Source):
         generative: the teacher.
         model, optimizer: settings.
     """
+
+    has_teacher = learns = True
 
     def __init__(
         self,
@@ -88,8 +92,8 @@ class Combined(Source):
             adapters = lora_parameters(self.generative.transformer)
             assert bool(adapters) == (update.lora_rank > 0), "adapters come before placement, see models/build.py"
             owned = self.parallel.own(list(adapters or dict(self.generative.transformer.named_parameters())))
-        for copy in self.parallel.transformers:
-            for name, parameter in copy.named_parameters():
+        for transformer in self.parallel.transformers:
+            for name, parameter in transformer.named_parameters():
                 parameter.requires_grad_(name in owned)
         return owned
 
@@ -123,6 +127,19 @@ class Combined(Source):
         self.parallel.arrive()
         if self._updates.flush():
             self.parallel.spread()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See Source: both models' parameters that move, and the optimizer."""
+        return copy.deepcopy({"parameters": dict(self.parameters()), "updates": self._updates.state_dict()})
+
+    @torch.no_grad()
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        for name, parameter in self.parameters().items():
+            parameter.copy_(values["parameters"][name])
+            parameter.grad = None
+        self.parallel.spread()
+        self._updates = self._new_updates()
+        self._updates.load_state_dict(values["updates"])
 
     def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
         """Predict one image, then adapt on it: one loss, one backward into both models, one update.

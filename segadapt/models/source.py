@@ -4,21 +4,28 @@ B images (1)   C classes   3 RGB   H W image px   h w logits, ceil(px / 4)
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from segadapt.config import DataSettings
 from segadapt.models.discriminative.segformer import Segmenter
 from segadapt.models.precision import autocast
 from segadapt.models.recording import Memory, recorder_of
 
 
+@dataclass
+class NoOptions:
+    """Of a method that has none. Another lists every `tta.options`; their values are in conf/tta/NAME.yaml."""
+
+
 @dataclass(frozen=True)
 class Prediction:
-    """What one step returns; the logits are those of the forward BEFORE the update, the only ones that are scored."""
+    """What one step returns; the logits are the only ones that are scored, see `Source.scored`."""
 
     logits_Chw: Tensor  # float32, detached, raw
     is_finite: bool  # all of them
@@ -52,6 +59,11 @@ def segmenting(
 class Source:
     """A method that moves nothing.
 
+    Attributes:
+        has_teacher: it needs a generative model.
+        learns: what it found in one image changes how it predicts the next, unless it is reset.
+        scored: which prediction `step` returns, for the protocol line.
+
     Args:
         segmenter: on the main device.
         seed: all draws come from (seed, task, image key, purpose).
@@ -59,6 +71,11 @@ class Source:
         memory: where the segmenter's work is recorded, to be replayed for images of the same size; None: it is not.
         moving: parameters of the segmenter that a method built on this one moves, by name; all others are frozen.
     """
+
+    has_teacher: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
+    scored: ClassVar[str] = "before the update"
+    Options: ClassVar[type] = NoOptions
 
     def __init__(
         self,
@@ -82,11 +99,25 @@ class Source:
         """What may move, by name with the model's prefix; all else stays bit-equal."""
         return {f"discriminative.{name}": parameter for name, parameter in self.moving.items()}
 
+    def source_data(self, data: DataSettings) -> DataSettings | None:
+        """Which unlabelled source images `see_source` shall be given, from the test data's settings; None: none."""
+        return None
+
+    def see_source(self, images_3HW: Iterable[Tensor]) -> None:
+        """What a method takes from them; at the source weights, once, and no reset undoes it."""
+
     def reset(self) -> None:
         """Back to the state before the first image."""
 
     def flush(self) -> None:
         """What still waits for an update; for the end of a task."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next image depends on beside the source weights; copies."""
+        return {}
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """As it was when `state_dict` gave these values."""
 
     def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
         """Predict one image.

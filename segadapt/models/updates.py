@@ -1,6 +1,8 @@
 """From the gradients of images to optimizer steps: rates, clipping, accumulation."""
 
+import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,9 +82,24 @@ class Updates:
         self.waiting = 0
         return True
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on beside the parameters; not copied."""
+        parameters = self._parameters()
+        sums = [self._sums.get(parameter) for parameter in parameters]
+        return {"optimizer": self.optimizer.state_dict(), "steps": self._steps, "waiting": self.waiting, "sums": sums}
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Into a new one of the same parameters and settings."""
+        self.optimizer.load_state_dict(copy.deepcopy(values["optimizer"]))  # which keeps the tensors it is given
+        self._steps, self.waiting = values["steps"], values["waiting"]
+        pairs = zip(self._parameters(), values["sums"], strict=True)
+        self._sums = {parameter: total.clone() for parameter, total in pairs if total is not None}
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
     def _gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        return [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        return [(parameter, parameter.grad) for parameter in self._parameters() if parameter.grad is not None]
 
     def _step(self, skip: Tensor | None = None) -> None:
         """One optimizer step with .grad, each model's clipped to its own norm; the first ones shorter if asked.

@@ -3,6 +3,7 @@
 # B images  3 RGB  H W image px  C dataset classes  h w logits, ceil(px / 4)
 """
 
+import re
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -72,6 +73,12 @@ class Segmenter:
             if isinstance(module, NORM_TYPES)
             for name, parameter in module.named_parameters(recurse=False)
         }
+
+    def top_norm_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of the last encoder stage and of the head: `stages.3`, in older versions of transformers `block.3`."""
+        last = len(self.net.config.depths) - 1
+        is_top = re.compile(rf"decode_head\.|(.*\.)?(stages|patch_embeddings|block|layer_norm)\.{last}\.")
+        return {name: parameter for name, parameter in self.norm_parameters().items() if is_top.match(name)}
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors; `state_dict` has other names than the files that circulate."""

@@ -1,0 +1,56 @@
+"""BN and BN-alpha: test-time statistics in BatchNorm. Nothing is learned."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from segadapt.config import setting
+from segadapt.models.discriminative.segformer import Segmenter
+from segadapt.models.recording import Memory
+from segadapt.models.source import Source
+
+
+def mixed(norm: nn.modules.batchnorm._BatchNorm, alpha: float) -> Callable[[Tensor], Tensor]:
+    """Forward of a BatchNorm with (1 - alpha) of its source statistics and alpha of the batch's own.
+
+    The batch's variance is the biased one, as in BatchNorm's own training mode; source statistics are never changed.
+    """
+
+    def forward(x: Tensor) -> Tensor:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        var, mean = torch.var_mean(x.float(), dim=axes, correction=0)
+        mean, var = (own.to(source).lerp(source, 1 - alpha) for own, source in
+                     ((mean, norm.running_mean), (var, norm.running_var)))  # fmt: skip
+        return F.batch_norm(x, mean, var, norm.weight, norm.bias, training=False, eps=norm.eps)
+
+    return forward
+
+
+class Bn(Source):
+    """BN: statistics of the image itself (alpha 1; Schneider et al. 2020, Nado et al. 2020); BN-alpha: a mixture.
+
+    mean = (1 - alpha) mean_source + alpha mean_test, variance likewise (Schneider et al. 2020, eq. 1, with its weight
+    of the source N / (N + n) written as 1 - alpha). Per image: statistics over all its pixels. SegFormer has a single
+    BatchNorm, in its head, and one image is a batch of pixels that look alike: published results fall below the source.
+
+    Published: alpha 1 (bn), 0.1 (bn-alpha).
+    """
+
+    @dataclass
+    class Options:
+        alpha: float = setting("share of the image's own statistics in BatchNorm; 0: the source's", low=0, high=1)
+
+    def __init__(
+        self, segmenter: Segmenter, options: Any, optimizer: Any, *, seed: int, precision: str,
+        memory: Memory | None = None,
+    ):  # fmt: skip
+        for module in segmenter.net.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.forward = mixed(module, options.alpha)  # pyright: ignore[reportAttributeAccessIssue]
+        super().__init__(segmenter, seed=seed, precision=precision, memory=memory)

@@ -1,0 +1,130 @@
+"""A method that moves the segmenter by a loss of its own predictions: predict, then one step of the optimizer.
+
+B images (1)   C classes   3 RGB   H W image px   h w logits, ceil(px / 4)
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segadapt.config import OptimizerSettings
+from segadapt.models.discriminative.segformer import Segmenter
+from segadapt.models.recording import Memory
+from segadapt.models.source import Prediction, Source, segmenting
+from segadapt.models.updates import Updates
+
+
+class Learner(Source):
+    """Ground of the methods that need no teacher. One of them defines `loss`, and where it must the rest.
+
+    Attributes:
+        Options: dataclass of `tta.options`, made with `segadapt.config.setting`; values are in conf/tta/NAME.yaml.
+        state: all that changes from image to image beside parameters and optimizer: tensors, numbers, None.
+
+    Args:
+        segmenter, seed, precision, memory: as in Source.
+        options: an `Options`.
+        optimizer: rule and rates.
+    """
+
+    learns = True
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        options: Any,
+        optimizer: OptimizerSettings,
+        *,
+        seed: int,
+        precision: str,
+        memory: Memory | None = None,
+    ):
+        moving = self.choose(segmenter, options)
+        super().__init__(segmenter, seed=seed, precision=precision, memory=memory, moving=moving)
+        self.options, self._optimizer_settings = options, optimizer
+        # beside the recorded forward that is learned from: no backward of that one may be waiting when it comes again
+        self.again = segmenting(segmenter, precision, None, ())
+        self._source = {name: value.detach().clone() for name, value in self.moving.items()}
+        self._updates = self._new_updates()
+        self.state = self.initial_state()
+
+    # --- what a method defines ---
+
+    @staticmethod
+    def choose(segmenter: Segmenter, options: Any) -> Mapping[str, nn.Parameter]:
+        """The parameters that move: all affine parameters of normalisation layers, unless a method says otherwise."""
+        return segmenter.norm_parameters()
+
+    def initial_state(self) -> dict[str, Any]:
+        """See `state`; made anew at each reset."""
+        return {}
+
+    def loss(self, logits_BChw: Tensor, image_3HW: Tensor, *, task: str, key: str) -> Tensor:
+        """What the step minimises, a scalar; where its gradient is 0 nothing moves."""
+        raise NotImplementedError
+
+    def after_step(self, *, task: str, key: str) -> None:
+        """What follows an update: averages, restores, resets."""
+
+    # --- the step ---
+
+    def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
+        """Predict one image, then learn from it."""
+        image_3HW = image_3HW.to(self.device, non_blocking=True)
+        logits_BChw = self.logits(image_3HW)
+        scored_Chw = logits_BChw[0].detach()
+        return self.learn(self.loss(logits_BChw, image_3HW, task=task, key=key), scored_Chw, task=task, key=key)
+
+    def learn(self, loss: Tensor, scored_Chw: Tensor, *, task: str, key: str) -> Prediction:
+        """Backward and update; nothing moves where loss or gradient is not finite, or the gradient is 0."""
+        if loss.requires_grad:
+            loss.backward()
+        return self.update(loss.detach(), scored_Chw, task=task, key=key)
+
+    def update(self, loss: Tensor, scored_Chw: Tensor, *, task: str, key: str) -> Prediction:
+        """The step from gradients that are there, and one host read for all numbers of the image."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.moving.values() if p.grad is not None]).to(loss)
+        is_used = loss.isfinite() & norm.isfinite() & (norm > 0)
+        self._updates.take(is_used)
+        self._updates.drop()
+        numbers = torch.stack([loss.float(), norm.float(), is_used.float(), scored_Chw.isfinite().all().float()])
+        value, grad_norm, was_used, is_sound = numbers.tolist()
+        if was_used:
+            self.after_step(task=task, key=key)
+        return Prediction(scored_Chw, bool(is_sound), value, grad_norm, is_updated=bool(was_used))
+
+    # --- back, and elsewhere ---
+
+    def _new_updates(self) -> Updates:
+        return Updates({"discriminative": self.moving}, self._optimizer_settings, fused=self.device.type == "cuda")
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Weights, optimizer and state as before the first image."""
+        for name, parameter in self.moving.items():
+            parameter.copy_(self._source[name])
+            parameter.grad = None
+        self._updates, self.state = self._new_updates(), self.initial_state()
+
+    def flush(self) -> None:
+        """The step of the images that still wait for one (optimizer.accumulate)."""
+        self._updates.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next image depends on; copies."""
+        values = {"parameters": dict(self.moving), "updates": self._updates.state_dict(), "state": self.state}
+        return copy.deepcopy(values)
+
+    @torch.no_grad()
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """As it was when `state_dict` gave these values."""
+        assert values["parameters"].keys() == self.moving.keys()
+        for name, parameter in self.moving.items():
+            parameter.copy_(values["parameters"][name])
+            parameter.grad = None
+        self._updates = self._new_updates()
+        self._updates.load_state_dict(values["updates"])
+        self.state = copy.deepcopy(values["state"])

@@ -1,0 +1,346 @@
+"""Methods against answers worked out by hand or by a plain re-derivation, in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES
+from hypothesis import given
+from hypothesis import strategies as st
+from steps import random_noise
+from torch import nn
+from torch.nn import functional as F
+
+from segadapt.methods.augmix import OPERATIONS, augmix, equalize, posterize, solarize
+from segadapt.methods.build import build_method
+from segadapt.methods.pixels import entropy, mean_where
+from segadapt.seeds import numpy_generator
+
+SGD = ("tta.optimizer.name=sgd", "tta.optimizer.lr=0.1", "tta.optimizer.momentum=0")
+
+
+@pytest.fixture
+def build(compose_settings, build_segmenter):
+    """build(name, *overrides): the method on a float64 segmenter."""
+
+    def build(name, *overrides):
+        settings = compose_settings(f"tta.method={name}", "data.workers=0", *overrides)
+        return build_method(settings, build_segmenter(dtype=torch.float64), memory=None)
+
+    return build
+
+
+def image(seed):
+    return random_noise(seed).double()
+
+
+def plain_entropy(logits_BChw):
+    p_BChw = logits_BChw.softmax(dim=1)
+    return -(p_BChw * p_BChw.log()).sum(dim=1)
+
+
+# -- pixels ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(-30, 30), min_size=2, max_size=9))
+def test_entropy_lies_between_certainty_and_a_uniform_choice(logits):
+    logits_BChw = torch.tensor(logits, dtype=torch.float64)[None, :, None, None]
+    found = entropy(logits_BChw).item()
+    assert -1e-12 <= found <= math.log(len(logits)) + 1e-12
+    p = np.exp(np.array(logits) - max(logits))
+    p /= p.sum()
+    assert found == pytest.approx(-(p * np.log(p)).sum(), abs=1e-9)
+
+
+def test_entropy_and_its_gradient_are_exact_where_probabilities_are_zero():
+    logits_BChw = torch.tensor([1e4, 0.0, -1e4])[None, :, None, None].requires_grad_()
+    value = entropy(logits_BChw).sum()
+    value.backward()
+    assert value == 0
+    assert logits_BChw.grad is not None
+    assert (logits_BChw.grad == 0).all()
+
+
+def test_mean_where_nothing_is_kept_is_zero_with_a_gradient_of_zero():
+    value_B = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
+    assert mean_where(value_B, torch.tensor([True, False, True])) == 3.5
+    nothing = mean_where(value_B, torch.zeros(3, dtype=torch.bool))
+    nothing.backward()
+    assert nothing == 0
+    assert value_B.grad is not None
+    assert (value_B.grad == 0).all()
+
+
+# -- BN ----------------------------------------------------------------------------------------------------------------
+
+
+def test_bn_is_batchnorm_in_training_mode_and_alpha_mixes(build):
+    """alpha 0 is the source; alpha 1 the module's own training mode; between them mean and variance are linear."""
+    source = build("source")
+    norm = source.segmenter.net.decode_head.batch_norm
+    with torch.no_grad():
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        state = source.segmenter.net.state_dict()
+    seen = {}
+    norm.register_forward_pre_hook(lambda _, given: seen.update(x=given[0]))
+    expected = {0.0: source.step(image(1), task="t", key="k").logits_Chw}
+    norm.train()
+    norm.momentum = 0.0
+    expected[1.0] = source.step(image(1), task="t", key="k").logits_Chw
+    for alpha, logits_Chw in expected.items():
+        method = build("bn", f"tta.options.alpha={alpha}")
+        method.segmenter.net.load_state_dict(state)
+        torch.testing.assert_close(method.step(image(1), task="t", key="k").logits_Chw, logits_Chw)
+    mixed = build("bn-alpha")
+    mixed.segmenter.net.load_state_dict(state)
+    own = mixed.segmenter.net.decode_head.batch_norm
+    x = seen["x"]
+    mean_C = 0.9 * norm.running_mean + 0.1 * x.mean(dim=(0, 2, 3))
+    var_C = 0.9 * norm.running_var + 0.1 * x.var(dim=(0, 2, 3), correction=0)
+    shape = (1, -1, 1, 1)
+    plain = (x - mean_C.view(shape)) / (var_C.view(shape) + norm.eps).sqrt()
+    torch.testing.assert_close(own(x), plain * norm.weight.view(shape) + norm.bias.view(shape))
+    assert torch.equal(own.running_mean, norm.running_mean)
+
+
+# -- Tent, pseudo-labels -----------------------------------------------------------------------------------------------
+
+
+def test_first_steps_of_tent_against_a_plain_re_derivation(build, build_segmenter):
+    method, plain = build("tent", "tta.optimizer.lr=1e-2"), build_segmenter(dtype=torch.float64)
+    kinds = (nn.LayerNorm, nn.BatchNorm2d)
+    norms = [module for module in plain.net.modules() if isinstance(module, kinds)]
+    plain.net.requires_grad_(False)
+    moving = [p.requires_grad_() for norm in norms for p in (norm.weight, norm.bias)]
+    assert len(moving) == len(method.moving) > 20
+    adam = torch.optim.Adam(moving, lr=1e-2)
+    for seed in (1, 2, 3):
+        prediction = method.step(image(seed), task="t", key=str(seed))
+        logits_BChw = plain.logits(image(seed)[None])
+        loss = plain_entropy(logits_BChw).mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        assert prediction.loss == pytest.approx(loss.item(), rel=1e-6)
+        torch.testing.assert_close(prediction.logits_Chw, logits_BChw[0].detach())
+    expected = plain.net.state_dict()
+    for name, parameter in method.moving.items():
+        torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_pseudo_labels_count_only_confident_pixels(build):
+    method = build("pseudo-label")
+    logits_BChw = torch.tensor([[2.0, 0.1], [0.0, 0.0]], dtype=torch.float64).view(1, 2, 1, 2)
+    sure, unsure = (math.log1p(math.exp(-gap)) for gap in (2.0, 0.1))
+    for threshold, expected in ((0.0, (sure + unsure) / 2), (0.8, sure), (0.9, 0.0)):
+        method.options.threshold = threshold
+        assert method.loss(logits_BChw, image(1), task="t", key="k").item() == pytest.approx(expected)
+
+
+# -- EATA, RDumb -------------------------------------------------------------------------------------------------------
+
+
+def test_filters_of_eata(build):
+    """Three classes. Pixels: sure of class 0 twice, sure of class 2, unsure."""
+    method = build("eata", "tta.options.fisher_images=1", "tta.options.fisher_alpha=0")
+    sure_0, sure_2, unsure = [8.0, 0, 0], [0, 0, 8.0], [1.0, 1, 0]
+    logits_BChw = torch.tensor([sure_0, sure_0, sure_2, unsure], dtype=torch.float64).T.view(1, 3, 1, 4)
+    assert method.chosen(logits_BChw).flatten().tolist() == [True, True, True, False]  # nothing is redundant yet
+    p_3C = logits_BChw.softmax(dim=1)[0, :, 0].T[:3]
+    first_C = p_3C.mean(dim=0)
+    torch.testing.assert_close(method.state["mean_C"], first_C)
+    assert not method.chosen(logits_BChw).any()  # cosines 0.89 and 0.45
+    torch.testing.assert_close(method.state["mean_C"], first_C)
+    new = torch.tensor([[0.0, 8, 0]], dtype=torch.float64).T.view(1, 3, 1, 1)
+    assert method.chosen(new).all()  # class 1 has been seen nowhere
+    torch.testing.assert_close(method.state["mean_C"], 0.9 * first_C + 0.1 * new.softmax(dim=1).flatten())
+
+
+def with_importances(build, images):
+    """Source images of the tests' own, in float64."""
+    method = build("eata", "tta.options.fisher_alpha=0")
+    method.options.fisher_alpha = 2000.0
+    method.see_source(images)
+    return method
+
+
+def test_loss_of_eata_weights_by_reliability_and_holds_the_source(build):
+    method = with_importances(build, [image(1), image(2)])
+    name, parameter = next(iter(method.moving.items()))
+    assert set(method.fisher) == set(method.moving)
+    assert all((value >= 0).all() for value in method.fisher.values())
+    assert any((value > 0).any() for value in method.fisher.values())
+    with torch.no_grad():
+        parameter += 0.5
+    anchor = 2000 * 0.25 * method.fisher[name].sum()
+    logits_BChw = torch.tensor([[9.0, 3, 0.1], [0, 0, 0]], dtype=torch.float64).view(1, 2, 1, 3)
+    limit, H_3 = 0.4 * math.log(2), plain_entropy(logits_BChw).flatten()
+    kept_2 = H_3[limit > H_3]
+    assert len(kept_2) == 2
+    expected = ((limit - kept_2).exp() * kept_2).mean() + anchor
+    assert method.loss(logits_BChw, image(1), task="t", key="k").item() == pytest.approx(expected.item())
+    unsure = torch.zeros(1, 2, 1, 3, dtype=torch.float64)
+    assert (
+        method.loss(unsure, image(1), task="t", key="k").item() == 0
+    )  # nothing chosen: no step, by the anchor neither
+
+
+def test_importances_of_eata_are_mean_squared_gradients_of_its_own_labels(build):
+    given = [image(1), image(2)]
+    method = with_importances(build, given)
+    squares = {name: torch.zeros_like(parameter) for name, parameter in method.moving.items()}
+    for each in given:
+        logits_BChw = method.segmenter.logits(each[None])
+        loss = F.nll_loss(logits_BChw.log_softmax(dim=1), logits_BChw.argmax(dim=1))
+        for name, gradient in zip(squares, torch.autograd.grad(loss, list(method.moving.values())), strict=True):
+            squares[name] += gradient.square() / 2
+    for name, expected in squares.items():
+        torch.testing.assert_close(method.fisher[name], expected)
+    assert all(parameter.grad is None for parameter in method.moving.values())
+
+
+def test_rdumb_forgets_all_every_so_many_images(build):
+    options = ("tta.options.reset_every=2", "tta.options.margin=1", "tta.options.distance=1", *SGD)
+    method, fresh = build("rdumb", *options), build("rdumb", *options)
+    for seed in (1, 2):
+        method.step(image(seed), task="t", key=str(seed))
+    for seed in (3, 4):
+        one, other = (each.step(image(seed), task="t", key=str(seed)) for each in (method, fresh))
+        assert torch.equal(one.logits_Chw, other.logits_Chw)
+    for name, parameter in method.moving.items():
+        assert torch.equal(parameter, fresh.moving[name])
+
+
+# -- SAR ---------------------------------------------------------------------------------------------------------------
+
+
+def test_two_step_gradient_of_sar(build, build_segmenter):
+    method = build("sar", "tta.options.rho=0.5", "tta.options.reset_below=0", *SGD)
+    plain = build_segmenter(dtype=torch.float64)
+    everything, weights = dict(plain.net.named_parameters()), {}
+    for name in method.moving:
+        weights[name] = everything[name].detach().clone()
+    limit = plain_entropy(plain.logits(image(1)[None])).median().item()
+    method.options.margin = limit / math.log(len(CLASSES))
+
+    def H(values):
+        with torch.no_grad():
+            for name, value in values.items():
+                everything[name].copy_(value)
+        return plain_entropy(plain.logits(image(1)[None]))
+
+    moving = [everything[name] for name in weights]
+    H_Bhw = H(weights)
+    reliable_Bhw = H_Bhw < limit
+    assert 0 < reliable_Bhw.sum() < reliable_Bhw.numel()
+    g = torch.autograd.grad(H_Bhw[reliable_Bhw].mean(), moving)
+    length = torch.cat([each.flatten() for each in g]).norm()
+    worst = {name: value + 0.5 * each / length for (name, value), each in zip(weights.items(), g, strict=True)}
+    H_Bhw = H(worst)
+    g = torch.autograd.grad(H_Bhw[reliable_Bhw & (H_Bhw < limit)].mean(), moving)
+    prediction = method.step(image(1), task="t", key="k")
+    assert prediction.is_updated
+    for (name, value), each in zip(weights.items(), g, strict=True):
+        torch.testing.assert_close(method.moving[name].detach(), value - 0.1 * each, rtol=1e-6, atol=1e-10)
+    assert method.state["average"] == pytest.approx(H_Bhw[reliable_Bhw].mean().item(), rel=1e-6)
+    assert not any("decode_head" in name for name in weights)
+    assert len(weights) < len(method.segmenter.norm_parameters())
+
+
+def test_sar_goes_back_when_its_average_falls(build):
+    method = build("sar", "tta.options.margin=1", "tta.options.reset_below=100", *SGD)
+    before = {name: parameter.detach().clone() for name, parameter in method.moving.items()}
+    assert method.step(image(1), task="t", key="k").is_updated
+    assert all(torch.equal(parameter, before[name]) for name, parameter in method.moving.items())
+    assert method.state["average"] is None
+
+
+# -- MEMO --------------------------------------------------------------------------------------------------------------
+
+
+def test_chunked_gradient_of_memo_is_that_of_the_joint_loss(build):
+    method = build("memo", "tta.options.augmentations=5")
+    loss = method.marginal_backward(image(1), task="t", key="k")
+    found = {name: parameter.grad.clone() for name, parameter in method.moving.items() if parameter.grad is not None}
+    method._updates.drop()
+    p, flips = [], 0
+    for index in range(5):
+        changed_3HW, is_flipped = method.augmented(image(1), index, task="t", key="k")
+        p_BChw = method.segmenter.logits(changed_3HW[None]).softmax(dim=1)
+        p.append(p_BChw.flip(3) if is_flipped else p_BChw)
+        flips += is_flipped
+    assert 0 < flips < 5
+    marginal_BChw = torch.stack(p).mean(dim=0)
+    joint = -(marginal_BChw * marginal_BChw.log()).sum(dim=1).mean()
+    joint.backward()
+    assert loss.item() == pytest.approx(joint.item(), rel=1e-12)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, method.moving[name].grad, rtol=1e-8, atol=1e-12)
+
+
+def test_memo_keeps_nothing_of_other_images(build):
+    method, fresh = build("memo", "tta.options.augmentations=2"), build("memo", "tta.options.augmentations=2")
+    method.step(image(1), task="t", key="1")
+    one, other = (each.step(image(2), task="t", key="2") for each in (method, fresh))
+    assert torch.equal(one.logits_Chw, other.logits_Chw)
+
+
+@given(st.integers(0, 2**31))
+def test_augmix_stays_in_range_keeps_its_input_and_is_the_same_again(seed):
+    image_3HW = random_noise(seed % 7)
+    kept = image_3HW.clone()
+    one, other = (augmix(image_3HW, numpy_generator(seed, "k")) for _ in range(2))
+    assert torch.equal(one, other)
+    assert torch.equal(image_3HW, kept)
+    assert one.shape == image_3HW.shape
+    assert 0 <= one.min() <= one.max() <= 1
+
+
+def test_operations_of_augmix_on_known_values():
+    ramp_3HW = torch.linspace(0.2, 0.6, 256).view(1, 1, 256).expand(3, 1, 256)
+    torch.testing.assert_close(equalize(ramp_3HW, 0)[0, 0, [0, -1]], torch.tensor([0.0, 1.0]))
+    assert (equalize(ramp_3HW, 0).diff(dim=2) >= 0).all()
+    torch.testing.assert_close(posterize(torch.full((3, 1, 1), 200 / 255), 1.0), torch.full((3, 1, 1), 192 / 255))
+    torch.testing.assert_close(solarize(torch.tensor([0.2, 0.8]), 0.3), torch.tensor([0.2, 0.2]))
+    flat_3HW = torch.full((3, 2, 2), 0.5)
+    assert all(operation(flat_3HW, 0.3).isfinite().all() for operation in OPERATIONS)
+
+
+# -- CoTTA -------------------------------------------------------------------------------------------------------------
+
+
+def test_teacher_of_cotta_averages_before_the_restore_and_its_share_goes_back(build):
+    method = build("cotta", "tta.options.restore=0.25", "tta.options.average=0.9", "tta.options.scales=[1.0]", *SGD)
+    source = {name: parameter.detach().clone() for name, parameter in method.moving.items()}
+    assert method.step(image(1), task="t", key="k").is_updated
+    back = moved = 0
+    for name, parameter in method.moving.items():
+        step = (method.state["teacher"][name] - source[name]) / 0.1  # the student's, before the restore
+        went = step.abs() > 1e-6
+        is_back = (parameter.detach() == source[name])[went]
+        torch.testing.assert_close(parameter.detach()[went][~is_back], (source[name] + step)[went][~is_back])
+        back, moved = back + int(is_back.sum()), moved + int(went.sum())
+    assert moved > 1000
+    assert abs(back / moved - 0.25) < 4 * math.sqrt(0.25 * 0.75 / moved)
+
+
+def test_teacher_of_cotta_is_averaged_only_where_the_source_is_unsure(build):
+    method = build("cotta", "tta.options.scales=[1.0,2.0]")
+    plain_BChw = method.probabilities(method._source, image(1))
+    confidence_Bhw = plain_BChw.amax(dim=1)
+    method.options.confidence = confidence_Bhw.median().item()
+    taught_BChw = method.taught(image(1))
+    views = []
+    for scale in (1, 2):
+        size = [side * scale for side in image(1).shape[1:]]
+        scaled_3HW = F.interpolate(image(1)[None], size=size, mode="bilinear", align_corners=False)[0]
+        for axes in ((), (2,)):
+            p_BChw = method.segmenter.logits(scaled_3HW.flip(axes)[None]).softmax(dim=1).detach()
+            p_BChw = p_BChw.flip([axis + 1 for axis in axes])
+            views.append(F.interpolate(p_BChw, size=plain_BChw.shape[2:], mode="bilinear", align_corners=False))
+    is_sure_Bhw = confidence_Bhw > method.options.confidence
+    assert 0 < is_sure_Bhw.sum() < is_sure_Bhw.numel()
+    expected_BChw = torch.where(is_sure_Bhw[:, None], plain_BChw, torch.stack(views).mean(dim=0))
+    torch.testing.assert_close(taught_BChw, expected_BChw)
