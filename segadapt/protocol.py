@@ -71,7 +71,7 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
     """One sentence that says what was measured."""
     data, runtime, seed = settings.data, settings.runtime, settings.experiment.seed
     parts = [f"method {method_of(settings)}", f"segmenter {settings.model.discriminative.checkpoint}"]
-    if isinstance(settings, AdaptConfig) and method_of(settings) == "generative":
+    if isinstance(settings, AdaptConfig) and METHODS[method_of(settings)].has_teacher:
         g, loss, opt, update = (
             settings.model.generative,
             settings.model.loss,

@@ -128,10 +128,12 @@ def build_segmenter() -> Callable[..., Segmenter]:
 def build_combined(compose_settings, build_segmenter, build_teacher) -> Callable[..., Combined]:
     """build_combined(*overrides, dtype): the two tiny models as one step; frozen or not as the settings say."""
 
-    def build(*overrides: str, dtype: torch.dtype = torch.float32, num_layers: int = 2) -> Combined:
+    def build(
+        *overrides: str, dtype: torch.dtype = torch.float32, num_layers: int = 2, kind: type[Combined] = Combined
+    ) -> Combined:
         settings = compose_settings(*overrides)
         precision = settings.runtime.precision
-        return Combined(
+        return kind(
             build_segmenter(dtype=dtype),
             build_teacher(dtype=dtype, precision=precision, num_layers=num_layers),
             settings.model,

@@ -8,12 +8,15 @@ from segadapt.errors import UserError
 from segadapt.methods import METHODS
 from segadapt.methods.build import build_method
 from segadapt.methods.learner import Learner
+from segadapt.methods.rotta import Kept
 from segadapt.models.combined import Combined
 from segadapt.parse import options_of
 
 QUICK = {
     "eata": ("tta.options.fisher_images=2", "tta.options.distance=1", "tta.options.margin=1"),
     "rdumb": ("tta.options.reset_every=3", "tta.options.distance=1", "tta.options.margin=1"),
+    "deyo": ("tta.options.margin=1", "tta.options.plpd=-1"),
+    "rotta": ("tta.options.capacity=3", "tta.options.every=2"),
     "memo": ("tta.options.augmentations=2",),
     "sar": ("tta.options.margin=1",),
     "cotta": ("tta.options.scales=[1.0,1.5]",),
@@ -26,11 +29,11 @@ LEARNERS = [name for name, method in METHODS.items() if issubclass(method, Learn
 def build(compose_settings, build_segmenter, build_combined):
     """build(name, *overrides): the method with tiny models, as `build_models` makes it."""
 
-    def build(name, *overrides, dtype=torch.float32):
+    def build(name, *overrides):
         settings = compose_settings(f"tta.method={name}", "data.workers=0", RATE, *QUICK.get(name, ()), *overrides)
         if METHODS[name].has_teacher:
-            return build_combined(f"tta.method={name}", RATE, *overrides, dtype=dtype)
-        return build_method(settings, build_segmenter(dtype=dtype), memory=None)
+            return build_combined(f"tta.method={name}", RATE, *overrides, kind=METHODS[name])
+        return build_method(settings, build_segmenter(), memory=None)
 
     return build
 
@@ -45,6 +48,8 @@ def tensors(method):
 
 def equal(one, other):
     """Of nested state: tensors bit for bit."""
+    if isinstance(one, Kept):
+        return equal(vars(one), vars(other))
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
@@ -109,6 +114,14 @@ def test_prediction_scored_is_the_declared_one(build, name):
     elif method.scored == "after the update":
         torch.testing.assert_close(prediction.logits_Chw, now(image_3HW), rtol=0, atol=0)
         assert not torch.equal(prediction.logits_Chw, before_Chw)
+    elif "prior" in method.scored:
+        p_Chw = before_Chw.softmax(dim=0)
+        ratio_Chw = prediction.logits_Chw / before_Chw  # one factor a class, larger for a larger share of the image
+        torch.testing.assert_close(ratio_Chw, ratio_Chw.mean(dim=(1, 2), keepdim=True).expand_as(ratio_Chw))
+        assert torch.equal(ratio_Chw.mean(dim=(1, 2)).argsort(), p_Chw.mean(dim=(1, 2)).argsort())
+    elif name == "rotta":
+        assert "teacher" in method.scored
+        assert not torch.equal(prediction.logits_Chw, before_Chw)  # the student's
     else:
         assert "teacher" in method.scored
         torch.testing.assert_close(prediction.logits_Chw.exp().sum(dim=0), torch.ones(before_Chw.shape[1:]))

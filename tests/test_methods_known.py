@@ -9,12 +9,18 @@ from conftest import CLASSES
 from hypothesis import given
 from hypothesis import strategies as st
 from steps import random_noise
+from test_combined import watch
 from torch import nn
 from torch.nn import functional as F
 
 from segadapt.methods.augmix import OPERATIONS, augmix, equalize, posterize, solarize
 from segadapt.methods.build import build_method
+from segadapt.methods.deyo import move_patches
+from segadapt.methods.dusa_u import DusaU
 from segadapt.methods.pixels import entropy, mean_where
+from segadapt.methods.roid import corrected, likelihood_ratio, symmetric_cross_entropy
+from segadapt.methods.rotta import Kept
+from segadapt.models.combined import Combined
 from segadapt.seeds import numpy_generator
 
 SGD = ("tta.optimizer.name=sgd", "tta.optimizer.lr=0.1", "tta.optimizer.momentum=0")
@@ -344,3 +350,161 @@ def test_teacher_of_cotta_is_averaged_only_where_the_source_is_unsure(build):
     assert 0 < is_sure_Bhw.sum() < is_sure_Bhw.numel()
     expected_BChw = torch.where(is_sure_Bhw[:, None], plain_BChw, torch.stack(views).mean(dim=0))
     torch.testing.assert_close(taught_BChw, expected_BChw)
+
+
+# -- DeYO, ROID, RoTTA, DUSA-U -----------------------------------------------------------------------------------------
+
+
+def test_patches_go_back_to_where_they_come_from():
+    x_13YX = torch.arange(3 * 8 * 12, dtype=torch.float64).view(1, 3, 8, 12)
+    order_N = torch.tensor([3, 1, 0, 2])
+    moved = move_patches(x_13YX, order_N, 2)
+    assert torch.equal(moved[..., :4, :6], x_13YX[..., 4:, 6:])  # the first patch is now the last
+    assert torch.equal(move_patches(moved, order_N.argsort(), 2), x_13YX)
+
+
+def test_deyo_keeps_sure_pixels_whose_decision_suffers(build, monkeypatch):
+    """Two classes, four pixels: sure and shaken, sure and not shaken, unsure and shaken, sure and shaken."""
+    method = build("deyo")
+    logits_BChw = torch.tensor([[5.0, 5, 0.1, -4], [0, 0, 0, 0]], dtype=torch.float64).view(1, 2, 1, 4)
+    p_BChw = logits_BChw.softmax(dim=1)
+    falls = torch.tensor([0.5, 0.1, 0.5, 0.3], dtype=torch.float64)
+    label_4 = p_BChw.argmax(dim=1).flatten()
+    other = p_BChw.clone()
+    for pixel, label in enumerate(label_4.tolist()):
+        other[0, label, 0, pixel] -= falls[pixel]
+    monkeypatch.setattr(method, "shuffled", lambda image_3HW, **names: other)
+    H_4, most = plain_entropy(logits_BChw).flatten(), math.log(2)
+    assert (0.5 * most > H_4).tolist() == [True, True, False, True]
+    kept = [0, 3]
+    expected = sum((1 / (H_4[i] - 0.4 * most).exp() + 1 / (-falls[i]).exp()) * H_4[i] for i in kept) / 2
+    assert method.loss(logits_BChw, image(1), task="t", key="k").item() == pytest.approx(float(expected))
+
+
+def test_shuffled_predictions_are_those_of_the_patches_themselves(build, monkeypatch):
+    """A segmenter that sees one pixel at a time does not mind the shuffle, whatever the order."""
+    method = build("deyo", "tta.options.patches=3")
+    size = torch.Size([3, 48, 48])
+    picture = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    monkeypatch.setattr(method, "again", lambda x_13HW: (x_13HW[:, :, ::4, ::4],))
+    found = method.shuffled(picture, task="t", key="k")
+    torch.testing.assert_close(found, picture[None, :, ::4, ::4].softmax(dim=1))
+
+
+def test_weights_and_losses_of_roid(build):
+    method = build("roid")
+    logits_BChw = torch.tensor([[6.0, 4, 0, 0], [0, 0, 3, 0.5], [0, 0, 0, 0]], dtype=torch.float64).view(1, 3, 1, 4)
+    p = logits_BChw[0, :, 0].softmax(dim=0).numpy()  # [C, pixel]
+    mean = np.full(3, 1 / 3)
+    cosine = (p * mean[:, None]).sum(axis=0) / (np.linalg.norm(p, axis=0) * np.linalg.norm(mean))
+    certainty, diversity = (p * np.log(p)).sum(axis=0), 1 - cosine
+    div, cert = ((v - v.min()) / (v.max() - v.min()) for v in (diversity, certainty))
+    expected = np.where(div < div.mean(), 0, np.exp(div * cert * 3))
+    assert (expected > 0).sum() == 3
+    np.testing.assert_allclose(method.weights(logits_BChw).flatten(), expected, rtol=1e-9)
+    np.testing.assert_allclose(method.state["mean_C"], 0.9 * mean + 0.1 * p.mean(axis=1), rtol=1e-9)
+    clipped = np.minimum(p, 0.99)
+    slr = -(clipped * np.log(clipped / (1 - clipped) + 1e-5)).sum(axis=0)
+    np.testing.assert_allclose(likelihood_ratio(logits_BChw).flatten(), slr, rtol=1e-9)
+    flat = torch.zeros(1, 3, 1, 1, dtype=torch.float64)
+    sure = torch.tensor([2.0, 0, 0], dtype=torch.float64).view(1, 3, 1, 1)
+    q = np.exp([2.0, 0, 0]) / np.exp([2.0, 0, 0]).sum()
+    half = 0.5 * math.log(3) - 0.5 * np.log(q).mean()
+    assert symmetric_cross_entropy(sure, flat).item() == pytest.approx(half)
+    assert symmetric_cross_entropy(flat, sure).item() == pytest.approx(half)
+
+
+def test_roid_ends_each_step_near_the_source_and_corrects_by_the_prior(build):
+    method = build("roid", "tta.options.ensemble=0.75", *SGD)
+    source = {name: parameter.detach().clone() for name, parameter in method.moving.items()}
+    full = build("roid", "tta.options.ensemble=1", *SGD)
+    one, other = (each.step(image(1), task="t", key="k") for each in (method, full))
+    assert torch.equal(one.logits_Chw, other.logits_Chw)
+    for name, parameter in method.moving.items():
+        expected = 0.75 * full.moving[name] + 0.25 * source[name]
+        torch.testing.assert_close(parameter, expected, rtol=1e-9, atol=1e-12)
+    logits_Chw = torch.tensor([[3.0, 3], [0, 1]], dtype=torch.float64).view(2, 1, 2)
+    prior = logits_Chw.softmax(dim=0).mean(dim=(1, 2))
+    smooth = 0.5 / prior.max()
+    factor = (prior + smooth) / (1 + 2 * smooth)
+    torch.testing.assert_close(corrected(logits_Chw), logits_Chw * factor[:, None, None])
+
+
+def test_memory_of_rotta_is_balanced_and_lets_the_oldest_and_least_certain_go(build):
+    method = build("rotta", "tta.options.capacity=4")
+
+    def remember(label, uncertainty, name):
+        kept = Kept(image(1), label, uncertainty, ("t", name))
+        method.remember(kept, classes=2)
+        return [(each.label, each.name[1]) for each in method.state["memory"]]
+
+    assert remember(0, 0.2, "a") == [(0, "a")]
+    assert remember(0, 0.1, "b") == [(0, "a"), (0, "b")]
+    assert remember(0, 0.0, "c") == [(0, "b"), (0, "c")]  # class 0 has its half: the oldest and least certain goes
+    assert remember(1, 0.3, "d") == [(0, "b"), (0, "c"), (1, "d")]
+    assert remember(1, 0.3, "e") == [(0, "b"), (0, "c"), (1, "d"), (1, "e")]
+    assert remember(1, 0.69, "f") == [(0, "b"), (0, "c"), (1, "d"), (1, "e")]  # it is less certain than all
+    assert [each.age for each in method.state["memory"]] == [5, 4, 3, 2]
+
+
+def test_update_of_rotta_against_a_plain_re_derivation(build):
+    """Two images, the update at the second: joint loss, statistics, teacher."""
+    options = ("tta.options.capacity=2", "tta.options.every=2", "tta.options.alpha=0.5", *SGD)
+    method, plain = build("rotta", *options), build("source")
+    net, norm = plain.segmenter.net.requires_grad_(True), plain.segmenter.net.decode_head.batch_norm
+    seen = []
+    norm.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    assert not method.step(image(1), task="t", key="1").is_updated
+    prediction = method.step(image(2), task="t", key="2")
+    assert prediction.is_updated
+    loss = torch.zeros((), dtype=torch.float64)
+    for seed, age in ((1, 2), (2, 1)):
+        q_BChw = None
+        for picture in (image(seed), augmix(image(seed), numpy_generator(0, "t", str(seed), "memory", age))):
+            seen.clear()
+            if q_BChw is None:
+                plain.segmenter.logits(picture[None])  # what BatchNorm is given
+                x = seen[0]
+                norm.running_mean = norm.running_mean.lerp(x.mean(dim=(0, 2, 3)), 0.5)
+                norm.running_var = norm.running_var.lerp(x.var(dim=(0, 2, 3), correction=0), 0.5)
+                q_BChw = plain.segmenter.logits(picture[None]).softmax(dim=1).detach()
+            else:
+                share = math.exp(-age / 2) / (1 + math.exp(-age / 2)) / 2
+                cross = -(q_BChw * plain.segmenter.logits(picture[None]).log_softmax(dim=1)).sum(dim=1).mean()
+                loss = loss + share * cross
+    assert len(method.state["memory"]) == 2
+    loss.backward()
+    assert prediction.loss == pytest.approx(loss.item(), rel=1e-6)
+    weights = dict(net.named_parameters())
+    for name, parameter in method.moving.items():
+        expected = weights[name] - 0.1 * weights[name].grad
+        torch.testing.assert_close(parameter.detach(), expected.detach(), rtol=1e-6, atol=1e-10)
+        teacher = 0.999 * weights[name] + 0.001 * expected
+        torch.testing.assert_close(method.state["teacher"][name], teacher.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(method.state["statistics"][0], (norm.running_mean, norm.running_var))
+
+
+@pytest.mark.parametrize("max_pairs", [1, 16])
+def test_dusa_u_teaches_like_the_generative_method_and_learns_from_the_empty_prompt(build_combined, max_pairs):
+    given = (f"model.generative.max_pairs={max_pairs}", "model.loss.topk=3")
+    one, plain = (build_combined(*given, kind=kind, dtype=torch.float64) for kind in (DusaU, Combined))
+    seen = [watch(each) for each in (one, plain)]
+    losses = [each.step(image(1), task="t", key="k").loss for each in (one, plain)]
+    assert losses[0] == losses[1]
+    found, expected = ({n: g for n, g in each[0][1].items() if g is not None} for each in seen)
+    for name in expected:
+        if name.startswith("discriminative"):
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-15)
+    other = build_combined(*given, dtype=torch.float64)
+    noisy = other.noise(image(1), task="t", key="k")
+    teacher, rows = other.generative, len(noisy.x_t_Kzyx)
+    velocity = teacher.transformer(
+        noisy.x_t_Kzyx,
+        teacher.embeddings.null_sequence_LE.double().expand(rows, -1, -1),
+        teacher.embeddings.null_pooled_D.double().expand(rows, -1),
+        1000 * noisy.sigma_K,
+        return_dict=False,
+    )[0]
+    (velocity - noisy.target_Kzyx).square().mean().backward()
+    for name, parameter in teacher.transformer.named_parameters():
+        torch.testing.assert_close(found[f"generative.{name}"], parameter.grad, rtol=1e-7, atol=1e-12)

@@ -2,10 +2,14 @@
 
 from segadapt.methods.bn import Bn
 from segadapt.methods.cotta import Cotta
+from segadapt.methods.deyo import Deyo
+from segadapt.methods.dusa_u import DusaU
 from segadapt.methods.eata import Eata
 from segadapt.methods.memo import Memo
 from segadapt.methods.pseudo_label import PseudoLabel
 from segadapt.methods.rdumb import Rdumb
+from segadapt.methods.roid import Roid
+from segadapt.methods.rotta import Rotta
 from segadapt.methods.sar import Sar
 from segadapt.methods.tent import Tent
 from segadapt.models.combined import Combined
@@ -22,5 +26,9 @@ METHODS: dict[str, type[Source]] = {
     "sar": Sar,
     "memo": Memo,
     "cotta": Cotta,
+    "rotta": Rotta,
+    "roid": Roid,
+    "deyo": Deyo,
     "generative": Combined,
+    "dusa-u": DusaU,
 }

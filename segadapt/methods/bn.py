@@ -14,17 +14,22 @@ from segadapt.models.recording import Memory
 from segadapt.models.source import Source
 
 
+def own_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Biased variance, as in BatchNorm's own training mode, and mean of each channel: [C], float32 or float64."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return torch.var_mean(x, dim=[axis for axis in range(x.dim()) if axis != 1], correction=0)
+
+
 def mixed(norm: nn.modules.batchnorm._BatchNorm, alpha: float) -> Callable[[Tensor], Tensor]:
     """Forward of a BatchNorm with (1 - alpha) of its source statistics and alpha of the batch's own.
 
-    The batch's variance is the biased one, as in BatchNorm's own training mode; source statistics are never changed.
+    The source's are never changed.
     """
 
     def forward(x: Tensor) -> Tensor:
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        var, mean = torch.var_mean(x.float(), dim=axes, correction=0)
+        var, mean = own_statistics(x)
         mean, var = (own.to(source).lerp(source, 1 - alpha) for own, source in
                      ((mean, norm.running_mean), (var, norm.running_var)))  # fmt: skip
         return F.batch_norm(x, mean, var, norm.weight, norm.bias, training=False, eps=norm.eps)

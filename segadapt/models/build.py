@@ -25,6 +25,7 @@ from segadapt.config import (
     UpdateSettings,
 )
 from segadapt.errors import UserError
+from segadapt.methods import METHODS
 from segadapt.methods.build import build_method
 from segadapt.models.combined import Combined
 from segadapt.models.discriminative.segformer import Segmenter, load_segformer
@@ -340,7 +341,8 @@ def build_models(
         "embeddings": generative.embeddings.fingerprint(),
     }
     window = dataclasses.replace(settings.model.generative, max_pairs=pairs)
-    combined = Combined(
+    method: Any = METHODS[settings.tta.method]
+    combined = method(
         segmenter,
         generative,
         dataclasses.replace(settings.model, generative=window),

@@ -49,6 +49,7 @@ class Combined(Source):
     """
 
     has_teacher = learns = True
+    learns_from_classes = True  # the teacher, from the velocities that it gives for each class
 
     def __init__(
         self,
@@ -274,10 +275,11 @@ class Combined(Source):
             chunks = list(
                 zip(pair_row_P.split(self.pairs_at_once), pair_class_P.split(self.pairs_at_once), strict=True)
             )
-            twice = self.trains_generative and len(chunks) > 1
-            with torch.set_grad_enabled(self.trains_generative and not twice):
+            learns = self.trains_generative and self.learns_from_classes
+            twice = learns and len(chunks) > 1
+            with torch.set_grad_enabled(learns and not twice):
                 given_Pzyx = torch.cat([self.generative.velocity(noisy, *chunk) for chunk in chunks])
-            velocity_Pzyx = given_Pzyx.detach().requires_grad_(self.trains_generative)
+            velocity_Pzyx = given_Pzyx.detach().requires_grad_(learns)
             pair_row_P, target_Rzyx = pair_row_P - of_rows.start, noisy.target_Kzyx[of_rows]
             verdict = trust.judge(
                 trust.asked_errors(
@@ -313,7 +315,7 @@ class Combined(Source):
                 assert velocity_Pzyx.grad is not None
                 for chunk, grad_Pzyx in zip(chunks, velocity_Pzyx.grad.split(self.pairs_at_once), strict=True):
                     self.generative.velocity(noisy, *chunk).backward(grad_Pzyx)
-            elif self.trains_generative:
+            elif learns:
                 given_Pzyx.backward(velocity_Pzyx.grad)
             total += share.detach()
             sums_4 += verdict.sums_4

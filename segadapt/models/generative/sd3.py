@@ -166,8 +166,11 @@ class Sd3:
         self.precision = precision
         self._dtype = next(transformer.parameters()).dtype
         text_dtype = torch.bfloat16 if precision == "bf16" else self._dtype
-        self._sequence_CLE = embeddings.sequence_CLE.to(device, text_dtype)
-        self._pooled_CD = embeddings.pooled_CD.to(device, self._dtype)
+        sequence_NLE = torch.cat([embeddings.sequence_CLE, embeddings.null_sequence_LE[None]])  # N = C + 1
+        pooled_ND = torch.cat([embeddings.pooled_CD, embeddings.null_pooled_D[None]])
+        self._sequence_NLE = sequence_NLE.to(device, text_dtype)
+        self._pooled_ND = pooled_ND.to(device, self._dtype)
+        self.null_class = len(pooled_ND) - 1  # what `velocity` takes for the empty prompt
 
     def autocast(self) -> torch.autocast | nullcontext:
         """As the settings say; see models/precision.py."""
@@ -198,8 +201,8 @@ class Sd3:
             with self.autocast():
                 velocity_Pzyx = transformer(
                     hidden_states=noisy.x_t_Kzyx[window_P].to(there),
-                    encoder_hidden_states=self._sequence_CLE[class_P].to(there),
-                    pooled_projections=self._pooled_CD[class_P].to(there),
+                    encoder_hidden_states=self._sequence_NLE[class_P].to(there),
+                    pooled_projections=self._pooled_ND[class_P].to(there),
                     timestep=1000 * noisy.sigma_K[window_P].to(there),
                     return_dict=False,
                 )[0]

@@ -1,0 +1,166 @@
+"""RoTTA: robust test-time adaptation in dynamic scenarios, with a memory of balanced, timely samples."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm
+
+from segadapt.config import OptimizerSettings, setting
+from segadapt.methods.augmix import augmix
+from segadapt.methods.bn import own_statistics
+from segadapt.methods.learner import Learner
+from segadapt.methods.pixels import entropy, most_entropy
+from segadapt.models.discriminative.segformer import Segmenter
+from segadapt.models.recording import Memory
+from segadapt.models.source import Prediction
+from segadapt.seeds import numpy_generator
+
+
+@dataclass(eq=False)
+class Kept:
+    """An image of the memory."""
+
+    image_3HW: Tensor  # on the CPU
+    label: int  # the class that most of its probability goes to
+    uncertainty: float  # mean entropy, nats
+    name: tuple[str, str]  # task and key
+    age: int = 0
+
+
+class Rotta(Learner):
+    """Robust adaptation (Yuan et al. 2023): a student learns from a memory what its moving average says of it.
+
+    1. memory: as many images of each class as of any other; where one must go, the one of the largest
+       1 / (1 + exp(-age / capacity)) + uncertainty / ln C among the classes that have most, unless the new one's is
+       larger                                                                                           (alg. 1, eq. 6)
+    2. every `every` images: L = mean over the memory of E(age) CE(student(augmented x), teacher(x)),
+       E = exp(-age / capacity) / (1 + exp(-age / capacity))                                            (eq. 7-9)
+    3. teacher = (1 - nu) teacher + nu student                                                          (eq. 5)
+
+    4. BatchNorm takes statistics that begin at the source's: with each image of an update
+       mu = (1 - alpha) mu + alpha mean(x), variance likewise                                           (eq. 2-3)
+
+    Per image: label (most probability), uncertainty (mean entropy) and age; cross-entropies are means over pixels.
+    Augmentation by AugMix, which leaves pixels where they are. The teacher's prediction is scored.
+
+    Published: capacity 64, every 64 images, nu 1e-3, alpha 0.05, Adam 1e-3.
+    """
+
+    scored = "the averaging teacher's, before the update"
+
+    @dataclass
+    class Options:
+        capacity: int = setting("images in the memory", low=1)
+        every: int = setting("images from one update to the next", low=1)
+        nu: float = setting("share of the student in the teacher's weights at an update", low=0, high=1)
+        alpha: float = setting("share of an image in BatchNorm's statistics", low=0, high=1)
+
+    def __init__(
+        self, segmenter: Segmenter, options: Any, optimizer: OptimizerSettings, *, seed: int, precision: str,
+        memory: Memory | None = None,
+    ):  # fmt: skip
+        norms = [m for m in segmenter.net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._first = [(norm.running_mean, norm.running_var) for norm in norms]
+        super().__init__(
+            segmenter, options, optimizer, seed=seed, precision=precision
+        )  # what is recorded cannot follow
+        self._place: dict[str, Any] = {"statistics": self.state["statistics"], "follows": False}
+        for index, norm in enumerate(norms):
+            norm.forward = following(norm, self._place, index, options.alpha)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def initial_state(self) -> dict[str, Any]:
+        return {
+            "teacher": {name: value.clone() for name, value in self._source.items()},
+            "statistics": list(self._first),
+            "memory": [],
+            "seen": 0,
+        }
+
+    @torch.no_grad()
+    def taught(self, image_3HW: Tensor) -> Tensor:
+        """The teacher's logits, [1, C, h, w]."""
+        own = {name: parameter.data for name, parameter in self.moving.items()}
+        for name, parameter in self.moving.items():
+            parameter.data = self.state["teacher"][name]
+        try:
+            (logits_BChw,) = self.again(image_3HW[None])
+        finally:
+            for name, parameter in self.moving.items():
+                parameter.data = own[name]
+        assert logits_BChw is not None
+        return logits_BChw
+
+    def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
+        self._place["statistics"] = self.state["statistics"]
+        image_3HW = image_3HW.to(self.device, non_blocking=True)
+        logits_BChw = self.taught(image_3HW)
+        label = int(logits_BChw.softmax(dim=1).mean(dim=(0, 2, 3)).argmax())
+        uncertainty = float(entropy(logits_BChw).mean())
+        self.remember(Kept(image_3HW.cpu(), label, uncertainty, (task, key)), classes=logits_BChw.shape[1])
+        self.state["seen"] += 1
+        if self.state["seen"] % self.options.every or not self.state["memory"]:
+            return Prediction(logits_BChw[0], bool(logits_BChw.isfinite().all()))
+        return self.update(self.memory_backward(), logits_BChw[0], task=task, key=key)
+
+    def remember(self, new: Kept, *, classes: int) -> None:
+        """Put it into the memory if there is room, or one that is older or less certain to go; all grow older."""
+        o, memory = self.options, self.state["memory"]
+
+        def score(kept: Kept) -> float:
+            return 1 / (1 + math.exp(-kept.age / o.capacity)) + kept.uncertainty / most_entropy(classes)
+
+        count = Counter(kept.label for kept in memory)
+        has_room = count[new.label] < o.capacity / classes
+        if has_room and len(memory) < o.capacity:
+            memory.append(new)
+        else:
+            among = {label for label, n in count.items() if n == max(count.values())} if has_room else {new.label}
+            worst = max((kept for kept in memory if kept.label in among), key=score)
+            if score(worst) > score(new):
+                memory.remove(worst)
+                memory.append(new)
+        for kept in memory:
+            kept.age += 1
+
+    def memory_backward(self) -> Tensor:
+        """Gradients of the loss over the memory, one image's graph at a time; returns it."""
+        memory, total = self.state["memory"], torch.zeros((), device=self.device)
+        for kept in memory:
+            image_3HW = kept.image_3HW.to(self.device)
+            self._place["follows"] = True
+            q_BChw = self.taught(image_3HW).softmax(dim=1)
+            self._place["follows"] = False
+            rng = numpy_generator(self.seed, *kept.name, "memory", kept.age)
+            log_p_BChw = self.logits(augmix(image_3HW, rng)).log_softmax(dim=1)
+            age = kept.age / self.options.capacity
+            share = math.exp(-age) / (1 + math.exp(-age)) / len(memory)
+            loss = -share * (q_BChw * log_p_BChw).sum(dim=1).mean()
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def after_step(self, *, task: str, key: str) -> None:
+        for name, parameter in self.moving.items():
+            self.state["teacher"][name].lerp_(parameter, self.options.nu)
+
+
+def following(
+    norm: nn.modules.batchnorm._BatchNorm, place: dict[str, Any], index: int, alpha: float
+) -> Callable[[Tensor], Tensor]:
+    """Forward of a BatchNorm with place["statistics"][index], which take up alpha of x where place["follows"]."""
+
+    def forward(x: Tensor) -> Tensor:
+        mean, var = place["statistics"][index]
+        if place["follows"]:
+            new_var, new_mean = own_statistics(x.detach())
+            mean, var = mean.lerp(new_mean.to(mean), alpha), var.lerp(new_var.to(var), alpha)
+            place["statistics"][index] = mean, var
+        return batch_norm(x, mean, var, norm.weight, norm.bias, training=False, eps=norm.eps)
+
+    return forward
