@@ -28,7 +28,7 @@ class ExperimentSettings:
 
 @dataclass
 class DataSettings:
-    kind: str = setting("how samples are made", choices=("files", "toytown"))
+    kind: str = setting("how samples are made: files, toytown, or another of DATASETS")
     name: str = setting("name of the data set, shown in records and in the embedding file's name")
     classes: str = setting("a known class list (ade20k, camvid, toytown) or a text file with one name a line")
     data_root: str | None = setting("folder of the data set")

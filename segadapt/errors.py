@@ -14,5 +14,7 @@ def did_you_mean(got: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(got, names, n=1, cutoff=0.6)
     if near:
         return f" Did you mean {near[0]}?"
+    if not names:
+        return " There is none."
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     return f" Choose from: {shown}."

@@ -96,7 +96,10 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
             + (f", a step every {opt.accumulate} images" if opt.accumulate > 1 else ""),
         ]  # fmt: skip
     elif isinstance(settings, AdaptConfig):
-        parts += [f"{name} {value}" for name, value in settings.tta.options.items()]
+        parts += [
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in settings.tta.options.items()
+        ]
     if isinstance(settings, AdaptConfig) and issubclass(METHODS[method_of(settings)], Learner):
         opt = settings.tta.optimizer
         parts.append(f"{opt.name} {opt.lr if opt.lr_discriminative is None else opt.lr_discriminative:g}")

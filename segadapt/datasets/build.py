@@ -1,5 +1,6 @@
 """From the data settings to a data set and its tasks."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from segadapt.config import DataSettings
@@ -72,11 +73,13 @@ def build_toytown(data: DataSettings) -> ToyTown:
     )
 
 
-DATASETS = {"files": build_files, "toytown": build_toytown}
+DATASETS: dict[str, Callable[[DataSettings], Dataset]] = {"files": build_files, "toytown": build_toytown}
 
 
 def build_dataset(data: DataSettings) -> Dataset:
-    """The data set that the settings name."""
+    """The data set that the settings name. UserError: unknown, or as its own builder raises."""
+    if data.kind not in DATASETS:
+        raise UserError(f"data.kind={data.kind} is not a kind of data.{did_you_mean(data.kind, DATASETS)}")
     return DATASETS[data.kind](data)
 
 

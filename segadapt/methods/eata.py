@@ -47,7 +47,7 @@ class Eata(Learner):
         o = self.options
         if not o.fisher_alpha:
             return None
-        count = o.fisher_images if data.kind == "toytown" else None
+        count = None if data.kind == "files" else o.fisher_images
         path = o.source_image_path or data.image_path
         return replace(
             data, split=o.source_split, image_path=path, label_path=None, corruptions=[], limit=o.fisher_images,
