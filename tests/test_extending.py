@@ -37,7 +37,9 @@ def register(file, name, *, line, module):
     """An import at the top of the others, and an entry at the end of the dict."""
     text = file.read_text()
     assert line not in text
-    text = re.sub(rf"^({name}\b[^\n]*= \{{.*?)(\n?\}})", rf"\1 {line}\2", text, count=1, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(
+        rf"^({name}\b[^\n]*= \{{.*?)(\n?\}})", rf"\1\n    {line}\2", text, count=1, flags=re.MULTILINE | re.DOTALL
+    )
     assert line in text
     file.write_text(re.sub(r"^(from segadapt)", rf"{module}\n\1", text, count=1, flags=re.MULTILINE))
 
@@ -78,7 +80,7 @@ def test_recipe_of_a_data_set(package):
     register(
         package / "datasets" / "build.py",
         "DATASETS",
-        line='"stripes": Stripes',
+        line='"stripes": Stripes,',
         module="from segadapt.datasets.stripes import Stripes",
     )
     after = hashes(package)

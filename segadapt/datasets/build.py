@@ -73,7 +73,10 @@ def build_toytown(data: DataSettings) -> ToyTown:
     )
 
 
-DATASETS: dict[str, Callable[[DataSettings], Dataset]] = {"files": build_files, "toytown": build_toytown}
+DATASETS: dict[str, Callable[[DataSettings], Dataset]] = {
+    "files": build_files,
+    "toytown": build_toytown,
+}
 
 
 def build_dataset(data: DataSettings) -> Dataset:
