@@ -35,7 +35,7 @@ def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str
     _check_can_diagnose(settings)
     dataset, tasks = build_dataset(settings.data), build_tasks(settings.data)
     entries = _all_entries(settings, dataset, tasks, console)
-    flat = [entry for task_entries in entries for entry in task_entries]
+    flat = [entry for stretch in entries for entry in stretch]
     stream.verify(dataset, flat, workers=settings.data.workers)
     order_sha256 = stream.order_hash(flat)
     folder = RunFolder.open(
@@ -57,8 +57,8 @@ def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str
             shared = Run(
                 settings, dataset, models, folder, mirror, console, records, timings, samples, num_tasks=len(tasks)
             )
-            for task, task_entries in zip(tasks, entries, strict=True):
-                results.append(TaskLoop(shared, task, images=len(task_entries)).run())
+            for stretch in entries:
+                results += TaskLoop(shared, stretch).run()
         summary = {
             "protocol": sentence,
             "method": method_of(settings),
@@ -111,7 +111,10 @@ def _refuse_other_weights(folder: RunFolder, models: Models) -> None:
 def _all_entries(
     settings: EvaluateConfig, dataset: Dataset, tasks: list[Task], console: Console
 ) -> list[list[stream.Entry]]:
-    """The whole stream, listed before anything is loaded; says which labels have no image."""
+    """The whole stream, listed before anything is loaded: what lies between two resets, mostly one task, in order.
+
+    Says which labels have no image.
+    """
     data, entries, said = settings.data, [], set()
     for task in tasks:
         entries.append(
@@ -121,7 +124,11 @@ def _all_entries(
         if missing and tuple(missing) not in said:
             said.add(tuple(missing))
             console.print(f"{task.name}: {len(missing)} labels have no image (first: {missing[0]})", highlight=False)
-    return entries
+    if data.order != "mixed":
+        return entries
+    rounds = [[entry for of_task in entries for entry in of_task if entry.task.visit == visit + 1]
+              for visit in range(data.rounds)]  # fmt: skip
+    return [stream.mixed(one, seed=settings.experiment.seed, visit=visit + 1) for visit, one in enumerate(rounds)]
 
 
 def _mean(results: list[TaskResult], name: str) -> float | None:

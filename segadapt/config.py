@@ -41,6 +41,9 @@ class DataSettings:
     severity: int = setting("strength of every corruption, 1..5", low=1, high=5)
     corruption_seed: int = setting("seed of corruptions made on the fly", low=0)
     short_side_px: int = setting("images are resized to this short side, px", low=16)
+    order: str = setting("of the tasks: one after the other, severities up and down, or all interleaved",
+                         choices=("tasks", "gradual", "mixed"))  # fmt: skip
+    rounds: int = setting("times that all tasks come, with tta.continual as one stream", low=1)
     limit: int | None = setting("only the first n keys of the shuffled order; null: all", low=1)
     shuffle: bool = setting("shuffle each task with the seed; false: sorted keys")
     workers: int = setting("processes that read images ahead; 0: none", low=0)
@@ -176,6 +179,7 @@ class TtaSettings:
     method: str = setting("of adaptation; tta.method=NAME takes all of conf/tta/NAME.yaml")
     options: dict[str, Any] = setting("the method's own, see its docstring and conf/tta/NAME.yaml")
     continual: bool = setting("keep what was learned from task to task; false: reset before each")
+    episodic: bool = setting("reset before each image")
     save_adapted: bool = setting("save the adapted segmenter of each task as a folder that from_pretrained reads")
     diagnose_every: int = setting(
         "add diagnostics to every n-th record; reads labels, changes nothing; 0: never", low=0

@@ -110,6 +110,8 @@ def _check_fields_together(config: Any) -> None:
     tta = getattr(config, "tta", None)
     if tta is not None:
         options_of(tta)
+        if tta.continual and tta.episodic:
+            raise UserError("tta.continual=true and tta.episodic=true: keep all, or nothing? Switch one off.")
     generative = getattr(getattr(config, "model", None), "generative", None)
     if generative is None or (tta is not None and not wants_teacher(tta)):
         return

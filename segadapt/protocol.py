@@ -104,7 +104,9 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
         opt = settings.tta.optimizer
         parts.append(f"{opt.name} {opt.lr if opt.lr_discriminative is None else opt.lr_discriminative:g}")
     if isinstance(settings, AdaptConfig) and METHODS[method_of(settings)].learns:
-        parts.append("continual" if settings.tta.continual else "reset before each task")
+        stretch = "round" if data.order == "mixed" else "task"
+        rule = f"reset before each {'image' if settings.tta.episodic else stretch}"
+        parts.append("continual" if settings.tta.continual else rule)
     parts += [
         f"scored {METHODS[method_of(settings)].scored} at label size, one bilinear resize",
         f"short side {data.short_side_px} px",
@@ -140,9 +142,11 @@ def _controls(model: ModelSettings) -> list[str]:
 def _shift(data: DataSettings) -> str:
     """What was done to the images: '15 corruptions severity 5 made with seed 0', '... from disk', or 'clean'."""
     if not data.corruptions:
-        return "as they are"
+        return "as they are" + ("" if data.rounds == 1 else f", {data.rounds} rounds")
     made = "from disk" if "{corruption}" in str(data.image_path) else f"made with seed {data.corruption_seed}"
     limit = "" if data.limit is None else f", {data.limit} images each"
+    limit += "" if data.order == "tasks" else f", {data.order}"
+    limit += "" if data.rounds == 1 else f", {data.rounds} rounds"
     return f"{len(data.corruptions)} corruptions severity {data.severity} {made}{limit}"
 
 

@@ -47,8 +47,13 @@ def order(dataset: Dataset, task: Task, *, seed: int, shuffle: bool, limit: int 
     """The keys of one task in stream order; it depends on (seed, task, keys) alone, not on the file system."""
     keys = dataset.keys(task)
     if shuffle:
-        keys = [keys[index] for index in numpy_generator(seed, "order", task.name).permutation(len(keys))]
+        keys = [keys[index] for index in numpy_generator(seed, "order", task.condition).permutation(len(keys))]
     return [Entry(task, key) for key in keys[:limit]]
+
+
+def mixed(entries: Sequence[Entry], *, seed: int, visit: int) -> list[Entry]:
+    """The entries of all tasks of a round in one shuffled order."""
+    return [entries[index] for index in numpy_generator(seed, "mixed", visit).permutation(len(entries))]
 
 
 def order_hash(entries: Sequence[Entry]) -> str:

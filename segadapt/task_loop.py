@@ -1,8 +1,8 @@
-"""One task of a run: reset; for each image predict, score, adapt, record."""
+"""One stretch of a run: reset; for each image predict, score, adapt, record."""
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,109 +56,134 @@ class Run:
     num_tasks: int
 
 
-class TaskLoop:
-    """One task: the state is its confusion matrix, its place, what it has read, and how many steps were skipped."""
+class TaskTally:
+    """What a task has come to: its confusion matrix, what it has read, and how many steps were skipped."""
 
-    def __init__(self, run: Run, task: Task, *, images: int):
-        self.shared, self.task, self.images, self.slug = run, task, images, slug_of(task)
+    def __init__(self, run: Run, task: Task):
+        self.task, self.slug = task, slug_of(task)
         self.matrix = metrics.ConfusionMatrix(len(run.dataset.classes), run.models.method.device)
         self.data = hashlib.sha256()
         self.counts_CC = self.matrix.counts()
-        self.labelled = self.skipped = self.refused = self.broken = 0
+        self.images = self.labelled = self.skipped = self.refused = self.broken = 0
+        self.seconds = 0.0
 
-    def run(self) -> TaskResult:
+    def result(self) -> TaskResult:
+        """As it is now."""
+        scores = metrics.scores(self.counts_CC) if self.labelled else None
+        return TaskResult(
+            self.task, self.images, self.seconds, scores, self.counts_CC, self.data.hexdigest(), self.skipped,
+            self.refused, self.broken,
+        )  # fmt: skip
+
+
+class TaskLoop:
+    """What lies between two resets: one task, or several interleaved."""
+
+    def __init__(self, run: Run, entries: Sequence[stream.Entry]):
+        self.shared, self.entries = run, entries
+        tasks = sorted({entry.task for entry in entries}, key=lambda task: task.index)
+        self.tallies = {task: TaskTally(run, task) for task in tasks}
+
+    def run(self) -> list[TaskResult]:
         """Reset unless continual, then predict, score, adapt and record each image."""
-        shared, task, method = self.shared, self.task, self.shared.models.method
-        if not (isinstance(shared.settings, AdaptConfig) and shared.settings.tta.continual):
+        shared, method = self.shared, self.shared.models.method
+        tta = shared.settings.tta if isinstance(shared.settings, AdaptConfig) else None
+        if tta is None or not tta.continual:
             method.reset()
         shared.models.assert_placed()
-        start = time.perf_counter()
+        names = [task.name for task in self.tallies]
         progress = TaskProgress(
-            task.name,
-            task_number=task.index + 1,
+            names[0] if len(names) == 1 else f"{len(names)} mixed",
+            task_number=next(iter(self.tallies)).index + 1,
             num_tasks=shared.num_tasks,
-            num_images=self.images,
+            num_images=len(self.entries),
             console=shared.console,
         )
         with progress:
-            for index in range(self.images):
+            for entry in self.entries:
+                task, tally = entry.task, self.tallies[entry.task]
                 began = time.perf_counter()
                 sample = next(shared.samples)
                 ready = time.perf_counter()
-                assert sample.entry.task == task, (sample.entry, task)
-                with explain_out_of_memory(method, f"{sample.entry.key} of {task.name}"):
-                    diagnosis = self._diagnose(index, sample)  # before the step: of the weights that it starts from
-                    prediction = method.step(sample.image_3HW, task=task.name, key=sample.entry.key)
-                miou, classes = self._score_and_save(index, sample, prediction)
-                self.data.update(sample.digest.encode())
-                self._record(index, sample, prediction, miou, classes, diagnosis)
+                assert sample.entry == entry, (sample.entry, entry)
+                with explain_out_of_memory(method, f"{entry.key} of {task.name}"):
+                    if tta is not None and tta.episodic:
+                        method.reset()
+                    diagnosis = self._diagnose(tally, sample)  # before the step: of the weights that it starts from
+                    prediction = method.step(sample.image_3HW, task=task.name, key=entry.key)
+                miou, classes = self._score_and_save(tally, sample, prediction)
+                tally.data.update(sample.digest.encode())
+                self._record(tally, sample, prediction, miou, classes, diagnosis)
                 done = time.perf_counter()
-                shared.timings.append({"task": task.name, "key": sample.entry.key, "seconds": round(done - ready, 6),
+                tally.images += 1
+                tally.seconds += done - began
+                shared.timings.append({"task": task.name, "key": entry.key, "seconds": round(done - ready, 6),
                                      "waited_for_data": round(ready - began, 6)})  # fmt: skip
                 progress.advance(float("nan") if miou is None else miou)
-        with explain_out_of_memory(method, f"end of {task.name}"):
+        with explain_out_of_memory(method, f"end of {names[-1]}"):
             method.flush()
-        counts_CC = self.counts_CC
-        scores = metrics.scores(counts_CC) if self.labelled else None
-        seconds, data = time.perf_counter() - start, self.data.hexdigest()
-        result = TaskResult(
-            task, self.images, seconds, scores, counts_CC, data, self.skipped, self.refused, self.broken
-        )
+        return [self._finish(tally) for tally in self.tallies.values()]
+
+    def _finish(self, tally: TaskTally) -> TaskResult:
+        """Write and say what a task came to."""
+        shared, result = self.shared, tally.result()
         row = row_of(result, shared.dataset.classes)
-        write_json(shared.folder.path / "tasks" / f"{self.slug}.json", row | {"confusion_matrix": counts_CC})
-        shared.mirror.summary({f"{self.slug}/{name}": row[name] for name in MEANS})
+        counts_CC = {"confusion_matrix": result.counts_CC}
+        write_json(shared.folder.path / "tasks" / f"{tally.slug}.json", row | counts_CC)
+        shared.mirror.summary({f"{tally.slug}/{name}": row[name] for name in MEANS})
         if isinstance(shared.settings, AdaptConfig) and shared.settings.tta.save_adapted:
-            method.segmenter.save(shared.folder.path / "adapted" / self.slug)
-        if self.skipped or self.broken:
+            shared.models.method.segmenter.save(shared.folder.path / "adapted" / tally.slug)
+        if tally.skipped or tally.broken:
             shared.console.print(
-                f"{task.name}: {self.skipped} steps skipped, loss or gradient was not finite; "
-                f"{self.broken} predictions from logits that were not finite"
+                f"{tally.task.name}: {tally.skipped} steps skipped, loss or gradient was not finite; "
+                f"{tally.broken} predictions from logits that were not finite"
             )
-        if self.refused:
+        if tally.refused:
             shared.console.print(
-                f"{task.name}: {self.refused} steps refused, teacher and segmenter agreed on more than "
+                f"{tally.task.name}: {tally.refused} steps refused, teacher and segmenter agreed on more than "
                 "model.trust.max_agreement of the pixels"
             )
         return result
 
     def _score_and_save(
-        self, index: int, sample: stream.Prepared, prediction: Prediction
+        self, tally: TaskTally, sample: stream.Prepared, prediction: Prediction
     ) -> tuple[float | None, dict[str, list[int]] | None]:
         """Count the pixels; write the PNG if asked; returns the task's running mIoU and the image's own counts.
 
         The counts: class index -> [correct, label, predicted] px. Both are None without labels.
         """
         logging = self.shared.settings.logging
-        wants_file = logging.predictions == "all" or (logging.predictions == "sample" and index < logging.sample_images)
+        is_sampled = logging.predictions == "sample" and tally.images < logging.sample_images
+        wants_file = logging.predictions == "all" or is_sampled
         if sample.label_HW is None and not wants_file:
             return None, None
         classes_HW = metrics.predict_at_label_size(prediction.logits_Chw, sample.size_px)
         if wants_file:
-            path = self.shared.folder.path / "predictions" / self.slug / f"{sample.entry.key}.png"
+            path = self.shared.folder.path / "predictions" / tally.slug / f"{sample.entry.key}.png"
             write_png_palette(path, classes_HW.cpu().numpy(), self.shared.dataset.palette_C3)
         if sample.label_HW is None:
             return None, None
-        self.matrix.update(classes_HW, sample.label_HW.to(classes_HW.device))
-        self.labelled += 1
-        before_CC, self.counts_CC = self.counts_CC, self.matrix.counts()
-        return metrics.scores(self.counts_CC).miou, _pixels_by_class(self.counts_CC - before_CC)
+        tally.matrix.update(classes_HW, sample.label_HW.to(classes_HW.device))
+        tally.labelled += 1
+        before_CC, tally.counts_CC = tally.counts_CC, tally.matrix.counts()
+        return metrics.scores(tally.counts_CC).miou, _pixels_by_class(tally.counts_CC - before_CC)
 
-    def _diagnose(self, index: int, sample: stream.Prepared) -> dict[str, Any] | None:
+    def _diagnose(self, tally: TaskTally, sample: stream.Prepared) -> dict[str, Any] | None:
         """Every n-th image of a task: can the teacher, as it is now, teach at the noise of this image's own step?"""
         settings, method = self.shared.settings, self.shared.models.method
         if not isinstance(settings, AdaptConfig) or not isinstance(method, Combined):
             return None
-        if not settings.tta.diagnose_every or index % settings.tta.diagnose_every:
+        if not settings.tta.diagnose_every or tally.images % settings.tta.diagnose_every:
             return None
         assert sample.label_HW is not None
-        (tally,) = examine(
-            method, sample.image_3HW, sample.label_HW, task=self.task.name, key=sample.entry.key, sigmas=[None]
+        (found,) = examine(
+            method, sample.image_3HW, sample.label_HW, task=tally.task.name, key=sample.entry.key, sigmas=[None]
         )
-        return tally.summary()
+        return found.summary()
 
     def _record(
         self,
-        index: int,
+        tally: TaskTally,
         sample: stream.Prepared,
         prediction: Prediction,
         miou: float | None,
@@ -166,14 +191,14 @@ class TaskLoop:
         diagnosis: dict[str, Any] | None,
     ) -> None:
         """One line of the record of truth, and its copy."""
-        line: dict[str, Any] = {"task": self.task.name, "index": index, "key": sample.entry.key, "data": sample.digest,
-                                "running_miou": miou}  # fmt: skip
+        line: dict[str, Any] = {"task": tally.task.name, "index": tally.images, "key": sample.entry.key,
+                                "data": sample.digest, "running_miou": miou}  # fmt: skip
         if classes is not None:
             line |= {"classes": classes}
-        self.broken += not prediction.is_finite
+        tally.broken += not prediction.is_finite
         if prediction.loss is not None:
-            self.skipped += not prediction.is_step_finite
-            self.refused += prediction.is_refused
+            tally.skipped += not prediction.is_step_finite
+            tally.refused += prediction.is_refused
             line |= {
                 "loss": prediction.loss,
                 "grad_norm": prediction.grad_norm,
@@ -192,7 +217,7 @@ class TaskLoop:
             line |= {"diagnosis": diagnosis}
         self.shared.records.append(line)
         shown = {name: line[name] for name in PLOTTED if line.get(name) is not None}
-        self.shared.mirror.log({f"{self.slug}/{name}": value for name, value in shown.items()}, step=index)
+        self.shared.mirror.log({f"{tally.slug}/{name}": value for name, value in shown.items()}, step=tally.images)
 
 
 def slug_of(task: Task) -> str:

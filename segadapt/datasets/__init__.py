@@ -13,11 +13,17 @@ class Task:
     index: int
     corruption: str | None = None
     severity: int = 0  # 1..5; 0 for the clean set
+    visit: int = 1  # how often the stream has come to this condition
+
+    @property
+    def condition(self) -> str:
+        """'gaussian_noise/5', or 'clean'; the order of the images is derived from it, the same at every visit."""
+        return f"{self.corruption}/{self.severity}" if self.corruption else "clean"
 
     @property
     def name(self) -> str:
-        """'gaussian_noise/5', or 'clean'."""
-        return f"{self.corruption}/{self.severity}" if self.corruption else "clean"
+        """The condition, and 'fog/5@2' where it comes again; all draws are derived from it."""
+        return self.condition if self.visit == 1 else f"{self.condition}@{self.visit}"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """From the data settings to a data set and its tasks."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,13 +88,26 @@ def build_dataset(data: DataSettings) -> Dataset:
 
 
 def build_tasks(data: DataSettings) -> list[Task]:
-    """One task a corruption, in the order of the settings; the clean task where there is none.
+    """One task a corruption, in the order of the settings; the clean task where there is none; all `rounds` times.
+
+    data.order=gradual: of each corruption the severities 1, 2, ... data.severity ... 2, 1 (Marsden et al. 2024).
 
     Raises:
-        UserError: an unknown or repeated corruption.
+        UserError: an unknown or repeated corruption; gradual without any.
     """
     for name in data.corruptions:
         check_corruption(name, data.severity)
     if len(set(data.corruptions)) != len(data.corruptions):
         raise UserError(f"data.corruptions={data.corruptions} names one twice. Name each once.")
-    return [Task(index, name, data.severity) for index, name in enumerate(data.corruptions)] or [Task(0)]
+    if data.order == "gradual" and not data.corruptions:
+        raise UserError("data.order=gradual, but data.corruptions is empty: nothing has a severity. Name corruptions.")
+    severities = [data.severity]
+    if data.order == "gradual":
+        severities = [*range(1, data.severity), *range(data.severity, 0, -1)]
+    conditions = [(name, severity) for name in data.corruptions for severity in severities] or [(None, 0)]
+    visits: Counter[tuple[str | None, int]] = Counter()
+    tasks = []
+    for condition in conditions * data.rounds:
+        visits[condition] += 1
+        tasks.append(Task(len(tasks), *condition, visit=visits[condition]))
+    return tasks
