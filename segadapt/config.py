@@ -34,8 +34,7 @@ class DataSettings:
     data_root: str | None = setting("folder of the data set")
     image_path: str | None = setting("template with {data_root} {split} {corruption} {severity} {key}; .* = any suffix")
     label_path: str | None = setting("the same for label maps; null: unlabelled, predictions only")
-    id_map: str = setting("label file ids to class ids: 0 = ignore and k = class k-1, or as they are",
-                          choices=("zero_is_ignore", "as_is"))  # fmt: skip
+    id_map: str = setting("label file ids to class ids: zero_is_ignore (k = class k-1), as_is, cityscapes_label_ids")
     split: str = setting("part of the data set, fills {split}")
     corruptions: list[str] = setting("one task each, in this order; empty: the clean set is the only task")
     severity: int = setting("strength of every corruption, 1..5", low=1, high=5)

@@ -1,14 +1,19 @@
 """Streams: tasks one after the other, severities up and down, all interleaved, rounds; resets by task, image, never."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from segadapt import adapt
+from segadapt.config import AdaptConfig
 from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.datasets.toytown import CLASSES
 from segadapt.errors import UserError
+from segadapt.parse import from_overrides
 from segadapt.stream import order
 from segadapt.task_loop import TaskLoop
 
@@ -157,3 +162,53 @@ def test_when_a_method_is_reset(settings_of, tmp_path, monkeypatch, overrides, r
     monkeypatch.setattr(TaskLoop, "run", counted)
     run(settings_of(tmp_path, "tta.method=tent", *overrides))
     assert len(count) == resets
+
+
+def test_conditions_on_disk_need_no_severity(tmp_path):
+    acdc = from_overrides("adapt", ["data=acdc", f"data.data_root={tmp_path}", "tta.method=source"], AdaptConfig).data
+    assert [task.name for task in build_tasks(acdc)] == ["fog", "night", "rain", "snow"]
+    with pytest.raises(UserError, match=r"data\.order=gradual, but data\.image_path=.* has no \{severity\}"):
+        build_tasks(replace(acdc, order="gradual"))
+    rounds = from_overrides("adapt", ["data=acdc_rounds", "data.data_root=x", "tta.method=source"], AdaptConfig).data
+    assert [task.name for task in build_tasks(rounds)][3:6] == ["snow", "fog@2", "night@2"]
+    assert len(build_tasks(rounds)) == 40
+
+
+def write(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "corruption", "image", "label", "ids", "expected"),
+    [
+        ("cityscapes", None, "leftImg8bit/val/ulm/a_leftImg8bit.png", "gtFine/val/ulm/a_gtFine_labelIds.png",
+         [7, 33, 0, 16], [0, 18, 255, 255]),
+        ("cityscapes_c", "fog", "Cityscapes-C/fog/5/val/ulm/a_leftImg8bit.png", "gtFine/val/ulm/a_gtFine_labelIds.png",
+         [26, 24, 5, 255], [13, 11, 255, 255]),
+        ("acdc", "night", "rgb_anon/night/val/GOPR1/a_rgb_anon.png", "gt/night/val/GOPR1/a_gt_labelTrainIds.png",
+         [0, 18, 255, 9], [0, 18, 255, 9]),
+    ],
+)  # fmt: skip
+def test_published_layouts_are_read(tmp_path, data, corruption, image, label, ids, expected):
+    write(tmp_path / image, np.full((2, 2, 3), 7, np.uint8))
+    write(tmp_path / label, np.array(ids, np.uint8).reshape(2, 2))
+    chosen = [f"data.corruptions=[{corruption}]"] if corruption else []
+    overrides = [f"data={data}", f"data.data_root={tmp_path}", "tta.method=source", *chosen]
+    settings = from_overrides("adapt", overrides, AdaptConfig).data
+    dataset, (task,) = build_dataset(settings), build_tasks(settings)
+    (key,) = dataset.keys(task)
+    sample = dataset.load(task, key)
+    assert key.endswith("/a")
+    assert sample.label_HW is not None
+    assert sample.label_HW.flatten().tolist() == expected
+    assert len(dataset.classes) == len(dataset.palette_C3) == 19
+    assert dataset.classes[0] == "road"
+    assert dataset.palette_C3[0].tolist() == [128, 64, 128]
+
+
+def test_label_ids_of_cityscapes_are_for_its_classes(tmp_path):
+    write(tmp_path / "leftImg8bit/val/a_leftImg8bit.png", np.zeros((2, 2, 3), np.uint8))
+    overrides = ["data=cityscapes", f"data.data_root={tmp_path}", "tta.method=source", "data.classes=camvid"]
+    with pytest.raises(UserError, match=r"cityscapes_label_ids is for the 19 classes.*has 11"):
+        build_dataset(from_overrides("adapt", overrides, AdaptConfig).data)

@@ -12,13 +12,13 @@ class Task:
 
     index: int
     corruption: str | None = None
-    severity: int = 0  # 1..5; 0 for the clean set
+    severity: int = 0  # 1..5; 0 for the clean set, and for conditions on disk that have none
     visit: int = 1  # how often the stream has come to this condition
 
     @property
     def condition(self) -> str:
-        """'gaussian_noise/5', or 'clean'; the order of the images is derived from it, the same at every visit."""
-        return f"{self.corruption}/{self.severity}" if self.corruption else "clean"
+        """'gaussian_noise/5', 'night' or 'clean'; the images' order is derived from it, the same at every visit."""
+        return (f"{self.corruption}/{self.severity}" if self.severity else self.corruption) or "clean"
 
     @property
     def name(self) -> str:

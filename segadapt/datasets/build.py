@@ -95,13 +95,18 @@ def build_tasks(data: DataSettings) -> list[Task]:
     Raises:
         UserError: an unknown or repeated corruption; gradual without any.
     """
-    for name in data.corruptions:
+    on_disk = data.kind == "files" and "{corruption}" in str(data.image_path)
+    for name in [] if on_disk else data.corruptions:  # a folder may have conditions of its own, such as night
         check_corruption(name, data.severity)
     if len(set(data.corruptions)) != len(data.corruptions):
         raise UserError(f"data.corruptions={data.corruptions} names one twice. Name each once.")
     if data.order == "gradual" and not data.corruptions:
         raise UserError("data.order=gradual, but data.corruptions is empty: nothing has a severity. Name corruptions.")
-    severities = [data.severity]
+    severities = [0 if on_disk and "{severity}" not in str(data.image_path) else data.severity]
+    if data.order == "gradual" and severities == [0]:
+        raise UserError(
+            f"data.order=gradual, but data.image_path={data.image_path} has no {{severity}}. Use order=tasks."
+        )
     if data.order == "gradual":
         severities = [*range(1, data.severity), *range(data.severity, 0, -1)]
     conditions = [(name, severity) for name in data.corruptions for severity in severities] or [(None, 0)]

@@ -43,7 +43,31 @@ CAMVID = (
     "pedestrian",
     "bicyclist",
 )
-CLASS_SETS: dict[str, tuple[str, ...]] = {"ade20k": ADE20K, "camvid": CAMVID}
+# The 19 evaluated classes of Cityscapes and ACDC, in the order of their train ids, and the label ids that become them.
+CITYSCAPES_IDS = {
+    "road": 7,
+    "sidewalk": 8,
+    "building": 11,
+    "wall": 12,
+    "fence": 13,
+    "pole": 17,
+    "traffic light": 19,
+    "traffic sign": 20,
+    "vegetation": 21,
+    "terrain": 22,
+    "sky": 23,
+    "person": 24,
+    "rider": 25,
+    "car": 26,
+    "truck": 27,
+    "bus": 28,
+    "train": 31,
+    "motorcycle": 32,
+    "bicycle": 33,
+}
+CITYSCAPES = tuple(CITYSCAPES_IDS)
+MOST_CITYSCAPES_ID = 33
+CLASS_SETS: dict[str, tuple[str, ...]] = {"ade20k": ADE20K, "camvid": CAMVID, "cityscapes": CITYSCAPES}
 
 
 def _from_hex(colours: str) -> np.ndarray:
@@ -66,7 +90,7 @@ def palette(num_classes: int) -> np.ndarray:
 
 
 # As published with each data set (ADE20K: color150 of the scene parsing challenge, which paints road and skyscraper
-# alike; CamVid: the 11 classes of the SegNet split).
+# alike; CamVid: the 11 classes of the SegNet split; Cityscapes: its labels.py).
 PALETTES: dict[str, np.ndarray] = {
     "ade20k": _from_hex(
         """
@@ -81,6 +105,10 @@ PALETTES: dict[str, np.ndarray] = {
         ffcc00 ff008f 00ffeb 85ff00 ff00eb f500ff ff007a fff500 0abed4 d6ff00 00ccff 1400ff ffff00 0099ff 0029ff
         00ffcc 2900ff 29ff00 ad00ff 00f5ff 4700ff 7a00ff 00ffb8 005cff b8ff00 0085ff ffd600 19c2c2 66ff00 5c00ff
         """
+    ),
+    "cityscapes": _from_hex(
+        "804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 00008e 000046 "
+        "003c64 005064 0000e6 770b20"
     ),
     "camvid": _from_hex("808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0"),
 }
@@ -102,8 +130,24 @@ def _as_is(num_classes: int) -> np.ndarray:
     return table_256
 
 
+def _cityscapes_label_ids(num_classes: int) -> np.ndarray:
+    """File ids are Cityscapes' label ids: 19 of 0..33 are classes, the rest is ignore."""
+    if num_classes != len(CITYSCAPES):
+        raise UserError(f"data.id_map=cityscapes_label_ids is for the {len(CITYSCAPES)} classes of Cityscapes; "
+                        f"data.classes has {num_classes}. Set data.classes=cityscapes.")  # fmt: skip
+    table_256 = np.full(256, -1, np.int16)
+    table_256[: MOST_CITYSCAPES_ID + 1] = IGNORE
+    table_256[list(CITYSCAPES_IDS.values())] = np.arange(num_classes)
+    table_256[IGNORE] = IGNORE
+    return table_256
+
+
 # Number of classes -> int16 [256]: the class (0..C-1, or 255 = ignore) of every file id, -1 where the id is unknown.
-ID_MAPS: dict[str, Callable[[int], np.ndarray]] = {"zero_is_ignore": _zero_is_ignore, "as_is": _as_is}
+ID_MAPS: dict[str, Callable[[int], np.ndarray]] = {
+    "zero_is_ignore": _zero_is_ignore,
+    "as_is": _as_is,
+    "cityscapes_label_ids": _cityscapes_label_ids,
+}
 
 
 def id_table(id_map: str, num_classes: int) -> np.ndarray:
