@@ -24,7 +24,9 @@ def from_overrides(primary: str, overrides: Sequence[str], schema: type[T]) -> T
 
 def methods_as_files(overrides: Sequence[str]) -> list[str]:
     """tta.method=NAME asks for all of conf/tta/NAME.yaml: the method's own optimizer and options."""
-    return [f"tta={given.removeprefix(METHOD)}" if given.startswith(METHOD) else given for given in overrides]
+    names = [given.lstrip("+") for given in overrides]
+    return [f"tta={name.removeprefix(METHOD)}" if name.startswith(METHOD) else given
+            for name, given in zip(names, overrides, strict=True)]  # fmt: skip
 
 
 def _flat(config: DictConfig, known: dict[str, dataclasses.Field], prefix: str = "") -> dict[str, Any]:
@@ -112,6 +114,11 @@ def _check_fields_together(config: Any) -> None:
         options_of(tta)
         if tta.continual and tta.episodic:
             raise UserError("tta.continual=true and tta.episodic=true: keep all, or nothing? Switch one off.")
+        if tta.optimizer.accumulate > 1 and (tta.episodic or tta.method == "memo"):
+            raise UserError(
+                f"tta.optimizer.accumulate={tta.optimizer.accumulate}, but each image is alone (tta.method="
+                f"{tta.method}, tta.episodic={tta.episodic}): no step would be taken. Set it to 1."
+            )
     generative = getattr(getattr(config, "model", None), "generative", None)
     if generative is None or (tta is not None and not wants_teacher(tta)):
         return

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from segadapt import __version__
-from segadapt.config import AdaptConfig, DataSettings, EvaluateConfig, LossSettings, ModelSettings
+from segadapt.config import AdaptConfig, DataSettings, EvaluateConfig, LossSettings, ModelSettings, OptimizerSettings
 from segadapt.methods import METHODS
 from segadapt.methods.learner import Learner
 from segadapt.models.source import Source
@@ -91,9 +91,7 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
             f"{opt.name} on " + " and ".join(f"{m} {rates[m] if rates[m] is not None else opt.lr:g}" for m in moving)
             + (" (norms only)" if update.update_norm_only else "")
             + (f" (adapters of rank {update.lora_rank}, alpha {update.lora_alpha:g})" if update.lora_rank else "")
-            + (f", clipped to norm {opt.clip_norm:g}" if opt.clip_norm is not None else "")
-            + (f", rates rise over {opt.warmup} steps" if opt.warmup else "")
-            + (f", a step every {opt.accumulate} images" if opt.accumulate > 1 else ""),
+            + _steps(opt),
         ]  # fmt: skip
     elif isinstance(settings, AdaptConfig):
         parts += [
@@ -102,7 +100,10 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
         ]
     if isinstance(settings, AdaptConfig) and issubclass(METHODS[method_of(settings)], Learner):
         opt = settings.tta.optimizer
-        parts.append(f"{opt.name} {opt.lr if opt.lr_discriminative is None else opt.lr_discriminative:g}")
+        rate = opt.lr if opt.lr_discriminative is None else opt.lr_discriminative
+        detail = (f", momentum {opt.momentum:g}" if opt.name == "sgd" and opt.momentum else "") + _steps(opt)
+        decay = f", weight decay {opt.weight_decay:g}" if opt.weight_decay else ""
+        parts.append(f"{opt.name} {rate:g}{detail}{decay}")
     if isinstance(settings, AdaptConfig) and METHODS[method_of(settings)].learns:
         stretch = "round" if data.order == "mixed" else "task"
         rule = f"reset before each {'image' if settings.tta.episodic else stretch}"
@@ -115,6 +116,15 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
         f"data {data.name} {data.split}, {_shift(data)}, order {order_sha256[:12]}",
     ]
     return "; ".join(parts)
+
+
+def _steps(opt: OptimizerSettings) -> str:
+    """What is done to gradients and rates; empty by default."""
+    return (
+        (f", clipped to norm {opt.clip_norm:g}" if opt.clip_norm is not None else "")
+        + (f", rates rise over {opt.warmup} steps" if opt.warmup else "")
+        + (f", a step every {opt.accumulate} images" if opt.accumulate > 1 else "")
+    )
 
 
 def _limits(loss: LossSettings) -> str:

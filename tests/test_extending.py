@@ -72,7 +72,8 @@ def test_recipe_of_a_method(package):
     assert "mIoU %:" in said
 
 
-def test_recipe_of_a_data_set(package):
+def test_recipe_of_a_data_set(package, saved_models):
+    two_classes = next(given for given in saved_models(("dark", "light")) if "discriminative.checkpoint" in given)
     before = hashes(package)
     code, values = blocks("A data set of another kind")
     (package / "datasets" / "stripes.py").write_text(code)
@@ -88,3 +89,6 @@ def test_recipe_of_a_data_set(package):
     said = run(package, "check", "data=stripes", "tta.method=source", "data.corruptions=[fog]")
     assert "light" in said
     assert "64 x 96" in said
+    order = ("data=stripes", "data.corruptions=[fog]", "data.order=mixed", "data.rounds=2", "data.workers=0")
+    said = run(package, "adapt", *order, "tta.method=bn", "model/discriminative=local", two_classes)
+    assert "mIoU %:" in said

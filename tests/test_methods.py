@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from again import Again
 from steps import random_noise, steps
 
 from segadapt.errors import UserError
@@ -29,11 +30,19 @@ LEARNERS = [name for name, method in METHODS.items() if issubclass(method, Learn
 def build(compose_settings, build_segmenter, build_combined):
     """build(name, *overrides): the method with tiny models, as `build_models` makes it."""
 
-    def build(name, *overrides):
+    def build(name, *overrides, is_certain=False, memory=None):
         settings = compose_settings(f"tta.method={name}", "data.workers=0", RATE, *QUICK.get(name, ()), *overrides)
         if METHODS[name].has_teacher:
-            return build_combined(f"tta.method={name}", RATE, *overrides, kind=METHODS[name])
-        return build_method(settings, build_segmenter(), memory=None)
+            combined = build_combined(f"tta.method={name}", RATE, *overrides, kind=METHODS[name])
+            if is_certain:
+                with torch.no_grad():
+                    combined.segmenter.net.decode_head.classifier.bias[0] += 1e4
+            return combined
+        segmenter = build_segmenter()
+        if is_certain:
+            with torch.no_grad():
+                segmenter.net.decode_head.classifier.bias[0] += 1e4
+        return build_method(settings, segmenter, memory=memory)
 
     return build
 
@@ -85,6 +94,7 @@ def test_reset_equals_a_fresh_process(build, name):
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("name", METHODS)
 def test_state_dict_round_trip(build, name, accumulate):
+    accumulate = 1 if name == "memo" else accumulate
     method, other = (build(name, f"tta.optimizer.accumulate={accumulate}") for _ in range(2))
     steps(method, "aba")
     state = method.state_dict()
@@ -134,13 +144,10 @@ def test_prediction_scored_is_the_declared_one(build, name):
 @pytest.mark.parametrize("name", METHODS)
 def test_image_of_one_class_stays_finite(build, name, is_certain, precision):
     """One colour; and a head that is certain of one class, so that entropy and most probabilities are 0."""
-    method = build(name, f"runtime.precision={precision}", "model.generative.max_pairs=8")
-    if is_certain:
-        with torch.no_grad():
-            method.segmenter.net.decode_head.classifier.bias[0] += 1e4
-        method.reset() if name == "source" else None
+    method = build(name, f"runtime.precision={precision}", "model.generative.max_pairs=8", is_certain=is_certain)
     for key in "ab":
         prediction = method.step(torch.full((3, 32, 45), 0.5), task="t", key=key)
+        assert bool(prediction.logits_Chw.softmax(dim=0)[0].min() > 0.99) == is_certain
         assert prediction.is_finite
         assert prediction.is_step_finite
     assert all(value.isfinite().all() for value in tensors(method).values() if value.is_floating_point())
@@ -152,6 +159,31 @@ def test_bf16_steps_follow_those_of_fp32(build, name):
     for name_, exact, rough in zip("ab", steps(one, "ab"), steps(other, "ab"), strict=True):
         assert rough.logits_Chw.dtype == torch.float32, name_
         torch.testing.assert_close(rough.logits_Chw, exact.logits_Chw, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.has_teacher])
+def test_recorded_steps_equal_plain_ones(build, name):
+    """Two sizes in turn, each recorded when it comes again."""
+    plain, recorded = build(name), build(name, memory=Again())
+    for index in range(6):
+        image_3HW = torch.rand(3, 32, 45 + 3 * (index % 2), generator=torch.Generator().manual_seed(index))
+        one, other = (method.step(image_3HW, task="t", key=str(index)) for method in (plain, recorded))
+        torch.testing.assert_close(other.logits_Chw, one.logits_Chw, rtol=1e-5, atol=1e-6)
+        assert other.is_updated == one.is_updated
+        assert other.loss == (None if one.loss is None else pytest.approx(one.loss, rel=1e-4))
+
+
+@pytest.mark.parametrize("more", ["tta.method=memo", "tta.episodic=true"])
+def test_images_that_are_alone_cannot_accumulate(compose_settings, more):
+    with pytest.raises(UserError, match=r"tta\.optimizer\.accumulate=2, but each image is alone"):
+        compose_settings(more, "tta.optimizer.accumulate=2")
+
+
+def test_what_follows_a_step_follows_no_image_that_only_waits(build):
+    method, count = build("roid", "tta.optimizer.accumulate=2"), []
+    method.after_step = lambda **names: count.append(names["key"])
+    steps(method, "abcd")
+    assert count == ["2", "4"]
 
 
 @pytest.mark.parametrize("name", METHODS)

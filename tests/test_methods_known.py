@@ -458,15 +458,17 @@ def test_update_of_rotta_against_a_plain_re_derivation(build):
     prediction = method.step(image(2), task="t", key="2")
     assert prediction.is_updated
     loss = torch.zeros((), dtype=torch.float64)
+    both = []
+    for seed in (1, 2):
+        plain.segmenter.logits(image(seed)[None])  # what BatchNorm is given
+        both.append(seen[-1])
+    x = torch.cat([each.flatten(2) for each in both], dim=2)  # as one batch: both images have as many pixels
+    norm.running_mean = norm.running_mean.lerp(x.mean(dim=(0, 2)), 0.5)
+    norm.running_var = norm.running_var.lerp(x.var(dim=(0, 2), correction=0), 0.5)
     for seed, age in ((1, 2), (2, 1)):
         q_BChw = None
         for picture in (image(seed), augmix(image(seed), numpy_generator(0, "t", str(seed), "memory", age))):
-            seen.clear()
             if q_BChw is None:
-                plain.segmenter.logits(picture[None])  # what BatchNorm is given
-                x = seen[0]
-                norm.running_mean = norm.running_mean.lerp(x.mean(dim=(0, 2, 3)), 0.5)
-                norm.running_var = norm.running_var.lerp(x.var(dim=(0, 2, 3), correction=0), 0.5)
                 q_BChw = plain.segmenter.logits(picture[None]).softmax(dim=1).detach()
             else:
                 share = math.exp(-age / 2) / (1 + math.exp(-age / 2)) / 2

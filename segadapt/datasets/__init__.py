@@ -1,4 +1,4 @@
-"""What a data set is: keys for a task, and one sample for a key. The registry of kinds is at the end of the file."""
+"""What a data set is: keys for a task, and one sample for a key. The registry of kinds is in build.py."""
 
 from dataclasses import dataclass
 from typing import Protocol

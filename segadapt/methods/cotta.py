@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from segadapt.config import setting
+from segadapt.errors import UserError
 from segadapt.methods.learner import Learner
 from segadapt.models.discriminative.segformer import Segmenter
 from segadapt.models.source import Prediction
@@ -45,6 +46,11 @@ class Cotta(Learner):
     @staticmethod
     def choose(segmenter: Segmenter, options: Any) -> Mapping[str, nn.Parameter]:
         return segmenter.parameters()
+
+    def __init__(self, segmenter: Segmenter, options: Any, *more: Any, **names: Any):
+        if not options.scales or min(options.scales) <= 0:
+            raise UserError(f"tta.options.scales={options.scales}: expected sizes above 0. Correct the list.")
+        super().__init__(segmenter, options, *more, **names)
 
     def initial_state(self) -> dict[str, Any]:
         return {"teacher": {name: value.clone() for name, value in self._source.items()}}
@@ -83,7 +89,7 @@ class Cotta(Learner):
     def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
         image_3HW = image_3HW.to(self.device, non_blocking=True)
         p_BChw = self.taught(image_3HW)
-        loss = cross_entropy(self.logits(image_3HW), p_BChw.argmax(dim=1))
+        loss = cross_entropy(self.logits(image_3HW), p_BChw.argmax(dim=1), reduction="none").mean()
         scored_Chw = p_BChw[0].clamp(min=torch.finfo(p_BChw.dtype).tiny).log()
         return self.learn(loss, scored_Chw, task=task, key=key)
 

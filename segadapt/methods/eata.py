@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from segadapt.config import DataSettings, setting
+from segadapt.errors import UserError
 from segadapt.methods.learner import Learner
 from segadapt.methods.pixels import entropy, mean_where, most_entropy
 
@@ -22,8 +23,9 @@ class Eata(Learner):
     omega: mean squared gradient of the cross-entropy against own labels, over source images (section 3.3).
 
     Per pixel: both filters and the weight; m averages probabilities over the chosen pixels of an image. A class that
-    fills much of m is redundant, so that with few classes only rare ones are left. Omega is per image: the gradient of
-    the mean over its pixels. ETA is this method with fisher_alpha 0.
+    fills much of m is redundant: with few classes only rare ones are left, and often none, as m follows chosen pixels
+    alone; on ToyTown-C nothing is chosen from the third image on. Raise `distance` to learn more. Omega is per image:
+    the gradient of the mean over its pixels. ETA is this method with fisher_alpha 0.
 
     Published: margin 0.4, distance 0.05, alpha 2000, 2000 source images, m 0.9 m + 0.1 new, SGD 2.5e-4 momentum 0.9.
     """
@@ -38,6 +40,7 @@ class Eata(Learner):
         source_split: str = setting("split of the source images")
         source_image_path: str | None = setting("their path template; null: data.image_path")
 
+    can_record = False  # the anchor's gradients come from elsewhere
     fisher: Mapping[str, Tensor]  # importances, from see_source
 
     def initial_state(self) -> dict[str, Any]:
@@ -49,6 +52,10 @@ class Eata(Learner):
             return None
         count = None if data.kind == "files" else o.fisher_images
         path = o.source_image_path or data.image_path
+        if data.kind == "files" and "{corruption}" in str(path):
+            raise UserError(f"tta.options.source_image_path={o.source_image_path}, data.image_path={data.image_path}: "
+                            "where are the source images, uncorrupted? Set tta.options.source_image_path and "
+                            "tta.options.source_split, or tta.options.fisher_alpha=0.")  # fmt: skip
         return replace(
             data, split=o.source_split, image_path=path, label_path=None, corruptions=[], limit=o.fisher_images,
             count=count, weather="clear",
@@ -60,7 +67,7 @@ class Eata(Learner):
         count = 0
         for image_3HW in images_3HW:
             logits_BChw = self.logits(image_3HW.to(self.device, non_blocking=True))
-            cross_entropy(logits_BChw, logits_BChw.detach().argmax(dim=1)).backward()
+            cross_entropy(logits_BChw, logits_BChw.detach().argmax(dim=1), reduction="none").mean().backward()
             for name, parameter in self.moving.items():
                 if parameter.grad is not None:
                     sums[name] += parameter.grad.square()

@@ -31,6 +31,7 @@ class Learner(Source):
     """
 
     learns = True
+    can_record = True  # every gradient of a parameter comes from `logits`, the recorded forward
 
     def __init__(
         self,
@@ -42,7 +43,7 @@ class Learner(Source):
         precision: str,
         memory: Memory | None = None,
     ):
-        moving = self.choose(segmenter, options)
+        moving, memory = self.choose(segmenter, options), memory if self.can_record else None
         super().__init__(segmenter, seed=seed, precision=precision, memory=memory, moving=moving)
         self.options, self._optimizer_settings = options, optimizer
         # beside the recorded forward that is learned from: no backward of that one may be waiting when it comes again
@@ -88,11 +89,11 @@ class Learner(Source):
         """The step from gradients that are there, and one host read for all numbers of the image."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.moving.values() if p.grad is not None]).to(loss)
         is_used = loss.isfinite() & norm.isfinite() & (norm > 0)
-        self._updates.take(is_used)
+        is_step = self._updates.take(is_used)
         self._updates.drop()
         numbers = torch.stack([loss.float(), norm.float(), is_used.float(), scored_Chw.isfinite().all().float()])
         value, grad_norm, was_used, is_sound = numbers.tolist()
-        if was_used:
+        if was_used and is_step:
             self.after_step(task=task, key=key)
         return Prediction(scored_Chw, bool(is_sound), value, grad_norm, is_updated=bool(was_used))
 

@@ -28,6 +28,7 @@ class Memo(Learner):
     """
 
     scored = "after the update"
+    can_record = False  # augmentations of an image come before its size was seen twice
     learns = False  # every image begins at the source
 
     @dataclass

@@ -33,6 +33,7 @@ class Roid(Learner):
     Published: ensemble 0.99, momentum 0.9, temperature 1/3, SGD 2.5e-4 momentum 0.9.
     """
 
+    can_record = False  # the view's gradients come from another forward
     scored = "corrected by the image's prior, before the update"
 
     @dataclass
@@ -61,7 +62,7 @@ class Roid(Learner):
         weight_Bhw = self.weights(logits_BChw)
         (view_BChw,) = self.again(augmix(image_3HW, numpy_generator(self.seed, task, key, "view"))[None])
         assert view_BChw is not None
-        consistency_Bhw = symmetric_cross_entropy(view_BChw, logits_BChw.detach())
+        consistency_Bhw = symmetric_cross_entropy(view_BChw, logits_BChw)
         return (weight_Bhw * (likelihood_ratio(logits_BChw) + consistency_Bhw)).mean()
 
     def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:

@@ -42,15 +42,18 @@ class Rotta(Learner):
        E = exp(-age / capacity) / (1 + exp(-age / capacity))                                            (eq. 7-9)
     3. teacher = (1 - nu) teacher + nu student                                                          (eq. 5)
 
-    4. BatchNorm takes statistics that begin at the source's: with each image of an update
-       mu = (1 - alpha) mu + alpha mean(x), variance likewise                                           (eq. 2-3)
+    4. BatchNorm takes statistics that begin at the source's: with each update
+       mu = (1 - alpha) mu + alpha mean over the memory, variance likewise                              (eq. 2-3)
 
     Per image: label (most probability), uncertainty (mean entropy) and age; cross-entropies are means over pixels.
-    Augmentation by AugMix, which leaves pixels where they are. The teacher's prediction is scored.
+    Augmentation by AugMix, which leaves pixels where they are. The teacher's prediction is scored. A class has room for
+    capacity / C images: where one fills most of every image, as a road does, the memory stays small. Fewer images than
+    `every` between two resets: nothing is ever learned.
 
     Published: capacity 64, every 64 images, nu 1e-3, alpha 0.05, Adam 1e-3.
     """
 
+    can_record = False  # recorded work cannot follow the statistics
     scored = "the averaging teacher's, before the update"
 
     @dataclass
@@ -66,12 +69,14 @@ class Rotta(Learner):
     ):  # fmt: skip
         norms = [m for m in segmenter.net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._first = [(norm.running_mean, norm.running_var) for norm in norms]
-        super().__init__(
-            segmenter, options, optimizer, seed=seed, precision=precision
-        )  # what is recorded cannot follow
-        self._place: dict[str, Any] = {"statistics": self.state["statistics"], "follows": False}
+        super().__init__(segmenter, options, optimizer, seed=seed, precision=precision, memory=memory)
+        self._place: dict[str, Any] = {
+            "statistics": self.state["statistics"],
+            "seen": [[] for _ in norms],
+            "most": options.capacity,
+        }
         for index, norm in enumerate(norms):
-            norm.forward = following(norm, self._place, index, options.alpha)  # pyright: ignore[reportAttributeAccessIssue]
+            norm.forward = following(norm, self._place, index)  # pyright: ignore[reportAttributeAccessIssue]
 
     def initial_state(self) -> dict[str, Any]:
         return {
@@ -130,11 +135,14 @@ class Rotta(Learner):
     def memory_backward(self) -> Tensor:
         """Gradients of the loss over the memory, one image's graph at a time; returns it."""
         memory, total = self.state["memory"], torch.zeros((), device=self.device)
+        for seen in self._place["seen"]:
+            seen.clear()
+        for kept in memory:
+            self.taught(kept.image_3HW.to(self.device))
+        self._follow()
         for kept in memory:
             image_3HW = kept.image_3HW.to(self.device)
-            self._place["follows"] = True
             q_BChw = self.taught(image_3HW).softmax(dim=1)
-            self._place["follows"] = False
             rng = numpy_generator(self.seed, *kept.name, "memory", kept.age)
             log_p_BChw = self.logits(augmix(image_3HW, rng)).log_softmax(dim=1)
             age = kept.age / self.options.capacity
@@ -144,23 +152,32 @@ class Rotta(Learner):
             total += loss.detach()
         return total
 
+    def _follow(self) -> None:
+        """Statistics take up alpha of those of all images just seen, as one batch."""
+        for index, seen in enumerate(self._place["seen"]):
+            var_NC, mean_NC = (torch.stack(each) for each in zip(*seen, strict=True))
+            mean_C = mean_NC.mean(dim=0)
+            var_C = (var_NC + mean_NC.square()).mean(dim=0) - mean_C.square()
+            old = self.state["statistics"][index]
+            self.state["statistics"][index] = tuple(
+                value.lerp(new.to(value), self.options.alpha) for value, new in zip(old, (mean_C, var_C), strict=True)
+            )
+
     @torch.no_grad()
     def after_step(self, *, task: str, key: str) -> None:
         for name, parameter in self.moving.items():
             self.state["teacher"][name].lerp_(parameter, self.options.nu)
 
 
-def following(
-    norm: nn.modules.batchnorm._BatchNorm, place: dict[str, Any], index: int, alpha: float
-) -> Callable[[Tensor], Tensor]:
-    """Forward of a BatchNorm with place["statistics"][index], which take up alpha of x where place["follows"]."""
+def following(norm: nn.modules.batchnorm._BatchNorm, place: dict[str, Any], index: int) -> Callable[[Tensor], Tensor]:
+    """Forward of a BatchNorm with place["statistics"][index]; the last images' own are kept in place["seen"][index]."""
 
     def forward(x: Tensor) -> Tensor:
         mean, var = place["statistics"][index]
-        if place["follows"]:
-            new_var, new_mean = own_statistics(x.detach())
-            mean, var = mean.lerp(new_mean.to(mean), alpha), var.lerp(new_var.to(var), alpha)
-            place["statistics"][index] = mean, var
+        if not torch.is_grad_enabled():  # the teacher's
+            seen = place["seen"][index]
+            seen.append(own_statistics(x))
+            del seen[: -place["most"]]
         return batch_norm(x, mean, var, norm.weight, norm.bias, training=False, eps=norm.eps)
 
     return forward
