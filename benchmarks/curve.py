@@ -19,16 +19,18 @@ from segadapt.models.combined import Combined
 
 
 def plot(rows: list[dict[str, Any]], file: str) -> None:
-    """Seconds against pairs, a line for each row and number of windows."""
+    """Seconds against pairs: a colour for each row, a marker for each number of windows."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for name in dict.fromkeys(row["row"] for row in rows):
-        for windows in dict.fromkeys(row["windows"] for row in rows):
+    names, widths = (list(dict.fromkeys(row[key] for row in rows)) for key in ("row", "windows"))
+    for index, name in enumerate(names):
+        for windows, marker in zip(widths, "os^Dv<>p", strict=False):
             own = [row for row in rows if (row["row"], row["windows"]) == (name, windows)]
+            points = [row["pairs"] for row in own], [row["seconds_per_image"] for row in own]
             label = f"{name}, {windows} window{'s' * (windows > 1)}"
-            axes.plot([row["pairs"] for row in own], [row["seconds_per_image"] for row in own], "o-", label=label)
+            axes.plot(*points, color=f"C{index}", marker=marker, markersize=4, linewidth=1, label=label)
     axes.set(xlabel="(window, class) pairs of an image", ylabel="seconds an image", xlim=(0, None), ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
