@@ -132,7 +132,7 @@ class TaskLoop:
         write_json(shared.folder.path / "tasks" / f"{tally.slug}.json", row | counts_CC)
         shared.mirror.summary({f"{tally.slug}/{name}": row[name] for name in MEANS})
         if isinstance(shared.settings, AdaptConfig) and shared.settings.tta.save_adapted:
-            shared.models.method.segmenter.save(shared.folder.path / "adapted" / tally.slug)
+            shared.models.method.save(shared.folder.path / "adapted" / tally.slug)
         if tally.skipped or tally.broken:
             shared.console.print(
                 f"{tally.task.name}: {tally.skipped} steps skipped, loss or gradient was not finite; "

@@ -21,6 +21,7 @@ from segadapt.methods.pixels import entropy, mean_where
 from segadapt.methods.roid import corrected, likelihood_ratio, symmetric_cross_entropy
 from segadapt.methods.rotta import Kept
 from segadapt.models.combined import Combined
+from segadapt.models.discriminative.segformer import load_segformer
 from segadapt.seeds import numpy_generator
 
 SGD = ("tta.optimizer.name=sgd", "tta.optimizer.lr=0.1", "tta.optimizer.momentum=0")
@@ -510,3 +511,24 @@ def test_dusa_u_teaches_like_the_generative_method_and_learns_from_the_empty_pro
     (velocity - noisy.target_Kzyx).square().mean().backward()
     for name, parameter in teacher.transformer.named_parameters():
         torch.testing.assert_close(found[f"generative.{name}"], parameter.grad, rtol=1e-7, atol=1e-12)
+
+
+# -- what is saved -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cotta", "rotta"])
+def test_saved_is_the_averaging_teacher_which_is_scored(build, name, tmp_path):
+    more = {"cotta": ["tta.options.scales=[1.0]", "tta.options.flip=false"],
+            "rotta": ["tta.options.every=1", "tta.options.alpha=0.5", "tta.options.nu=0.5"]}  # fmt: skip
+    method = build(name, "tta.optimizer.lr=1e-2", *more[name])
+    for seed in range(3):
+        method.step(image(seed), task="t", key=str(seed))
+    before = {key: value.clone() for key, value in method.segmenter.net.state_dict().items()}
+    method.save(tmp_path)
+    assert all(torch.equal(value, before[key]) for key, value in method.segmenter.net.state_dict().items())
+    saved = load_segformer(str(tmp_path), num_classes=len(CLASSES), device="cpu")
+    scored_Chw = method.step(image(9), task="t", key="9").logits_Chw.log_softmax(dim=0)
+    found_Chw = saved.logits(image(9).float()[None])[0].log_softmax(dim=0)
+    torch.testing.assert_close(found_Chw, scored_Chw.float(), rtol=0, atol=3e-6)
+    student_Chw = method.segmenter.logits(image(9)[None])[0].log_softmax(dim=0)
+    assert (student_Chw - scored_Chw).abs().max() > 3e-4

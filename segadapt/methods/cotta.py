@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,14 +59,8 @@ class Cotta(Learner):
     @torch.no_grad()
     def probabilities(self, weights: Mapping[str, Tensor], image_3HW: Tensor) -> Tensor:
         """[1, C, h, w] of the segmenter with other weights."""
-        own = {name: parameter.data for name, parameter in self.moving.items()}
-        for name, parameter in self.moving.items():
-            parameter.data = weights[name]
-        try:
+        with self.holding(weights):
             (logits_BChw,) = self.again(image_3HW[None])
-        finally:
-            for name, parameter in self.moving.items():
-                parameter.data = own[name]
         assert logits_BChw is not None
         return logits_BChw.softmax(dim=1)
 
@@ -101,3 +96,8 @@ class Cotta(Learner):
             teacher[name].lerp_(parameter, 1 - o.average)
             is_restored = torch.rand(parameter.shape, generator=generator, device=self.device) < o.restore
             parameter.copy_(torch.where(is_restored, self._source[name], parameter))
+
+    def save(self, folder: str | Path) -> None:
+        """The averaging teacher, as it is what is scored."""
+        with self.holding(self.state["teacher"]):
+            super().save(folder)

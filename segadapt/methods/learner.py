@@ -4,7 +4,8 @@ B images (1)   C classes   3 RGB   H W image px   h w logits, ceil(px / 4)
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -96,6 +97,19 @@ class Learner(Source):
         if was_used and is_step:
             self.after_step(task=task, key=key)
         return Prediction(scored_Chw, bool(is_sound), value, grad_norm, is_updated=bool(was_used))
+
+    @contextmanager
+    def holding(self, weights: Mapping[str, Tensor], more: Iterable[tuple[Tensor, Tensor]] = ()) -> Iterator[None]:
+        """Within it the moving parameters have these values, and each first tensor of `more` the second one's."""
+        pairs = [*((parameter, weights[name]) for name, parameter in self.moving.items()), *more]
+        own = [tensor.data for tensor, _ in pairs]
+        for tensor, value in pairs:
+            tensor.data = value
+        try:
+            yield
+        finally:
+            for (tensor, _), value in zip(pairs, own, strict=True):
+                tensor.data = value
 
     # --- back, and elsewhere ---
 

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,14 +90,8 @@ class Rotta(Learner):
     @torch.no_grad()
     def taught(self, image_3HW: Tensor) -> Tensor:
         """The teacher's logits, [1, C, h, w]."""
-        own = {name: parameter.data for name, parameter in self.moving.items()}
-        for name, parameter in self.moving.items():
-            parameter.data = self.state["teacher"][name]
-        try:
+        with self.holding(self.state["teacher"]):
             (logits_BChw,) = self.again(image_3HW[None])
-        finally:
-            for name, parameter in self.moving.items():
-                parameter.data = own[name]
         assert logits_BChw is not None
         return logits_BChw
 
@@ -167,6 +162,13 @@ class Rotta(Learner):
     def after_step(self, *, task: str, key: str) -> None:
         for name, parameter in self.moving.items():
             self.state["teacher"][name].lerp_(parameter, self.options.nu)
+
+    def save(self, folder: str | Path) -> None:
+        """The averaging teacher and the statistics it predicts with, as they are what is scored."""
+        layers = zip(self._first, self.state["statistics"], strict=True)
+        statistics = [pair for source, now in layers for pair in zip(source, now, strict=True)]
+        with self.holding(self.state["teacher"], statistics):
+            super().save(folder)
 
 
 def following(norm: nn.modules.batchnorm._BatchNorm, place: dict[str, Any], index: int) -> Callable[[Tensor], Tensor]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -118,6 +119,10 @@ class Source:
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """As it was when `state_dict` gave these values."""
+
+    def save(self, folder: str | Path) -> None:
+        """The segmenter as it predicts now, as a folder that its loader reads."""
+        self.segmenter.save(folder)
 
     def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
         """Predict one image.
