@@ -4,7 +4,8 @@ python benchmarks/sweep.py JOBS --logs FOLDER --jobs-per-gpu 4 --seconds-limit 3
 
 JOBS: a file, or - for stdin; one line a job, `VERB logging.root=A experiment.name=B experiment.id=C key=value ...`.
 Each process sees one GPU and its share of the cores. Skipped: a job whose run folder is finished and whose log begins
-with the same line. After a failure no further job starts, those that run are awaited, and the exit status is 1.
+with the same line. After a failure no further job starts (--keep-going: they do), those that run are awaited, and the
+exit status is 1.
 """
 
 import argparse
@@ -34,7 +35,9 @@ def is_done(job: str, log: Path, folder: Path) -> bool:
     return has_results and lines[0] == job and lines[-1].startswith(FINISHED)
 
 
-def run(jobs: list[str], logs: Path, *, jobs_per_gpu: int, seconds_limit: float, common: str) -> bool:
+def run(
+    jobs: list[str], logs: Path, *, jobs_per_gpu: int, seconds_limit: float, common: str, keep_going: bool = False
+) -> bool:
     """Run what is not done yet; True if all succeeded. No process outlives the call."""
     given = {job: dict(part.split("=", 1) for part in shlex.split(job)[1:]) for job in jobs}
     log_of = {job: logs / f"{g['experiment.name']}-{g['experiment.id']}.log" for job, g in given.items()}
@@ -47,8 +50,8 @@ def run(jobs: list[str], logs: Path, *, jobs_per_gpu: int, seconds_limit: float,
     logs.mkdir(parents=True, exist_ok=True)
     running: dict[subprocess.Popen, tuple[str, str, float]] = {}
     try:
-        while running or (pending and is_well):
-            while pending and free and is_well:
+        while running or (pending and (is_well or keep_going)):
+            while pending and free and (is_well or keep_going):
                 job, gpu = pending.pop(0), free.pop(0)
                 log_of[job].write_text(f"{job}\n")
                 command = [sys.executable, "-m", "segadapt", *shlex.split(job), *shlex.split(common)]
@@ -86,7 +89,8 @@ if __name__ == "__main__":
     parser.add_argument("--jobs-per-gpu", type=int, default=1)
     parser.add_argument("--seconds-limit", type=float, default=float("inf"))
     parser.add_argument("--common", default="", help="overrides of every job that cannot change results")
+    parser.add_argument("--keep-going", action="store_true")
     a = parser.parse_args()
     lines = [line.strip() for line in a.jobs if line.strip()]
-    limits = {"jobs_per_gpu": a.jobs_per_gpu, "seconds_limit": a.seconds_limit}
+    limits = {"jobs_per_gpu": a.jobs_per_gpu, "seconds_limit": a.seconds_limit, "keep_going": a.keep_going}
     sys.exit(0 if run(lines, a.logs, common=a.common, **limits) else 1)

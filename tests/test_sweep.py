@@ -28,9 +28,10 @@ def sweep(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "visible_gpus", lambda: ["3", "5"])
 
-    def run(*jobs: str, jobs_per_gpu: int = 1, seconds_limit: float = 60) -> bool:
+    def run(*jobs: str, jobs_per_gpu: int = 1, seconds_limit: float = 60, keep_going: bool = False) -> bool:
         lines = [f"adapt logging.root=out experiment.name=a experiment.id={job}" for job in jobs]
-        return module.run(lines, Path("logs"), jobs_per_gpu=jobs_per_gpu, seconds_limit=seconds_limit, common="x=1")
+        how = {"jobs_per_gpu": jobs_per_gpu, "seconds_limit": seconds_limit, "keep_going": keep_going}
+        return module.run(lines, Path("logs"), common="x=1", **how)
 
     return run
 
@@ -69,6 +70,11 @@ def test_sweep_stops_after_a_failure_and_shows_its_cause(sweep, capsys):
     assert Path("out/a/j1/results.json").is_file()
     assert not sweep("j0 fail=rain", "j1 seconds=0.5")
     assert begun() == ["j0", "j0", "j1"]
+
+
+def test_sweep_that_keeps_going_runs_all_and_fails(sweep):
+    assert not sweep("j0 fail=rain", "j1", "j2", "j3", keep_going=True)
+    assert begun() == ["j0", "j1", "j2", "j3"]
 
 
 def test_sweep_ends_its_jobs_at_the_limit(sweep, capsys):
