@@ -4,7 +4,7 @@ python benchmarks/methods.py OUT toytown all
 python benchmarks/methods.py OUT camvid all --models SEGMENTER_FOLDER TEACHER_FOLDER --overrides data.data_root=$CAMVID
 
     search     each method at RATES times its published rate, and where published constants stop it early on pixels with
-               others beside them (VARIANTS), on validation images under the four extra corruptions, severities 5 and 2
+               others beside them (VARIANTS), on validation images under the four extra corruptions at --severities
     run        at what search.py's rule chose: 15 corruptions, severity 5, 40 test images each, seed 0
     best       source, generative and the best three others of `run`: the whole test split, seeds 0, 1, 2
     continual  ten rounds over four conditions without a reset, and the clean test split after each round
@@ -43,7 +43,6 @@ VARIANTS = {  # beside the published constants, which were chosen for whole imag
 NEEDED = {"rotta": "tta.options.every=8"}  # 64 images, as published, are more than a task has
 QUICK = {"memo": "tta.options.augmentations=8", "eata": "tta.options.fisher_images=100"}  # published: 32, 2000
 HELD_OUT = "data.split=validation data.corruptions=[speckle_noise,gaussian_blur,spatter,saturate]"
-SEVERITIES = (5, 2)
 CONTINUAL = ("source", "tent", "cotta", "generative")
 CONDITIONS = ("gaussian_noise", "defocus_blur", "snow", "contrast")  # one of each family
 ROUNDS = 10
@@ -59,6 +58,7 @@ class World:
     given: str  # overrides of every command
     models: tuple[str, str] | None  # folders; None: the experiment's own
     methods: tuple[str, ...]  # without the source, slow ones first
+    severities: tuple[int, ...]  # of the search
     limit: int | None  # images a task of search and run
     is_full: bool
 
@@ -118,7 +118,7 @@ def search_jobs(world: World) -> Iterator[str]:
     """The source and every point, at each severity."""
     for name in ["source", *world.methods]:
         points = {"source": ""} if name == "source" else grid(name)
-        for (identity, point), severity in itertools.product(points.items(), SEVERITIES):
+        for (identity, point), severity in itertools.product(points.items(), world.severities):
             held_out = (HELD_OUT, f"data.severity={severity}", world.images)
             yield world.job("search", f"{identity}-{severity}", world.method(name), point, *held_out)
 
@@ -127,7 +127,7 @@ def searched(world: World, name: str) -> list[search.Tried]:
     """The source, then a method's points, the chosen one first. UserError: unfinished."""
 
     def joined(identity: str) -> str:
-        return ",".join(str(world.folder("search", f"{identity}-{severity}")) for severity in SEVERITIES)
+        return ",".join(str(world.folder("search", f"{identity}-{severity}")) for severity in world.severities)
 
     return search.ranked([joined("source"), *map(joined, grid(name))], most_loss=0.2, equal=0.5)
 
@@ -138,7 +138,7 @@ def chosen(world: World, name: str) -> str:
     if not points:
         return world.method(name)
     first = Path(searched(world, name)[1].folder.split(",")[0]).name
-    return f"{world.method(name)} {points[first.removesuffix(f'-{SEVERITIES[0]}')]}"
+    return f"{world.method(name)} {points[first.removesuffix(f'-{world.severities[0]}')]}"
 
 
 # --- the tests ---
@@ -245,6 +245,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--overrides", default="", help="of every command")
     parser.add_argument("--common", default="", help="of every command, such as cannot change results")
     parser.add_argument("--methods", help="commas between; all")
+    parser.add_argument("--severities", default="5,2", help="of the search, commas between")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--jobs-per-gpu", type=int, default=1)
     parser.add_argument("--seconds-limit", type=float, default=float("inf"))
@@ -259,7 +260,9 @@ def main(arguments: list[str]) -> int:
     if unknown := set(asked) - {*SLOW_FIRST, *rest}:
         parser.error(f"no such method: {', '.join(unknown)}; choose from {', '.join([*SLOW_FIRST, *rest])}")
     models = tuple(a.models) if a.models else None
-    world = World(a.world, a.out, a.overrides, models, tuple(asked), None if a.full else 40, a.full)
+    severities = tuple(int(severity) for severity in a.severities.split(","))
+    limit = None if a.full else 40
+    world = World(a.world, a.out, a.overrides, models, tuple(asked), severities, limit, a.full)
     plans = {
         "search": [lambda: search_jobs(world)],
         "run": [lambda: tested_jobs(world, "run", ["source", *world.methods], SEEDS if a.full else (0,), world.images)],
