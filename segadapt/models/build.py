@@ -28,7 +28,8 @@ from segadapt.errors import UserError
 from segadapt.methods import METHODS
 from segadapt.methods.build import build_method
 from segadapt.models.combined import Combined
-from segadapt.models.discriminative.segformer import Segmenter, load_segformer
+from segadapt.models.discriminative import Segmenter
+from segadapt.models.discriminative.segformer import Segformer, load_segformer
 from segadapt.models.generative import placement as placing
 from segadapt.models.generative.lora import add_lora, plain_state
 from segadapt.models.generative.parallel import Parallel
@@ -132,7 +133,7 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def build_segmenter(settings: DiscriminativeSettings, num_classes: int, device: torch.device) -> Segmenter:
+def build_segmenter(settings: DiscriminativeSettings, num_classes: int, device: torch.device) -> Segformer:
     """The source model, on the main device."""
     return load_segformer(
         resolve(settings.checkpoint, "model.discriminative.checkpoint"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from segadapt.config import ModelSettings, OptimizerSettings, UpdateSettings
-from segadapt.models.discriminative.segformer import Segmenter
+from segadapt.models.discriminative import Segmenter
 from segadapt.models.generative import candidates as candidate_classes
 from segadapt.models.generative import loss as objective
 from segadapt.models.generative import trust, windows
