@@ -30,6 +30,7 @@ from segadapt.methods.build import build_method
 from segadapt.models.combined import Combined
 from segadapt.models.discriminative import Segmenter
 from segadapt.models.discriminative.segformer import Segformer, load_segformer
+from segadapt.models.generative import Teacher
 from segadapt.models.generative import placement as placing
 from segadapt.models.generative.lora import add_lora, plain_state
 from segadapt.models.generative.parallel import Parallel
@@ -49,7 +50,7 @@ LARGE = 10**9  # parameters of a transformer that is worth a minute of compiling
 
 @dataclass(frozen=True)
 class Models:
-    """What a run needs of the models, and where each transformer lies (nowhere: no teacher)."""
+    """What a run needs of the models, and where each transformer lies (nowhere: no teacher, or one that came built)."""
 
     method: Source  # or one built on it
     placements: tuple[placing.Placement, ...]
@@ -62,7 +63,7 @@ class Models:
 
     def assert_placed(self) -> None:
         """RuntimeError: a part of a transformer is no longer where it was placed."""
-        if isinstance(self.method, Combined):
+        if isinstance(self.method, Combined) and self.placements:
             for transformer, placement in zip(self.method.parallel.transformers, self.placements, strict=True):
                 placing.assert_placed(transformer, placement)
 
@@ -305,11 +306,20 @@ def fixed_bytes(
 
 
 def build_models(
-    settings: EvaluateConfig | AdaptConfig, classes: Sequence[str], *, force_hooks: bool = False
+    settings: EvaluateConfig | AdaptConfig,
+    classes: Sequence[str],
+    *,
+    segmenter: Segmenter | None = None,
+    teacher: Teacher | None = None,
+    force_hooks: bool = False,
 ) -> Models:
-    """Load, place and join the models; without a generative model unless an AdaptConfig asks for `tta`."""
+    """Load, place and join the models; without a generative model unless an AdaptConfig asks for `tta`.
+
+    Args:
+        segmenter, teacher: built already, of any family, on the main device; None: those of the settings.
+    """
     main = set_up(settings.runtime)
-    segmenter = build_segmenter(settings.model.discriminative, len(classes), main)
+    segmenter = segmenter or build_segmenter(settings.model.discriminative, len(classes), main)
     fingerprints = {"discriminative": fingerprint(segmenter.net)}
     # recomputed activations save and restore the state of a generator, which a CUDA graph can't
     can_record = main.type == "cuda" and not settings.model.discriminative.gradient_checkpointing
@@ -323,29 +333,32 @@ def build_models(
         how = {"accumulates": accumulates, "is_recorded": compiled and can_record}
         return fixed_bytes(segmenter, autoencoder, is_trained=update.discriminative, **how)
 
-    generative, placements, pairs, compiled = build_generative(
-        settings.model.generative,
-        classes=classes,
-        dataset_name=settings.data.name,
-        devices=devices_of(settings.runtime),
-        precision=precision,
-        update=update,
-        seed=seed,
-        fixed=fixed,
-        accumulates=accumulates,
-        compiled=settings.runtime.compile,
-        force_hooks=force_hooks,
-    )
-    fingerprints |= {
-        "generative": fingerprint(generative.transformer),
-        "autoencoder": fingerprint(generative.autoencoder),
-        "embeddings": generative.embeddings.fingerprint(),
-    }
+    placements, pairs, compiled = (), settings.model.generative.max_pairs or placing.MOST_PAIRS, False
+    if teacher is None:
+        teacher, placements, pairs, compiled = build_generative(
+            settings.model.generative,
+            classes=classes,
+            dataset_name=settings.data.name,
+            devices=devices_of(settings.runtime),
+            precision=precision,
+            update=update,
+            seed=seed,
+            fixed=fixed,
+            accumulates=accumulates,
+            compiled=settings.runtime.compile,
+            force_hooks=force_hooks,
+        )
+    fingerprints["generative"] = fingerprint(teacher.parallel.transformers[0])
+    if isinstance(teacher, Sd3):
+        fingerprints |= {
+            "autoencoder": fingerprint(teacher.autoencoder),
+            "embeddings": teacher.embeddings.fingerprint(),
+        }
     window = dataclasses.replace(settings.model.generative, max_pairs=pairs)
     method: Any = METHODS[settings.tta.method]
     combined = method(
         segmenter,
-        generative,
+        teacher,
         dataclasses.replace(settings.model, generative=window),
         settings.tta.optimizer,
         seed=seed,
