@@ -2,6 +2,7 @@
 
 import re
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,6 +121,30 @@ def test_converted_nvidia_folder_is_read_by_transformers(raw, nvidia, write, tmp
     again, info = SegformerForSemanticSegmentation.from_pretrained(tmp_path / "folder", output_loading_info=True)
     assert not any(info[fault] for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert fingerprint(again) == fingerprint(raw)
+
+
+def test_conversion_as_documented(raw, nvidia, write, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    write(nvidia, "weights/segformer.b5.640x640.ade.160k.pth")
+    exec(code.replace("150", "5"))
+    assert fingerprint(SegformerForSemanticSegmentation.from_pretrained("weights/segformer-b5-ade-640")) == fingerprint(
+        raw
+    )
+
+
+def test_nvidias_own_eps_is_another_by_little(raw, nvidia, write):
+    """What docs/checkpoints.md says of it: transformers' net with the eps of NVIDIA's code."""
+    segmenter = load(write(nvidia))
+    with torch.no_grad():
+        one = segmenter.logits(image())
+        for name, module in segmenter.net.named_modules():
+            if isinstance(module, nn.LayerNorm) and "patch_embeddings" not in name and "reduction" not in name:
+                module.eps = 1e-6
+        other = segmenter.logits(image())
+    assert 0 < (one - other).norm() / one.norm() < 1e-4
 
 
 def test_folders_with_old_and_new_key_names_are_the_same_net(raw, hf_folder, tmp_path):

@@ -174,7 +174,7 @@ def _read_file(checkpoint: str, *, revision: str | None, num_classes: int, allow
     """The net of a file of NVIDIA or mmsegmentation, and every key at fault, under the names of transformers' modules.
 
     NVIDIA's weights get the class of transformers, and its LayerNorm eps of 1e-5 throughout, as NVIDIA's own files on
-    the hub do; NVIDIA's code has 1e-6 in blocks and behind stages, which changes logits by some 1e-5 of their size.
+    the hub do; NVIDIA's code has 1e-6 in blocks and behind stages, which is less than 1e-4 of the logits.
     """
     state = read_state(checkpoint, SETTING, allow_pickle=allow_pickle)
     layout = keymaps.recognise(state)
