@@ -11,6 +11,7 @@ from test_methods import QUICK
 from torch import nn
 
 from segadapt.config import DiagnoseConfig
+from segadapt.errors import UserError
 from segadapt.methods import METHODS
 from segadapt.methods.learner import Learner
 from segadapt.models.build import build_models, fingerprint
@@ -109,6 +110,12 @@ def test_own_teacher_moves_and_returns(method, example, build_segmenter, compose
     assert all(one != other for one, other in zip(before, after, strict=True))
     built.method.reset()
     assert [fingerprint(net) for net in (built.method.segmenter.net, teacher.net)] == before
+
+
+def test_adapters_of_an_own_teacher_are_refused(example, compose_settings):
+    settings = compose_settings("model.update.lora_rank=4")
+    with pytest.raises(UserError, match="lora_rank=4: adapters are made for SD3's attention, but the teacher is"):
+        build_models(settings, CLASSES, teacher=example("own_teacher").ConvTeacher(len(CLASSES)))
 
 
 def test_pairs_at_a_time_change_no_gradient_of_an_own_teacher(example, compose_settings, random_image):

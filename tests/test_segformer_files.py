@@ -16,6 +16,7 @@ from segadapt.errors import UserError
 from segadapt.models.build import fingerprint
 from segadapt.models.discriminative import keymaps
 from segadapt.models.discriminative.segformer import build_segformer, load_segformer
+from segadapt.train import parameter_groups
 
 CONFIG = {"depths": list(DEPTHS), "hidden_sizes": list(WIDTHS), "decoder_hidden_size": HEAD_WIDTH}
 
@@ -180,6 +181,9 @@ def test_norms_of_an_mmseg_net(mmseg, write):
     assert len([name for name in norms if name.startswith("decode_head.")]) == 2 * 5  # convs and fusion
     assert len([name for name in top if not name.startswith("decode_head.")]) == 2 * (2 + 2 * DEPTHS[3])
     assert {name for name in norms if name.startswith("decode_head.")} < top.keys() < norms.keys()
+    grouped = [p for group in parameter_groups(segmenter, lr=1, head_lr_factor=10, weight_decay=1)
+               for p in group["params"]]  # fmt: skip
+    assert sorted(map(id, grouped)) == sorted(map(id, segmenter.net.parameters()))  # it can be trained further
 
 
 # --- files ---

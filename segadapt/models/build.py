@@ -317,6 +317,8 @@ def build_models(
 
     Args:
         segmenter, teacher: built already, of any family, on the main device; None: those of the settings.
+    Raises:
+        UserError: a checkpoint or a plan that does not fit; adapters, which are SD3's, for a teacher that is given.
     """
     main = set_up(settings.runtime)
     segmenter = segmenter or build_segmenter(settings.model.discriminative, len(classes), main)
@@ -328,6 +330,11 @@ def build_models(
         memory = Graphs(main).memory() if can_record and settings.runtime.compile else None
         return Models(build_method(settings, segmenter, memory=memory), (), fingerprints)
     update, accumulates = settings.model.update, settings.tta.optimizer.accumulate > 1
+    if teacher is not None and update.lora_rank:
+        raise UserError(
+            f"model.update.lora_rank={update.lora_rank}: adapters are made for SD3's attention, but the teacher is a "
+            f"{type(teacher).__name__}. Set model.update.lora_rank=0."
+        )
 
     def fixed(autoencoder: nn.Module, compiled: bool) -> tuple[int, int]:
         how = {"accumulates": accumulates, "is_recorded": compiled and can_record}
