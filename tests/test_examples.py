@@ -112,10 +112,12 @@ def test_own_teacher_moves_and_returns(method, example, build_segmenter, compose
     assert [fingerprint(net) for net in (built.method.segmenter.net, teacher.net)] == before
 
 
-def test_adapters_of_an_own_teacher_are_refused(example, compose_settings):
+def test_adapters_of_an_own_teacher_are_refused(example, build_segmenter, compose_settings):
     settings = compose_settings("model.update.lora_rank=4")
     with pytest.raises(UserError, match="lora_rank=4: adapters are made for SD3's attention, but the teacher is"):
-        build_models(settings, CLASSES, teacher=example("own_teacher").ConvTeacher(len(CLASSES)))
+        build_models(
+            settings, CLASSES, segmenter=build_segmenter(), teacher=example("own_teacher").ConvTeacher(len(CLASSES))
+        )
 
 
 def test_pairs_at_a_time_change_no_gradient_of_an_own_teacher(example, compose_settings, random_image):

@@ -321,7 +321,8 @@ def build_models(
         UserError: a checkpoint or a plan that does not fit; adapters, which are SD3's, for a teacher that is given.
     """
     main = set_up(settings.runtime)
-    segmenter = segmenter or build_segmenter(settings.model.discriminative, len(classes), main)
+    if segmenter is None:
+        segmenter = build_segmenter(settings.model.discriminative, len(classes), main)
     fingerprints = {"discriminative": fingerprint(segmenter.net)}
     # recomputed activations save and restore the state of a generator, which a CUDA graph can't
     can_record = main.type == "cuda" and not settings.model.discriminative.gradient_checkpointing
