@@ -15,6 +15,8 @@ from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.errors import UserError
 from segadapt.models.build import Models, build_models
+from segadapt.models.discriminative import Segmenter
+from segadapt.models.generative import Teacher
 from segadapt.protocol import identity, method_of, peak_memory_gib, protocol, versions
 from segadapt.record import JsonLines, RunFolder, write_json
 from segadapt.task_loop import MEANS, Run, TaskLoop, TaskResult, row_of
@@ -24,9 +26,17 @@ from segadapt.wandb_mirror import mirrored
 SHOWN = MEANS[:5]  # mRecall is mAcc
 
 
-def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str, Any]:
+def run(
+    settings: EvaluateConfig,
+    *,
+    segmenter: Segmenter | None = None,
+    teacher: Teacher | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
     """Run the whole stream; returns what results.json holds.
 
+    Args:
+        segmenter, teacher: see build_models; the settings' `checkpoint` then only names them in the protocol line.
     Raises:
         UserError: a mistake in settings, data or checkpoints, before the first step wherever it can be known.
     """
@@ -41,7 +51,7 @@ def run(settings: EvaluateConfig, *, console: Console | None = None) -> dict[str
     folder = RunFolder.open(
         settings.logging.root, settings.experiment.name, run_id=settings.experiment.id, settings=identity(settings)
     )
-    models = build_models(settings, dataset.classes)
+    models = build_models(settings, dataset.classes, segmenter=segmenter, teacher=teacher)
     _refuse_other_weights(folder, models)
     folder.start_over(asdict(settings))
     sentence = protocol(settings, order_sha256=order_sha256)

@@ -27,6 +27,7 @@ from segadapt.models.build import Models, build_models
 from segadapt.models.combined import Combined
 from segadapt.models.generative import windows
 from segadapt.models.generative.plan import GIB
+from segadapt.models.generative.sd3 import Sd3
 from segadapt.models.out_of_memory import explain_out_of_memory
 from segadapt.parse import wants_teacher
 from segadapt.terminal import results_table
@@ -180,6 +181,7 @@ def describe(models: Models) -> list[str]:
     if not isinstance(method, Combined):
         return [*lines, "teacher: none, this method needs none"]
     teacher = method.generative
+    assert isinstance(teacher, Sd3), "settings alone name no other"
     vae, text = teacher.autoencoder, teacher.embeddings
     latents = "already shifted and scaled"
     if isinstance(vae, AutoencoderKL):

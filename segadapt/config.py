@@ -55,9 +55,9 @@ class DataSettings:
 
 @dataclass
 class DiscriminativeSettings:
-    checkpoint: str | None = setting("hub id, local folder, or segadapt:NAME for a bundled model")
+    checkpoint: str | None = setting("hub id, local folder, file of NVIDIA or mmseg, or segadapt:NAME (bundled)")
     revision: str | None = setting("hub revision; null: the newest")
-    allow_pickle: bool = setting("also read pytorch_model.bin, by torch's weights-only reader")
+    allow_pickle: bool = setting("also read pytorch_model.bin, *.pth and *.pt, by torch's weights-only reader")
     gradient_checkpointing: bool = setting("recompute activations in backward: less memory, more time")
     config: dict[str, Any] = setting(
         "train: SegformerConfig of a model made from scratch; empty: start from checkpoint"

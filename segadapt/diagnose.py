@@ -21,6 +21,8 @@ from segadapt.errors import UserError
 from segadapt.models.build import build_models
 from segadapt.models.combined import Combined
 from segadapt.models.diagnostics import Tally, examine
+from segadapt.models.discriminative import Segmenter
+from segadapt.models.generative import Teacher
 from segadapt.models.out_of_memory import explain_out_of_memory
 from segadapt.parse import wants_teacher
 from segadapt.protocol import identity, peak_memory_gib, versions, without
@@ -31,9 +33,17 @@ from segadapt.wandb_mirror import mirrored
 CLEAN = Task(0)
 
 
-def run(settings: DiagnoseConfig, *, console: Console | None = None) -> dict[str, Any]:
+def run(
+    settings: DiagnoseConfig,
+    *,
+    segmenter: Segmenter | None = None,
+    teacher: Teacher | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
     """Measure all tasks at all noise levels; returns what diagnosis.json holds.
 
+    Args:
+        segmenter, teacher: see build_models; the settings' `checkpoint` then only names them in the protocol line.
     Raises:
         UserError: a mistake in settings, data or checkpoints, before the first measurement.
     """
@@ -47,14 +57,15 @@ def run(settings: DiagnoseConfig, *, console: Console | None = None) -> dict[str
     folder = RunFolder.open(
         settings.logging.root, settings.experiment.name, run_id=settings.experiment.id, settings=identity_of(settings)
     )
-    models = build_models(frozen(settings), dataset.classes)
+    models = build_models(frozen(settings), dataset.classes, segmenter=segmenter, teacher=teacher)
     combined = models.method
     assert isinstance(combined, Combined)
     models.assert_placed()
     folder.start_over(asdict(settings))
     sentence = protocol(settings, order_sha256=stream.order_hash(flat))
     console.print(f"run folder {folder.path}", f"protocol: {sentence}", sep="\n", highlight=False, soft_wrap=True)
-    console.print("generative model on", *models.map_lines, sep="\n  ", highlight=False, soft_wrap=True)
+    if models.placements:
+        console.print("generative model on", *models.map_lines, sep="\n  ", highlight=False, soft_wrap=True)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     with mirrored(settings, folder, job_type="diagnose", protocol=sentence) as mirror:
         rows = []

@@ -23,7 +23,7 @@ from segadapt.datasets.build import build_dataset
 from segadapt.datasets.cache import Cached
 from segadapt.errors import UserError
 from segadapt.models.build import build_segmenter, set_up
-from segadapt.models.discriminative.segformer import Segmenter, build_segformer
+from segadapt.models.discriminative.segformer import Segformer, build_segformer
 from segadapt.protocol import FREE, versions, without
 from segadapt.record import JsonLines, RunFolder, write_json
 from segadapt.wandb_mirror import Mirror, mirrored
@@ -58,7 +58,7 @@ def segmentation_loss(logits_BChw: Tensor, label_Bss: Tensor) -> Tensor:
     return cross_entropy(logits_BCss, label_Bss, label_Bss != 255)
 
 
-def parameter_groups(segmenter: Segmenter, *, lr: float, head_lr_factor: float, weight_decay: float) -> list[dict]:
+def parameter_groups(segmenter: Segformer, *, lr: float, head_lr_factor: float, weight_decay: float) -> list[dict]:
     """Norms (by module type) without decay; the decode head faster; each parameter in exactly one group."""
     norms = {id(parameter) for parameter in segmenter.norm_parameters().values()}
     head = {id(parameter) for parameter in segmenter.net.decode_head.parameters()}
@@ -76,7 +76,7 @@ def parameter_groups(segmenter: Segmenter, *, lr: float, head_lr_factor: float, 
 
 
 @torch.no_grad()
-def validate(segmenter: Segmenter, dataset: Dataset, entries: list, *, settings: TrainConfig) -> metrics.Scores:
+def validate(segmenter: Segformer, dataset: Dataset, entries: list, *, settings: TrainConfig) -> metrics.Scores:
     """Score the segmenter in eval mode and the run's precision, as `evaluate` does."""
     segmenter.eval()
     device = next(segmenter.net.parameters()).device
@@ -142,7 +142,7 @@ def open_folder(settings: TrainConfig | TrainGenerativeConfig, *, resume: str | 
     return folder
 
 
-def build(settings: TrainConfig, classes: tuple[str, ...], main: torch.device) -> Segmenter:
+def build(settings: TrainConfig, classes: tuple[str, ...], main: torch.device) -> Segformer:
     """The segmenter to train: random weights of model.discriminative.config, or the checkpoint where that is empty."""
     chosen = settings.model.discriminative
     if not chosen.config:
@@ -174,7 +174,8 @@ def run(settings: TrainConfig) -> dict[str, Any]:
         with JsonLines(folder.path / "records.jsonl") as records:
             scores = fit(segmenter, cached(dataset, settings), held_out, entries, settings, records, mirror, console)
         segmenter.eval()
-        segmenter.net.to(getattr(torch, t.save_dtype)).save_pretrained(folder.path / "model")
+        segmenter.net.to(getattr(torch, t.save_dtype))
+        segmenter.save(folder.path / "model")
         results = {"steps": t.iters, "validation": {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc},
                    "per_class": dict(zip(dataset.classes, scores.iou_C.tolist(), strict=True)),
                    "seconds": round(time.perf_counter() - began, 1), "seed": settings.experiment.seed,
@@ -186,7 +187,7 @@ def run(settings: TrainConfig) -> dict[str, Any]:
 
 
 def fit(
-    segmenter: Segmenter,
+    segmenter: Segformer,
     dataset: Dataset,
     held_out: Dataset,
     entries: list,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from segadapt import config, wandb_mirror
 from segadapt.models.combined import Combined
-from segadapt.models.discriminative.segformer import Segmenter, build_segformer
+from segadapt.models.discriminative.segformer import Segformer, build_segformer
 from segadapt.models.generative.prompts import PromptEmbeddings, save_embeddings
 from segadapt.models.generative.sd3 import Sd3, save_generative
 from segadapt.wandb_mirror import NoWandb
@@ -113,10 +113,10 @@ def build_teacher() -> Callable[..., Sd3]:
 
 
 @pytest.fixture(scope="session")
-def build_segmenter() -> Callable[..., Segmenter]:
+def build_segmenter() -> Callable[..., Segformer]:
     """build_segmenter(num_classes, ...): a random SegFormer; the same weights at each call."""
 
-    def build(num_classes: int = len(CLASSES), *, dtype: torch.dtype = torch.float32) -> Segmenter:
+    def build(num_classes: int = len(CLASSES), *, dtype: torch.dtype = torch.float32) -> Segformer:
         segmenter = build_segformer(SEGFORMER, num_classes, seed=1)
         segmenter.net.to(dtype)  # pyright: ignore[reportArgumentType]
         return segmenter

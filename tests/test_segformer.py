@@ -224,4 +224,4 @@ def test_built_net_checks_its_settings():
         build_segformer({"depthz": [1]}, 3)
     with pytest.raises(UserError, match="names 2 classes, but the data set has 3"):
         build_segformer({"id2label": {0: "a", 1: "b"}}, 3)
-    assert build_segformer(TINY | {"id2label": {0: "a", 1: "b", 2: "c"}}, 3).num_classes == 3
+    assert build_segformer(TINY | {"id2label": {0: "a", 1: "b", 2: "c"}}, 3).net.config.num_labels == 3

@@ -7,7 +7,7 @@ from segadapt.config import AdaptConfig, DataSettings
 from segadapt.datasets import Task
 from segadapt.datasets.build import build_dataset
 from segadapt.methods import METHODS
-from segadapt.models.discriminative.segformer import Segmenter
+from segadapt.models.discriminative import Segmenter
 from segadapt.models.recording import Memory
 from segadapt.models.source import Source
 from segadapt.parse import options_of

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, interpolate
 from segadapt.config import setting
 from segadapt.errors import UserError
 from segadapt.methods.learner import Learner
-from segadapt.models.discriminative.segformer import Segmenter
+from segadapt.models.discriminative import Segmenter
 from segadapt.models.source import Prediction
 from segadapt.seeds import derive
 

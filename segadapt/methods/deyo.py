@@ -11,7 +11,7 @@ from segadapt.methods.learner import Learner
 from segadapt.methods.pixels import entropy, mean_where, most_entropy
 from segadapt.seeds import torch_generator
 
-CELL_PX = 4  # of a logit
+CELL_PX = 4  # of SegFormer's logits
 
 
 class Deyo(Learner):
@@ -38,7 +38,7 @@ class Deyo(Learner):
     def shuffled(self, image_3HW: Tensor, *, task: str, key: str) -> Tensor:
         """Probabilities [1, C, y, x] of the image with shuffled patches, each where its patch comes from.
 
-        The image is resized so that patches are whole logits.
+        The image is resized so that patches are whole logits of SegFormer; those of another stride are resized too.
         """
         n = self.options.patches
         step = n * CELL_PX
@@ -47,7 +47,9 @@ class Deyo(Learner):
         image_13YX = interpolate(image_3HW[None], size=size, mode="bilinear", align_corners=False)
         (logits_1Cyx,) = self.again(move_patches(image_13YX, order_N, n))
         assert logits_1Cyx is not None
-        return move_patches(logits_1Cyx.softmax(dim=1), order_N.argsort(), n)
+        whole = [-(-side // n) * n for side in logits_1Cyx.shape[2:]]
+        p_1Cyx = interpolate(logits_1Cyx.softmax(dim=1), size=whole, mode="bilinear", align_corners=False)
+        return move_patches(p_1Cyx, order_N.argsort(), n)
 
     def loss(self, logits_BChw: Tensor, image_3HW: Tensor, *, task: str, key: str) -> Tensor:
         o, most = self.options, most_entropy(logits_BChw.shape[1])

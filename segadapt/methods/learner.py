@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from segadapt.config import OptimizerSettings
-from segadapt.models.discriminative.segformer import Segmenter
+from segadapt.models.discriminative import Segmenter
 from segadapt.models.recording import Memory
 from segadapt.models.source import Prediction, Source, segmenting
 from segadapt.models.updates import Updates

@@ -11,7 +11,7 @@ from segadapt.config import setting
 from segadapt.methods.augmix import augmix
 from segadapt.methods.learner import Learner
 from segadapt.methods.pixels import entropy
-from segadapt.models.discriminative.segformer import Segmenter
+from segadapt.models.discriminative import Segmenter
 from segadapt.models.source import Prediction
 from segadapt.seeds import numpy_generator
 

@@ -16,7 +16,7 @@ from segadapt.methods.augmix import augmix
 from segadapt.methods.bn import own_statistics
 from segadapt.methods.learner import Learner
 from segadapt.methods.pixels import entropy, most_entropy
-from segadapt.models.discriminative.segformer import Segmenter
+from segadapt.models.discriminative import Segmenter
 from segadapt.models.recording import Memory
 from segadapt.models.source import Prediction
 from segadapt.seeds import numpy_generator

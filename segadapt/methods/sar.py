@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from segadapt.config import setting
 from segadapt.methods.learner import Learner
 from segadapt.methods.pixels import entropy, mean_where, most_entropy
-from segadapt.models.discriminative.segformer import Segmenter
+from segadapt.models.discriminative import Segmenter
 from segadapt.models.source import Prediction
 
 

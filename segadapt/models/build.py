@@ -28,7 +28,9 @@ from segadapt.errors import UserError
 from segadapt.methods import METHODS
 from segadapt.methods.build import build_method
 from segadapt.models.combined import Combined
-from segadapt.models.discriminative.segformer import Segmenter, load_segformer
+from segadapt.models.discriminative import Segmenter
+from segadapt.models.discriminative.segformer import Segformer, load_segformer
+from segadapt.models.generative import Teacher
 from segadapt.models.generative import placement as placing
 from segadapt.models.generative.lora import add_lora, plain_state
 from segadapt.models.generative.parallel import Parallel
@@ -48,7 +50,7 @@ LARGE = 10**9  # parameters of a transformer that is worth a minute of compiling
 
 @dataclass(frozen=True)
 class Models:
-    """What a run needs of the models, and where each transformer lies (nowhere: no teacher)."""
+    """What a run needs of the models, and where each transformer lies (nowhere: no teacher, or one that came built)."""
 
     method: Source  # or one built on it
     placements: tuple[placing.Placement, ...]
@@ -61,7 +63,7 @@ class Models:
 
     def assert_placed(self) -> None:
         """RuntimeError: a part of a transformer is no longer where it was placed."""
-        if isinstance(self.method, Combined):
+        if isinstance(self.method, Combined) and self.placements:
             for transformer, placement in zip(self.method.parallel.transformers, self.placements, strict=True):
                 placing.assert_placed(transformer, placement)
 
@@ -132,7 +134,7 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def build_segmenter(settings: DiscriminativeSettings, num_classes: int, device: torch.device) -> Segmenter:
+def build_segmenter(settings: DiscriminativeSettings, num_classes: int, device: torch.device) -> Segformer:
     """The source model, on the main device."""
     return load_segformer(
         resolve(settings.checkpoint, "model.discriminative.checkpoint"),
@@ -304,11 +306,23 @@ def fixed_bytes(
 
 
 def build_models(
-    settings: EvaluateConfig | AdaptConfig, classes: Sequence[str], *, force_hooks: bool = False
+    settings: EvaluateConfig | AdaptConfig,
+    classes: Sequence[str],
+    *,
+    segmenter: Segmenter | None = None,
+    teacher: Teacher | None = None,
+    force_hooks: bool = False,
 ) -> Models:
-    """Load, place and join the models; without a generative model unless an AdaptConfig asks for `tta`."""
+    """Load, place and join the models; without a generative model unless an AdaptConfig asks for `tta`.
+
+    Args:
+        segmenter, teacher: built already, of any family, on the main device; None: those of the settings.
+    Raises:
+        UserError: a checkpoint or a plan that does not fit; adapters, which are SD3's, for a teacher that is given.
+    """
     main = set_up(settings.runtime)
-    segmenter = build_segmenter(settings.model.discriminative, len(classes), main)
+    if segmenter is None:
+        segmenter = build_segmenter(settings.model.discriminative, len(classes), main)
     fingerprints = {"discriminative": fingerprint(segmenter.net)}
     # recomputed activations save and restore the state of a generator, which a CUDA graph can't
     can_record = main.type == "cuda" and not settings.model.discriminative.gradient_checkpointing
@@ -317,34 +331,42 @@ def build_models(
         memory = Graphs(main).memory() if can_record and settings.runtime.compile else None
         return Models(build_method(settings, segmenter, memory=memory), (), fingerprints)
     update, accumulates = settings.model.update, settings.tta.optimizer.accumulate > 1
+    if teacher is not None and update.lora_rank:
+        raise UserError(
+            f"model.update.lora_rank={update.lora_rank}: adapters are made for SD3's attention, but the teacher is a "
+            f"{type(teacher).__name__}. Set model.update.lora_rank=0."
+        )
 
     def fixed(autoencoder: nn.Module, compiled: bool) -> tuple[int, int]:
         how = {"accumulates": accumulates, "is_recorded": compiled and can_record}
         return fixed_bytes(segmenter, autoencoder, is_trained=update.discriminative, **how)
 
-    generative, placements, pairs, compiled = build_generative(
-        settings.model.generative,
-        classes=classes,
-        dataset_name=settings.data.name,
-        devices=devices_of(settings.runtime),
-        precision=precision,
-        update=update,
-        seed=seed,
-        fixed=fixed,
-        accumulates=accumulates,
-        compiled=settings.runtime.compile,
-        force_hooks=force_hooks,
-    )
-    fingerprints |= {
-        "generative": fingerprint(generative.transformer),
-        "autoencoder": fingerprint(generative.autoencoder),
-        "embeddings": generative.embeddings.fingerprint(),
-    }
+    placements, pairs, compiled = (), settings.model.generative.max_pairs or placing.MOST_PAIRS, False
+    if teacher is None:
+        teacher, placements, pairs, compiled = build_generative(
+            settings.model.generative,
+            classes=classes,
+            dataset_name=settings.data.name,
+            devices=devices_of(settings.runtime),
+            precision=precision,
+            update=update,
+            seed=seed,
+            fixed=fixed,
+            accumulates=accumulates,
+            compiled=settings.runtime.compile,
+            force_hooks=force_hooks,
+        )
+    fingerprints["generative"] = fingerprint(teacher.parallel.transformers[0])
+    if isinstance(teacher, Sd3):
+        fingerprints |= {
+            "autoencoder": fingerprint(teacher.autoencoder),
+            "embeddings": teacher.embeddings.fingerprint(),
+        }
     window = dataclasses.replace(settings.model.generative, max_pairs=pairs)
     method: Any = METHODS[settings.tta.method]
     combined = method(
         segmenter,
-        generative,
+        teacher,
         dataclasses.replace(settings.model, generative=window),
         settings.tta.optimizer,
         seed=seed,

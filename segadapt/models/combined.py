@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from segadapt.config import ModelSettings, OptimizerSettings, UpdateSettings
-from segadapt.models.discriminative.segformer import Segmenter
+from segadapt.models.discriminative import Segmenter
+from segadapt.models.generative import Teacher, trust, windows
 from segadapt.models.generative import candidates as candidate_classes
 from segadapt.models.generative import loss as objective
-from segadapt.models.generative import trust, windows
 from segadapt.models.generative.lora import lora_parameters
 from segadapt.models.generative.parallel import Lane, read_later
-from segadapt.models.generative.sd3 import NoisyLatent, Sd3, add_noise
+from segadapt.models.generative.sd3 import NoisyLatent, add_noise
 from segadapt.models.recording import Memory
 from segadapt.models.source import Prediction, Source
 from segadapt.models.updates import Updates
@@ -38,7 +38,7 @@ class Taught:
 
 
 class Combined(Source):
-    """SegFormer taught by SD3, image by image.
+    """A segmenter taught by a generative model, image by image.
 
     Not an nn.Module, so that nobody can move the split transformer with it. Both models stay in eval mode.
 
@@ -54,7 +54,7 @@ class Combined(Source):
     def __init__(
         self,
         segmenter: Segmenter,
-        generative: Sd3,
+        generative: Teacher,
         model: ModelSettings,
         optimizer: OptimizerSettings,
         *,
@@ -90,9 +90,9 @@ class Combined(Source):
         """What moves of it; all else is frozen."""
         owned: dict[str, nn.Parameter] = {}
         if update.generative:
-            adapters = lora_parameters(self.generative.transformer)
+            adapters = lora_parameters(self.parallel.transformers[0])
             assert bool(adapters) == (update.lora_rank > 0), "adapters come before placement, see models/build.py"
-            owned = self.parallel.own(list(adapters or dict(self.generative.transformer.named_parameters())))
+            owned = self.parallel.own(list(adapters or dict(self.parallel.transformers[0].named_parameters())))
         for transformer in self.parallel.transformers:
             for name, parameter in transformer.named_parameters():
                 parameter.requires_grad_(name in owned)

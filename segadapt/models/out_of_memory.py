@@ -31,7 +31,7 @@ def cures(method: Source) -> list[str]:
         out.append(f"lower model.generative.max_pairs={g.max_pairs}")
     if method.trains_generative and not g.gradient_checkpointing:
         out.append("set model.generative.gradient_checkpointing=true")
-    if method.trains_generative and not lora_parameters(method.generative.transformer):
+    if method.trains_generative and not lora_parameters(method.parallel.transformers[0]):
         out.append("train adapters alone (model.update.lora_rank=8)")
     if len(method.parallel.transformers) > 1:
         out.append("split the transformer (model.generative.placement=dispatch)")

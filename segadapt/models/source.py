@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from segadapt.config import DataSettings
-from segadapt.models.discriminative.segformer import Segmenter
+from segadapt.models.discriminative import Segmenter
 from segadapt.models.precision import autocast
 from segadapt.models.recording import Memory, recorder_of
 

@@ -1,0 +1,58 @@
+"""What a segmenter is: image to logits. SegFormer is in segformer.py; a family of your own needs the same members.
+
+B images   3 RGB   H W image px   C dataset classes   h w logits, of any stride
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+
+
+class Segmenter(Protocol):
+    """The discriminative model, in eval mode on its device, with its own preprocessing."""
+
+    @property
+    def net(self) -> nn.Module:
+        """All weights: their device is the segmenter's, their hash is in the results; methods freeze what must not
+        move, and those that change BatchNorm find it here."""
+        ...
+
+    def logits(self, image_B3HW: Tensor) -> Tensor:
+        """Raw class scores, [B, C, h, w], float32 also under autocast, with a graph where a parameter moves.
+
+        Rows and columns cover the image evenly (align_corners=False), in as many as the net has. The same image gives
+        the same logits: no dropout. What is recorded on a GPU (runtime.compile) must not wait for it.
+
+        Args:
+            image_B3HW: float32 RGB in 0..1 on the net's device, any size; normalise it here.
+        """
+        ...
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that may move, by name."""
+        ...
+
+    def norm_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of normalisation layers, under the same names; `norm_parameters` finds them by type."""
+        ...
+
+    def top_norm_parameters(self) -> dict[str, nn.Parameter]:
+        """Of these the ones of the last stage and of the head, which SAR leaves as they are; may be empty."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Write the weights as they are now into a folder, which may be new (tta.save_adapted)."""
+        ...
+
+
+def norm_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
+    """Affine weights and biases of a net's normalisation layers, found by type: names differ between versions."""
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, module in net.named_modules()
+        if isinstance(module, NORM_TYPES)
+        for name, parameter in module.named_parameters(recurse=False)
+    }

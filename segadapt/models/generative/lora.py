@@ -35,7 +35,7 @@ def add_lora(transformer: SD3Transformer2DModel, *, rank: int, alpha: float, see
         parameter.requires_grad_(True)
 
 
-def lora_parameters(transformer: SD3Transformer2DModel) -> dict[str, nn.Parameter]:
+def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' A and B by name; empty for a transformer without."""
     return {name: p for name, p in transformer.named_parameters() if ".lora_A." in name or ".lora_B." in name}
 

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from segadapt.models.generative.stages import Stage
@@ -111,7 +110,7 @@ class Parallel:
 
     def __init__(
         self,
-        transformers: Sequence[SD3Transformer2DModel],
+        transformers: Sequence[nn.Module],
         devices: Sequence[torch.device],
         *,
         parts: int,
@@ -136,7 +135,7 @@ class Parallel:
 
     # --- forward ---
 
-    def velocities(self, part: Callable[[SD3Transformer2DModel, slice], Tensor], pairs: int) -> Tensor:
+    def velocities(self, part: Callable[[Any, slice], Tensor], pairs: int) -> Tensor:
         """[P, z, y, x] on the main device.
 
         Args:

@@ -7,6 +7,7 @@ z y x latent channels and grid, px / 8
 import torch
 from torch import Tensor
 
+from segadapt.models.generative import Teacher
 from segadapt.models.generative.sd3 import NoisyLatent, Sd3, add_noise
 from segadapt.seeds import torch_generator
 
@@ -18,7 +19,7 @@ def true_classes(label_Kss: Tensor, grid: int) -> Tensor:
 
 
 @torch.no_grad()
-def class_errors(teacher: Sd3, noisy: NoisyLatent, *, num_classes: int, max_pairs: int) -> Tensor:
+def class_errors(teacher: Teacher, noisy: NoisyLatent, *, num_classes: int, max_pairs: int) -> Tensor:
     """Mean over channels of (v_k - target)^2 of every class at each latent pixel: float32 [K, C, y, x].
 
     Args:
