@@ -29,16 +29,13 @@ def methods_as_files(overrides: Sequence[str]) -> list[str]:
             for name, given in zip(names, overrides, strict=True)]  # fmt: skip
 
 
-def _flat(config: DictConfig, known: dict[str, dataclasses.Field], prefix: str = "") -> dict[str, Any]:
+def _flat(config: dict, known: dict[str, dataclasses.Field], prefix: str = "") -> dict[str, Any]:
     """Composed values by dotted name; a dict setting, or a dict that no setting is in, is one value."""
     out: dict[str, Any] = {}
-    for key in config:
+    for key, value in config.items():
         name = f"{prefix}{key}"
         is_section = any(setting_name.startswith(f"{name}.") for setting_name in known)
-        if is_section and OmegaConf.is_dict(config._get_node(key)):
-            out |= _flat(config[key], known, f"{name}.")
-        else:
-            out[name] = "???" if OmegaConf.is_missing(config, key) else config[key]
+        out |= _flat(value, known, f"{name}.") if is_section and isinstance(value, dict) else {name: value}
     return out
 
 
@@ -50,15 +47,14 @@ def parse(config: DictConfig, schema: type[T], *, prefix: str = "") -> T:
     Raises:
         UserError: an unknown, missing or mistyped setting, a value outside its choices or range; names the nearest.
     """
-    resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    assert isinstance(resolved, DictConfig)
-    config, known = resolved, fields_of(schema)
-    given = _flat(config, known)
+    resolved, known = OmegaConf.to_container(config, resolve=True), fields_of(schema)
+    assert isinstance(resolved, dict)
+    given = _flat(resolved, known)
     for name in given:
         if name not in known:
             raise UserError(f"{prefix}{name} is not a setting.{did_you_mean(name, known)}")
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(schema), config)
+        typed = OmegaConf.unsafe_merge(OmegaConf.structured(schema), resolved)  # neither is used again
         missing = sorted(OmegaConf.missing_keys(typed))
         if missing:
             name = f"{prefix}{missing[0]}"

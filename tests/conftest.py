@@ -69,9 +69,14 @@ def one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def libraries_are_no_garbage():
-    """Collections pass over what the imports made: each took 0.3 s, and encoding prompts asks for one."""
+    """Collections pass over what the imports made: each took 0.3 s, and encoding prompts asks for one. Settings and
+    traced graphs are many small cycles, so that Python's own rate of them took a tenth of the time."""
     gc.collect()
     gc.freeze()
+    rate = gc.get_threshold()
+    gc.set_threshold(20_000, *rate[1:])
+    yield
+    gc.set_threshold(*rate)
 
 
 @pytest.fixture(scope="session")

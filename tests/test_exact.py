@@ -61,7 +61,7 @@ def gradients(saved_models, compose_settings, random_image):
     return lambda *of: known[of] if of in known else known.setdefault(of, compute(*of))
 
 
-def record(combined, *, dtype):
+def record(combined, *, dtype, backend="aot_eager"):
     """As build.py does on GPUs; every block is a stage of its own, as if each lay on another device."""
     parallel = combined.parallel
     with pytest.MonkeyPatch.context() as patch:
@@ -72,7 +72,7 @@ def record(combined, *, dtype):
             parts=parallel.parts,
             pairs=combined.pairs_at_once,
             dtype=dtype,
-            backend="aot_eager",
+            backend=backend,
         )
     assert len(parallel._stages) == 2 * len(parallel.transformers)
 

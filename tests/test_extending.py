@@ -44,8 +44,12 @@ def register(file, name, *, line, module):
     file.write_text(re.sub(r"^(from segadapt)", rf"{module}\n\1", text, count=1, flags=re.MULTILINE))
 
 
-def run(package, *arguments):
-    command = [sys.executable, "-m", "segadapt", *arguments, "runtime=cpu", f"logging.root={package.parent / 'runs'}"]
+def run(package, *commands):
+    """Several commands one after the other, in one process of the copy: its imports take longer than they do."""
+    ends = ("runtime=cpu", f"logging.root={package.parent / 'runs'}")
+    code = "import sys; from segadapt.__main__ import main\n"
+    code += "".join(f"sys.argv = {['segadapt', *command, *ends]}; main()\n" for command in commands)
+    command = [sys.executable, "-c", code]
     environment = os.environ | {"PYTHONPATH": str(package.parent)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=package.parent, check=False)
     assert done.returncode == 0, done.stderr
@@ -66,7 +70,7 @@ def test_recipe_of_a_method(package):
     after = hashes(package)
     assert len([path for path in after if after[path] != before.get(path)]) <= 3
     fog = ("experiment=toytown_c", "data.corruptions=[fog]", "data.limit=1", "data.workers=0")
-    said = run(package, "adapt", *fog, "tta.method=confident", "tta.options.power=2")
+    said = run(package, ["adapt", *fog, "tta.method=confident", "tta.options.power=2"])
     assert "method confident" in said
     assert "power 2" in said
     assert "mIoU %:" in said
@@ -86,9 +90,13 @@ def test_recipe_of_a_data_set(package, saved_models):
     )
     after = hashes(package)
     assert len([path for path in after if after[path] != before.get(path)]) <= 3
-    said = run(package, "check", "data=stripes", "tta.method=source", "data.corruptions=[fog]")
+    data = ("data=stripes", "data.corruptions=[fog]")
+    order = (*data, "data.order=mixed", "data.rounds=2", "data.workers=0")
+    said = run(
+        package,
+        ["check", *data, "tta.method=source"],
+        ["adapt", *order, "tta.method=bn", "model/discriminative=local", two_classes],
+    )
     assert "light" in said
     assert "64 x 96" in said
-    order = ("data=stripes", "data.corruptions=[fog]", "data.order=mixed", "data.rounds=2", "data.workers=0")
-    said = run(package, "adapt", *order, "tta.method=bn", "model/discriminative=local", two_classes)
     assert "mIoU %:" in said

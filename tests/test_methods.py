@@ -91,10 +91,10 @@ def test_reset_equals_a_fresh_process(build, name):
     assert equal(method.state_dict(), fresh.state_dict())
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "accumulate"), [(name, n) for name in METHODS for n in (1, 2) if (name, n) != ("memo", 2)]
+)
 def test_state_dict_round_trip(build, name, accumulate):
-    accumulate = 1 if name == "memo" else accumulate
     method, other = (build(name, f"tta.optimizer.accumulate={accumulate}") for _ in range(2))
     steps(method, "aba")
     state = method.state_dict()

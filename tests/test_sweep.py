@@ -24,6 +24,7 @@ def sweep(script, tmp_path, monkeypatch):
     """sweep(lines, ...): run jobs of a package that stands in for segadapt, on two GPUs by name."""
     module = script("sweep")
     (tmp_path / "segadapt").mkdir()
+    (tmp_path / "segadapt/__init__.py").touch()  # a package without would stand behind one on PYTHONPATH
     (tmp_path / "segadapt/__main__.py").write_text(SEGADAPT_STUB)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "visible_gpus", lambda: ["3", "5"])
