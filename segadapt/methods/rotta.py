@@ -69,7 +69,7 @@ class Rotta(Learner):
         memory: Memory | None = None,
     ):  # fmt: skip
         norms = [m for m in segmenter.net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self._first = [(norm.running_mean, norm.running_var) for norm in norms]
+        self._first: list[tuple[Any, Any]] = [(norm.running_mean, norm.running_var) for norm in norms]
         super().__init__(segmenter, options, optimizer, seed=seed, precision=precision, memory=memory)
         self._place: dict[str, Any] = {
             "statistics": self.state["statistics"],
