@@ -152,7 +152,7 @@ def test_at_the_runs_own_noise_it_sees_what_the_step_sees(build_combined, random
     learning = build_combined(*options, "model.update.discriminative=true", dtype=torch.float64)
     logits_BChw = learning.segmenter.logits(image_3HW[None])
     logits_BChw.retain_grad()
-    learning.backward(image_3HW, logits_BChw, learning.noise(image_3HW, task="t", key="k"), task="t", key="k")
+    learning.backward(image_3HW, logits_BChw, learning.sight.noise(image_3HW, task="t", key="k"), task="t", key="k")
     generative, logits_BChw = logits_BChw.grad, logits_BChw.detach().requires_grad_()
     (right,) = torch.autograd.grad(
         cross_entropy(

@@ -32,7 +32,7 @@ def test_several_draws_give_the_mean_of_the_losses_and_gradients_of_each(
     options += ("model.loss.classes_threshold=4",)
     image_3HW = random_image(width=64, dtype=torch.float64)
     combined = build_combined(*options, f"model.generative.draws={D}", dtype=torch.float64)
-    noisy = combined.noise(image_3HW, task="t", key="k")
+    noisy = combined.sight.noise(image_3HW, task="t", key="k")
     assert len(noisy.sigma_K) == 3 * D
     assert len(noisy.x_t_Kzyx.flatten(1).unique(dim=0)) == 3 * D  # every row has its own noise
     assert len(noisy.sigma_K.unique()) == (1 if sigma_high == "null" else 3 * D)
@@ -44,7 +44,7 @@ def test_several_draws_give_the_mean_of_the_losses_and_gradients_of_each(
     for draw in range(D):
         single = build_combined(*options, dtype=torch.float64)
         rows = NoisyLatent(*(value[draw::D] for value in vars(noisy).values()))
-        single.noise = lambda *_, rows=rows, **__: rows
+        single.sight.noise = lambda *_, rows=rows, **__: rows
         seen = watch(single)
         assert single.step(image_3HW, task="t", key="k").candidates == prediction.candidates
         losses.append(seen[0][0])

@@ -2,7 +2,6 @@
 
 B images (1)   K windows   D noise draws   R = K * D rows (window, draw), draws innermost   C classes
 P (row, class) pairs   3 RGB   H W image px   h w logits, ceil(px / 4)   z y x latent channels and grid, px / 8
-s window px
 """
 
 import copy
@@ -17,10 +16,11 @@ from segadapt.config import ModelSettings, OptimizerSettings, UpdateSettings
 from segadapt.models.discriminative.segformer import Segmenter
 from segadapt.models.generative import candidates as candidate_classes
 from segadapt.models.generative import loss as objective
-from segadapt.models.generative import trust, windows
+from segadapt.models.generative import trust
 from segadapt.models.generative.lora import lora_parameters
 from segadapt.models.generative.parallel import Lane, read_later
-from segadapt.models.generative.sd3 import NoisyLatent, Sd3, add_noise
+from segadapt.models.generative.sd3 import NoisyLatent, Sd3
+from segadapt.models.generative.sight import Sight
 from segadapt.models.recording import Memory
 from segadapt.models.source import Prediction, Source
 from segadapt.models.updates import Updates
@@ -67,6 +67,7 @@ class Combined(Source):
         super().__init__(segmenter, seed=seed, precision=precision, memory=memory, moving=moving)
         self.generative, self.parallel = generative, generative.parallel
         self.loss, self.window, self.trust = model.loss, model.generative, model.trust
+        self.sight = Sight(generative, model.generative, devices=self.parallel.devices, seed=seed)
         self.optimizer_settings = optimizer
         assert self.window.max_pairs is not None, "build.py finds out how many fit"
         self.pairs_at_once = self.window.max_pairs * len(self.parallel.devices)
@@ -151,7 +152,7 @@ class Combined(Source):
             image_3HW: float32 RGB in 0..1, already at the short side of the configuration; any device.
             task, key: name the image; noise, sigma and class draws come from (seed, task, key).
         """
-        noisy = self.noise(image_3HW, task=task, key=key)  # waits for no update, and needs not be waited for
+        noisy = self.sight.noise(image_3HW, task=task, key=key)  # waits for no update, and needs not be waited for
         image_3HW = image_3HW.to(self.device, non_blocking=True)
         self._beside.fork()
         with self._beside():
@@ -199,53 +200,16 @@ class Combined(Source):
         self._beside.join()
         return taught, candidates
 
-    def noise(self, image_3HW: Tensor, *, task: str, key: str) -> NoisyLatent:
-        """The image's windows, encoded and noised: one row for each draw. All classes share a row's noise."""
-        w, boxes_K2 = self.window, self.boxes(image_3HW)
-        image_3HW = image_3HW.to(self.parallel.devices[-1], non_blocking=True)  # which encodes
-        windows_K3ss = 2 * windows.cut(image_3HW, boxes_K2, window_px=w.window_px) - 1
-        latent_Rzyx = self.generative.encode(windows_K3ss).repeat_interleave(w.draws, dim=0)
-        noise_Rzyx = torch.randn(
-            latent_Rzyx.shape,
-            generator=torch_generator(self.seed, task, key, "noise"),
-            dtype=latent_Rzyx.dtype,
-            pin_memory=self.device.type == "cuda",
-        )
-        high = w.sigma if w.sigma_high is None else w.sigma_high
-        uniform_R = torch.rand(len(latent_Rzyx), generator=torch_generator(self.seed, task, key, "sigma"))
-        sigma_R = (w.sigma + (high - w.sigma) * uniform_R).to(latent_Rzyx.dtype)
-        return add_noise(latent_Rzyx, self._send(noise_Rzyx), self._send(sigma_R))
-
-    def _send(self, tensor: Tensor) -> Tensor:
-        """From the host to the main device; from pinned memory, as the host must not wait for the device's work."""
-        if self.device.type != "cuda":
-            return tensor
-        return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(self.device, non_blocking=True)
-
     def in_windows(self, logits_BChw: Tensor, image_3HW: Tensor, *, grid: int) -> Tensor:
         """What the objective reads of the logits, on the latent grid of each window: [K, C, y, x], differentiable."""
         q_BChw = objective.normalise(logits_BChw) if self.loss.logit_norm else logits_BChw
-        return self.on_grid(q_BChw[0], image_3HW, grid=grid)
-
-    def boxes(self, image_3HW: Tensor) -> Tensor:
-        return windows.plan(*image_3HW.shape[1:], window_px=self.window.window_px, stride_px=self.window.stride_px)
-
-    def on_grid(self, logits_Chw: Tensor, image_3HW: Tensor, *, grid: int) -> Tensor:
-        """Logits of the image on the latent grid of each of its windows: [K, C, y, x], differentiable."""
-        height, width = image_3HW.shape[1:]
-        return windows.logits_on_grid(
-            logits_Chw,
-            self.boxes(image_3HW),
-            image_px=(height, width),
-            window_px=self.window.window_px,
-            grid=grid,
-        )
+        return self.sight.on_grid(q_BChw[0], image_3HW, grid=grid)
 
     def _likely_classes(self, image_3HW: Tensor, logits_BChw: Tensor, *, grid: int) -> Tensor | None:
         """Mean over each window's pixels of the softmax of the raw logits, [K, C]; None unless the fill reads it."""
         if self.loss.fill != "likely" or self.loss.min_classes == 1:
             return None
-        return self.on_grid(logits_BChw[0].detach(), image_3HW, grid=grid).softmax(dim=1).mean(dim=(2, 3))
+        return self.sight.on_grid(logits_BChw[0].detach(), image_3HW, grid=grid).softmax(dim=1).mean(dim=(2, 3))
 
     def _backward_chunks(
         self,

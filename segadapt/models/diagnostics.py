@@ -117,20 +117,20 @@ def examine(
     combined.parallel.arrive()
     with torch.no_grad(), combined.autocast():
         logits_BChw = combined.segmenter.logits(image_3HW[None])
-    w, boxes_K2 = combined.window, combined.boxes(image_3HW)
+    w, boxes_K2 = combined.window, combined.sight.boxes(image_3HW)
     latent_Kzyx = combined.generative.encode(2 * windows.cut(image_3HW, boxes_K2, window_px=w.window_px) - 1)
     grid = latent_Kzyx.shape[-1]
     truth_Kyx = _truth(label_HW, boxes_K2, image_px=image_3HW.shape[1:], window_px=w.window_px, grid=grid)
 
     raw_BChw = nn.Parameter(logits_BChw.detach().clone())
-    segmenter_KCyx = combined.on_grid(logits_BChw[0], image_3HW, grid=grid)
+    segmenter_KCyx = combined.sight.on_grid(logits_BChw[0], image_3HW, grid=grid)
     q_KCyx = combined.in_windows(logits_BChw, image_3HW, grid=grid)
     right = cross_entropy_gradient(raw_BChw, label_HW)
     tallies = []
     for sigma in sigmas:
         view = _onlooker(combined, raw_BChw, latent_Kzyx, sigma=sigma)
         raw_BChw.grad = None
-        own = view.noise(image_3HW, task=task, key=key)
+        own = view.sight.noise(image_3HW, task=task, key=key)
         taught, candidates = view.backward(image_3HW, raw_BChw, own, task=task, key=key)
         assert raw_BChw.grad is not None
         chosen_KC = candidates.chosen_KC[:: candidates.draws]
@@ -160,11 +160,12 @@ def _onlooker(combined: Combined, logits_BChw: nn.Parameter, latent_Kzyx: Tensor
     It shares the objective and every draw with the run, and encodes nothing anew.
     """
     view, teacher = copy.copy(combined), copy.copy(combined.generative)
+    view.sight = copy.copy(combined.sight)
     view.groups = {"discriminative": {"logits": logits_BChw}, "generative": {}}
     teacher.encode = lambda windows_K3ss: latent_Kzyx  # type: ignore[union-attr, method-assign]
-    view.generative = teacher
+    view.generative = view.sight.teacher = teacher
     if sigma is not None:
-        view.window = dataclasses.replace(combined.window, sigma=sigma, sigma_high=None)
+        view.sight.settings = dataclasses.replace(combined.window, sigma=sigma, sigma_high=None)
     return view
 
 

@@ -1,0 +1,69 @@
+"""What the teacher sees of an image: its windows and their noise; and the segmenter's logits on the same windows.
+
+C classes   K windows   D noise draws   R = K * D rows (window, draw), draws innermost   3 RGB   H W image px
+h w logits, ceil(px / 4)   z y x latent channels and grid, px / 8   s window px
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from segadapt.config import GenerativeSettings
+from segadapt.models.generative import windows
+from segadapt.models.generative.sd3 import NoisyLatent, Sd3, add_noise
+from segadapt.seeds import torch_generator
+
+
+class Sight:
+    """Geometry and noise of a run: the SAME boxes cut the image and the logits.
+
+    Args:
+        teacher: encodes the windows.
+        settings: of windows, noise levels and draws.
+        devices: the main one first; the last one encodes.
+        seed: noise and sigma come from (seed, task, image key).
+    """
+
+    def __init__(self, teacher: Sd3, settings: GenerativeSettings, *, devices: Sequence[torch.device], seed: int):
+        self.teacher, self.settings, self.seed = teacher, settings, seed
+        self._main, self._encoding_device = devices[0], devices[-1]
+
+    def boxes(self, image_3HW: Tensor) -> Tensor:
+        """Of the image's windows, see `windows.plan`."""
+        w = self.settings
+        return windows.plan(*image_3HW.shape[1:], window_px=w.window_px, stride_px=w.stride_px)
+
+    def noise(self, image_3HW: Tensor, *, task: str, key: str) -> NoisyLatent:
+        """The image's windows, encoded and noised: one row for each draw. All classes share a row's noise."""
+        w, boxes_K2 = self.settings, self.boxes(image_3HW)
+        image_3HW = image_3HW.to(self._encoding_device, non_blocking=True)
+        windows_K3ss = 2 * windows.cut(image_3HW, boxes_K2, window_px=w.window_px) - 1
+        latent_Rzyx = self.teacher.encode(windows_K3ss).repeat_interleave(w.draws, dim=0)
+        noise_Rzyx = torch.randn(
+            latent_Rzyx.shape,
+            generator=torch_generator(self.seed, task, key, "noise"),
+            dtype=latent_Rzyx.dtype,
+            pin_memory=self._main.type == "cuda",
+        )
+        high = w.sigma if w.sigma_high is None else w.sigma_high
+        uniform_R = torch.rand(len(latent_Rzyx), generator=torch_generator(self.seed, task, key, "sigma"))
+        sigma_R = (w.sigma + (high - w.sigma) * uniform_R).to(latent_Rzyx.dtype)
+        return add_noise(latent_Rzyx, self._send(noise_Rzyx), self._send(sigma_R))
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        """From the host to the main device; from pinned memory, as the host must not wait for the device's work."""
+        if self._main.type != "cuda":
+            return tensor
+        return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(self._main, non_blocking=True)
+
+    def on_grid(self, logits_Chw: Tensor, image_3HW: Tensor, *, grid: int) -> Tensor:
+        """Logits of the image on the latent grid of each of its windows: [K, C, y, x], differentiable."""
+        height, width = image_3HW.shape[1:]
+        return windows.logits_on_grid(
+            logits_Chw,
+            self.boxes(image_3HW),
+            image_px=(height, width),
+            window_px=self.settings.window_px,
+            grid=grid,
+        )
