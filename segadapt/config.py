@@ -117,11 +117,18 @@ class UpdateSettings:
 
 @dataclass
 class LossSettings:
+    select: str = setting("candidates: each pixel's top classes, or the classes that take more than area_threshold",
+                          choices=("topk", "area"))  # fmt: skip
     topk: int = setting("classes taken per pixel as candidates", low=1)
+    area_k: int = setting("select=area: classes whose probability counts, at each pixel", low=1)
+    area_threshold: float = setting("select=area: sum of a class's probabilities in a window, in latent pixels", low=0)
     classes_threshold: int = setting("most candidate classes of a window", low=1)
     min_classes: int = setting("fill up a window's candidates to this many; 1: no fill", low=1)
     fill: str = setting("with classes drawn uniformly, or by their mean probability in the window",
                         choices=("uniform", "likely"))  # fmt: skip
+    ignored_classes: list[str] = setting(
+        "names of classes never asked about; pixels whose top class they are don't count"
+    )
     temperature: float = setting("of the softmax over a window's candidates", low=1e-6)
     logit_norm: bool = setting("divide each pixel's logits by their L2 norm")
     mask_reduction: str = setting("mean over pixels that count, or over all (zero-filled)", choices=("valid", "all"))

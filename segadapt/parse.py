@@ -171,6 +171,11 @@ def _check_adaptation(model: Any) -> None:
             f"{loss.classes_threshold}: a window cannot be filled beyond its limit. Raise the limit, or lower "
             "min_classes."
         )
+    if loss.select == "area" and loss.topk > 1:
+        raise UserError(
+            f"model.loss.topk={loss.topk}, but model.loss.select=area: no top-k is taken. Set model.loss.topk=1; "
+            "model.loss.area_k says whose probabilities count."
+        )
     if update.lora_rank and not update.generative:
         raise UserError(
             f"model.update.lora_rank={update.lora_rank}, but model.update.generative=false: the adapters would never "

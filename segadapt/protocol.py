@@ -86,7 +86,7 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
             f"windows {g.window_px} px, stride {g.stride_px} px",
             f"sigma {sigma}" + (f", {g.draws} draws" if g.draws > 1 else ""),
             f"LogitNorm {'on' if loss.logit_norm else 'off'}, temperature {loss.temperature:g}",
-            f"classes top-{loss.topk}, {_limits(loss)} a window, mask {loss.mask_reduction}",
+            f"classes {choice_of(loss)}, {_limits(loss)} a window, mask {loss.mask_reduction}",
             *_controls(settings.model),
             f"{opt.name} on " + " and ".join(f"{m} {rates[m] if rates[m] is not None else opt.lr:g}" for m in moving)
             + (" (norms only)" if update.update_norm_only else "")
@@ -125,6 +125,13 @@ def _steps(opt: OptimizerSettings) -> str:
         + (f", rates rise over {opt.warmup} steps" if opt.warmup else "")
         + (f", a step every {opt.accumulate} images" if opt.accumulate > 1 else "")
     )
+
+
+def choice_of(loss: LossSettings) -> str:
+    """'top-1', or 'of area above 15 (top-5)'; with those that are ignored."""
+    of_area = f"of area above {loss.area_threshold:g} (top-{loss.area_k})"
+    ignored = f" without {', '.join(loss.ignored_classes)}" if loss.ignored_classes else ""
+    return (of_area if loss.select == "area" else f"top-{loss.topk}") + ignored
 
 
 def _limits(loss: LossSettings) -> str:

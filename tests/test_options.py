@@ -144,6 +144,7 @@ def test_shuffle_control_reaches_the_teacher(saved_models, compose_settings):
         (["model.trust.mode=weight"], r"model\.trust\.mode=weight, but model\.generative\.draws=1"),
         (["model.trust.restore=0.1"], r"model\.trust\.restore=0\.1, but model\.trust\.max_agreement=1"),
         (["model.loss.min_classes=21"], r"model\.loss\.min_classes=21 is above model\.loss\.classes_threshold=20"),
+        (["model.loss.select=area", "model.loss.topk=3"], r"model\.loss\.topk=3, but model\.loss\.select=area"),
         (["model.update.lora_rank=2", "model.update.generative=false"], r"model\.update\.lora_rank=2, but"),
     ],
 )
@@ -158,6 +159,7 @@ TOLD = {
     "model.generative.draws=4": "sigma 0.25, 4 draws;",
     "model.loss.min_classes=3": "at least 3 (uniform fill) and at most 20 a window",
     "model.trust.max_agreement=0.9": "no update where teacher and segmenter agree on more than 0.9",
+    "model.loss.ignored_classes=[road,car]": "classes top-3 without road, car, at most 20 a window",
     "model.update.lora_rank=8": "(adapters of rank 8, alpha 16)",
     "tta.optimizer.clip_norm=0.5": "clipped to norm 0.5",
     "tta.optimizer.warmup=9": "rates rise over 9 steps",
@@ -173,6 +175,7 @@ def test_protocol_names_every_option_that_is_on_and_no_other(compose_settings):
     for override, words in TOLD.items():
         assert words in sentence(override)
         assert words not in sentence()
+    assert "classes of area above 15 (top-5), at most" in sentence("model.loss.select=area", "model.loss.topk=1")
     for mode, words in (("skip", "only pixels on which 0.75 of the draws agree"), ("weight", "pixels weighted by")):
         options = ("model.generative.draws=2", "model.trust.threshold=0.75")
         assert words in sentence(*options, f"model.trust.mode={mode}")
@@ -189,4 +192,5 @@ def test_default_options_change_nothing(compose_settings):
     assert (model.trust.mode, model.trust.max_agreement, model.trust.restore) == ("none", 1, 0)
     assert (model.generative.draws, model.generative.shuffle_classes) == (1, False)
     assert (model.loss.min_classes, model.update.lora_rank) == (1, 0)
+    assert (model.loss.select, model.loss.ignored_classes) == ("topk", [])
     assert (optimizer.clip_norm, optimizer.warmup, optimizer.accumulate) == (None, 0, 1)

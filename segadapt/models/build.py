@@ -24,7 +24,7 @@ from segadapt.config import (
     RuntimeSettings,
     UpdateSettings,
 )
-from segadapt.errors import UserError
+from segadapt.errors import UserError, did_you_mean
 from segadapt.methods import METHODS
 from segadapt.methods.build import build_method
 from segadapt.models.combined import Combined
@@ -303,10 +303,25 @@ def fixed_bytes(
     return main + (3 * is_trained + 4 * is_recorded) * GIB, last + 3 * GIB
 
 
+def ignored_classes(names: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """Indices of model.loss.ignored_classes. UserError: no such class, or none would be left."""
+    known = [name.strip() for name in classes]
+    for name in names:
+        if name.strip() not in known:
+            near = did_you_mean(name, known)
+            raise UserError(f"model.loss.ignored_classes: {name!r} is not a class of the data set.{near}")
+    found = sorted({known.index(name.strip()) for name in names})
+    if len(found) == len(known):
+        raise UserError(f"model.loss.ignored_classes names all {len(known)} classes: none would be left to ask about. "
+                        "Shorten the list.")  # fmt: skip
+    return found
+
+
 def build_models(
     settings: EvaluateConfig | AdaptConfig, classes: Sequence[str], *, force_hooks: bool = False
 ) -> Models:
     """Load, place and join the models; without a generative model unless an AdaptConfig asks for `tta`."""
+    ignored = ignored_classes(settings.model.loss.ignored_classes, classes) if isinstance(settings, AdaptConfig) else []
     main = set_up(settings.runtime)
     segmenter = build_segmenter(settings.model.discriminative, len(classes), main)
     fingerprints = {"discriminative": fingerprint(segmenter.net)}
@@ -350,5 +365,6 @@ def build_models(
         seed=seed,
         precision=precision,
         memory=Graphs(main).memory() if can_record and compiled else None,
+        ignored=ignored,
     )
     return Models(combined, placements, fingerprints)

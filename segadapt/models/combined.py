@@ -5,7 +5,7 @@ P (row, class) pairs   3 RGB   H W image px   h w logits, ceil(px / 4)   z y x l
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ class Combined(Source):
         segmenter, seed, precision, memory: as in Source.
         generative: the teacher.
         model, optimizer: settings.
+        ignored: class indices of model.loss.ignored_classes.
     """
 
     has_teacher = learns = True
@@ -61,6 +62,7 @@ class Combined(Source):
         seed: int,
         precision: str,
         memory: Memory | None = None,
+        ignored: Sequence[int] = (),
     ):
         norms, all_of_it, update = segmenter.norm_parameters, segmenter.parameters, model.update
         moving = (norms() if update.update_norm_only else all_of_it()) if update.discriminative else {}
@@ -68,6 +70,9 @@ class Combined(Source):
         self.generative, self.parallel = generative, generative.parallel
         self.loss, self.window, self.trust = model.loss, model.generative, model.trust
         self.sight = Sight(generative, model.generative, devices=self.parallel.devices, seed=seed)
+        self.ignored_C = None
+        if ignored:
+            self.ignored_C = torch.tensor([index in ignored for index in range(segmenter.num_classes)]).to(self.device)
         self.optimizer_settings = optimizer
         assert self.window.max_pairs is not None, "build.py finds out how many fit"
         self.pairs_at_once = self.window.max_pairs * len(self.parallel.devices)
@@ -176,20 +181,22 @@ class Combined(Source):
         Returns the loss, detached, with what else the velocities tell, and the candidate classes of the rows.
         """
         q_KCyx = self.in_windows(logits_BChw, image_3HW, grid=noisy.x_t_Kzyx.shape[-1])
-        candidates = candidate_classes.select(
+        raw_KCyx = None
+        if candidate_classes.reads_raw(self.loss):
+            raw_KCyx = self.sight.on_grid(logits_BChw[0].detach(), image_3HW, grid=q_KCyx.shape[-1])
+        candidates = candidate_classes.choose(
             q_KCyx.detach(),
-            topk=self.loss.topk,
-            classes_threshold=self.loss.classes_threshold,
+            raw_KCyx,
+            self.loss,
             generators=[torch_generator(self.seed, task, key, "classes", window) for window in range(len(q_KCyx))],
-            min_classes=self.loss.min_classes,
-            likely_KC=self._likely_classes(image_3HW, logits_BChw, grid=q_KCyx.shape[-1]),
             draws=self.window.draws,
+            ignored_C=self.ignored_C,
         )
         q_RCyx = q_KCyx.repeat_interleave(self.window.draws, dim=0)
         leaf_RCyx = q_RCyx.detach().requires_grad_(self.trains_discriminative)
 
         def segmenter_learns() -> None:
-            if self.trains_discriminative:
+            if leaf_RCyx.grad is not None:
                 self._beside.fork()
                 with self._beside():
                     q_RCyx.backward(leaf_RCyx.grad)
@@ -204,12 +211,6 @@ class Combined(Source):
         """What the objective reads of the logits, on the latent grid of each window: [K, C, y, x], differentiable."""
         q_BChw = objective.normalise(logits_BChw) if self.loss.logit_norm else logits_BChw
         return self.sight.on_grid(q_BChw[0], image_3HW, grid=grid)
-
-    def _likely_classes(self, image_3HW: Tensor, logits_BChw: Tensor, *, grid: int) -> Tensor | None:
-        """Mean over each window's pixels of the softmax of the raw logits, [K, C]; None unless the fill reads it."""
-        if self.loss.fill != "likely" or self.loss.min_classes == 1:
-            return None
-        return self.sight.on_grid(logits_BChw[0].detach(), image_3HW, grid=grid).softmax(dim=1).mean(dim=(2, 3))
 
     def _backward_chunks(
         self,
@@ -232,7 +233,7 @@ class Combined(Source):
         """
         total = leaf_RCyx.new_zeros(())
         sums_4 = torch.zeros(4, dtype=torch.float64, device=leaf_RCyx.device)
-        groups = list(candidates.groups(self.pairs_at_once))
+        groups = list(candidates.groups(self.pairs_at_once)) if any(candidates.counts) else []
         for of_rows, of_pairs in groups:
             pair_row_P = candidates.pair_window_P[of_pairs]
             pair_class_P = candidates.pair_class_P[of_pairs]
@@ -257,6 +258,7 @@ class Combined(Source):
                 candidates.keep_Kyx[of_rows],
                 draws=candidates.draws,
                 trust=self.trust,
+                asked_Ryx=None if candidates.own_Kyx is None else candidates.own_Kyx[of_rows],
             )
             weights_RCyx = objective.class_weights(
                 leaf_RCyx[of_rows], candidates.chosen_KC[of_rows], temperature=self.loss.temperature

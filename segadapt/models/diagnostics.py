@@ -125,6 +125,8 @@ def examine(
     raw_BChw = nn.Parameter(logits_BChw.detach().clone())
     segmenter_KCyx = combined.sight.on_grid(logits_BChw[0], image_3HW, grid=grid)
     q_KCyx = combined.in_windows(logits_BChw, image_3HW, grid=grid)
+    if combined.ignored_C is not None:  # pixels that no step asks about
+        truth_Kyx = truth_Kyx.masked_fill(combined.ignored_C[q_KCyx.argmax(dim=1)], 255)
     right = cross_entropy_gradient(raw_BChw, label_HW)
     tallies = []
     for sigma in sigmas:
@@ -132,7 +134,6 @@ def examine(
         raw_BChw.grad = None
         own = view.sight.noise(image_3HW, task=task, key=key)
         taught, candidates = view.backward(image_3HW, raw_BChw, own, task=task, key=key)
-        assert raw_BChw.grad is not None
         chosen_KC = candidates.chosen_KC[:: candidates.draws]
         weights_KCyx = objective.class_weights(q_KCyx, chosen_KC, temperature=combined.loss.temperature)
         generator = torch_generator(combined.seed, task, key, "diagnose")
@@ -148,7 +149,7 @@ def examine(
                 weights_KCyx,
                 chosen_KC,
                 masked=1 - float(taught.kept),
-                cosine=cosine(raw_BChw.grad, right),
+                cosine=None if raw_BChw.grad is None else cosine(raw_BChw.grad, right),
             )
         )
     return tallies
@@ -221,7 +222,7 @@ def _tally(
     ]
     index_Kyx = truth_Kyx.masked_fill(~is_counted_Kyx, 0)
     asked_K = chosen_KC.sum(dim=1)
-    entropy_K = torch.special.entr(weights_KCyx.double()).sum(dim=1).mean(dim=(1, 2))
+    entropy_K = torch.special.entr(weights_KCyx.double()).sum(dim=1).mean(dim=(1, 2)) * (asked_K > 0)
     share_K = torch.where(asked_K > 1, entropy_K / asked_K.double().log().clamp(min=math.log(2)), 0)
     return Tally(
         images=1,

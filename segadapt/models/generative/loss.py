@@ -19,8 +19,10 @@ def class_weights(q_KCyx: Tensor, chosen_KC: Tensor, *, temperature: float) -> T
     """Softmax over each window's candidate classes, per pixel: [K, C, y, x], 0 for all other classes.
 
     Never over a pixel's own top-k: at k = 1 that is constantly 1 and the segmenter gets no gradient.
+    A window without candidates has finite weights, which no pair reads.
     """
-    masked_KCyx = (q_KCyx / temperature).masked_fill(~chosen_KC[:, :, None, None], -torch.inf)
+    none = torch.finfo(q_KCyx.dtype).min  # exp gives 0 as for -inf; but a softmax of -inf alone would be NaN
+    masked_KCyx = (q_KCyx / temperature).masked_fill(~chosen_KC[:, :, None, None], none)
     return masked_KCyx.softmax(dim=1)
 
 
