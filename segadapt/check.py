@@ -26,6 +26,7 @@ from segadapt.errors import UserError
 from segadapt.models.build import Models, build_models
 from segadapt.models.combined import Combined
 from segadapt.models.generative import windows
+from segadapt.models.generative.guided import LEAST_BOXES, MOST_BOXES
 from segadapt.models.generative.plan import GIB
 from segadapt.models.out_of_memory import explain_out_of_memory
 from segadapt.parse import wants_teacher
@@ -137,8 +138,8 @@ def sizes_table(facts: Sequence[ImageFacts], settings: CheckConfig) -> Table:
     for ((height, width), (new_height, new_width)), images in count.most_common(MOST_SIZES):
         count_windows: str | int = "none"
         if wants_teacher(settings.tta):
-            plan_K2 = windows.plan(new_height, new_width, window_px=g.window_px, stride_px=g.stride_px)
-            count_windows = len(plan_K2)
+            plan_K3 = windows.plan(new_height, new_width, window_px=g.window_px, stride_px=g.stride_px)
+            count_windows = f"{LEAST_BOXES}-{MOST_BOXES} or {len(plan_K3)}" if g.windows == "entropy" else len(plan_K3)
         rows.append([f"{height} x {width}", f"{new_height} x {new_width}", count_windows, images])
     if others := count.total() - sum(int(row[3]) for row in rows):
         rows.append([f"{len(count) - len(rows)} other sizes", "", "", others])

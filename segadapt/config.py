@@ -93,6 +93,8 @@ class GenerativeSettings:
     virtual_stages: int = setting(
         "runs of blocks of each GPU on a split; 2: a part is at the next GPU in half the time, with more traffic", low=1
     )
+    windows: str = setting("a grid over the image, or boxes where the segmenter is unsure, if there are 2 or more",
+                           choices=("grid", "entropy"))  # fmt: skip
     window_px: int = setting("side of a sliding window, px; a multiple of 16", low=16)
     stride_px: int = setting("distance between window starts along the long side, px", low=1)
     sigma: float = setting("noise level in (0, 1], the papers' t; lower end of its range", low=1e-6, high=1)
@@ -131,6 +133,9 @@ class LossSettings:
     )
     temperature: float = setting("of the softmax over a window's candidates", low=1e-6)
     logit_norm: bool = setting("divide each pixel's logits by their L2 norm")
+    window_weights: str = setting("in the mean over windows: all alike, or by the segmenter's mean entropy",
+                                  choices=("uniform", "entropy"))  # fmt: skip
+    entropy_tau: float = setting("window_weights=entropy: of the softmax over entropies in 0..1", low=1e-6)
     mask_reduction: str = setting("mean over pixels that count, or over all (zero-filled)", choices=("valid", "all"))
 
 

@@ -23,7 +23,7 @@ from segadapt.models.combined import Combined
 from segadapt.models.diagnostics import Tally, examine
 from segadapt.models.out_of_memory import explain_out_of_memory
 from segadapt.parse import wants_teacher
-from segadapt.protocol import choice_of, identity, peak_memory_gib, versions, without
+from segadapt.protocol import choice_of, identity, peak_memory_gib, versions, windows_of, without
 from segadapt.record import RunFolder, write_bytes, write_json
 from segadapt.terminal import TaskProgress
 from segadapt.wandb_mirror import mirrored
@@ -128,7 +128,7 @@ def protocol(settings: DiagnoseConfig, *, order_sha256: str) -> str:
     limit = "all images" if data.limit is None else f"at most {data.limit} images"
     return "; ".join([
         f"method diagnose; segmenter {model.discriminative.checkpoint}; teacher {g.checkpoint}",
-        f"windows {g.window_px} px, stride {g.stride_px} px; sigma {levels}; draws {settings.diagnose.draws}",
+        f"{windows_of(g)}; sigma {levels}; draws {settings.diagnose.draws}",
         f"LogitNorm {'on' if model.loss.logit_norm else 'off'}, temperature {model.loss.temperature:g}",
         f"classes {choice_of(model.loss)}, at most {model.loss.classes_threshold} a window",
         *(["class embeddings shuffled"] if g.shuffle_classes else []),

@@ -9,9 +9,18 @@ from typing import Any
 import torch
 
 from segadapt import __version__
-from segadapt.config import AdaptConfig, DataSettings, EvaluateConfig, LossSettings, ModelSettings, OptimizerSettings
+from segadapt.config import (
+    AdaptConfig,
+    DataSettings,
+    EvaluateConfig,
+    GenerativeSettings,
+    LossSettings,
+    ModelSettings,
+    OptimizerSettings,
+)
 from segadapt.methods import METHODS
 from segadapt.methods.learner import Learner
+from segadapt.models.generative.guided import MOST_BOXES
 from segadapt.models.source import Source
 
 PACKAGES = (
@@ -83,10 +92,11 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
         sigma = f"{g.sigma:g}" if g.sigma_high is None else f"{g.sigma:g}..{g.sigma_high:g}"
         parts += [
             f"teacher {g.checkpoint}",
-            f"windows {g.window_px} px, stride {g.stride_px} px",
+            windows_of(g),
             f"sigma {sigma}" + (f", {g.draws} draws" if g.draws > 1 else ""),
             f"LogitNorm {'on' if loss.logit_norm else 'off'}, temperature {loss.temperature:g}",
             f"classes {choice_of(loss)}, {_limits(loss)} a window, mask {loss.mask_reduction}",
+            *([f"windows weighted by entropy, tau {loss.entropy_tau:g}"] if loss.window_weights == "entropy" else []),
             *_controls(settings.model),
             f"{opt.name} on " + " and ".join(f"{m} {rates[m] if rates[m] is not None else opt.lr:g}" for m in moving)
             + (" (norms only)" if update.update_norm_only else "")
@@ -125,6 +135,13 @@ def _steps(opt: OptimizerSettings) -> str:
         + (f", rates rise over {opt.warmup} steps" if opt.warmup else "")
         + (f", a step every {opt.accumulate} images" if opt.accumulate > 1 else "")
     )
+
+
+def windows_of(g: GenerativeSettings) -> str:
+    """'windows 512 px, stride 256 px'."""
+    grid = f"windows {g.window_px} px, stride {g.stride_px} px"
+    guided = f"up to {MOST_BOXES} windows of high entropy, {g.window_px // 4}..{g.window_px} px, or else "
+    return guided + grid if g.windows == "entropy" else grid
 
 
 def choice_of(loss: LossSettings) -> str:

@@ -14,13 +14,13 @@ from segadapt.models.generative.candidates import choose
 from segadapt.models.generative.sd3 import NoisyLatent
 from segadapt.seeds import torch_generator
 
-SIZE = {"window_px": 32, "stride_px": 16}
+WINDOWS = {"window_px": 32, "stride_px": 16}
 
 
 def on_grid(logits_BChw, image_3HW):
     """Raw logits of each window on its latent grid, step by step: [K, C, 4, 4]."""
     logits_1CHW = interpolate(logits_BChw.detach(), size=image_3HW.shape[1:], mode="bilinear")
-    boxes = windows.plan(*image_3HW.shape[1:], **SIZE).tolist()
+    boxes = windows.plan(*image_3HW.shape[1:], **WINDOWS).tolist()
     crops = [logits_1CHW[:, :, box[0] : box[0] + 32, box[1] : box[1] + 32] for box in boxes]
     return torch.cat([interpolate(crop, size=(4, 4), mode="bilinear") for crop in crops])
 

@@ -90,7 +90,7 @@ def test_likely_fill_reads_the_mean_probability_of_the_raw_logits(build_combined
     logits_BChw = combined.segmenter.logits(image_3HW[None]).detach()
     combined.step(image_3HW, task="t", key="k")
     logits_1CHW = interpolate(logits_BChw, size=image_3HW.shape[1:], mode="bilinear", align_corners=False)
-    for window, (top, left) in enumerate(windows.plan(32, 45, window_px=32, stride_px=16).tolist()):
+    for window, (top, left, _) in enumerate(windows.plan(32, 45, window_px=32, stride_px=16).tolist()):
         crop_1Css = logits_1CHW[:, :, top : top + 32, left : left + 32]
         on_grid_1Cyx = interpolate(crop_1Css, size=(4, 4), mode="bilinear", align_corners=False)
         expected_C = on_grid_1Cyx.softmax(dim=1).mean(dim=(0, 2, 3))
@@ -159,6 +159,8 @@ TOLD = {
     "model.generative.draws=4": "sigma 0.25, 4 draws;",
     "model.loss.min_classes=3": "at least 3 (uniform fill) and at most 20 a window",
     "model.trust.max_agreement=0.9": "no update where teacher and segmenter agree on more than 0.9",
+    "model.loss.window_weights=entropy": "windows weighted by entropy, tau 1;",
+    "model.generative.windows=entropy": "up to 8 windows of high entropy, 8..32 px, or else windows 32",
     "model.loss.ignored_classes=[road,car]": "classes top-3 without road, car, at most 20 a window",
     "model.update.lora_rank=8": "(adapters of rank 8, alpha 16)",
     "tta.optimizer.clip_norm=0.5": "clipped to norm 0.5",
@@ -193,4 +195,5 @@ def test_default_options_change_nothing(compose_settings):
     assert (model.generative.draws, model.generative.shuffle_classes) == (1, False)
     assert (model.loss.min_classes, model.update.lora_rank) == (1, 0)
     assert (model.loss.select, model.loss.ignored_classes) == ("topk", [])
+    assert (model.generative.windows, model.loss.window_weights) == ("grid", "uniform")
     assert (optimizer.clip_norm, optimizer.warmup, optimizer.accumulate) == (None, 0, 1)

@@ -34,7 +34,7 @@ from segadapt.models.generative.lora import add_lora, plain_state
 from segadapt.models.generative.parallel import Parallel
 from segadapt.models.generative.plan import GIB, Cost, training_bytes
 from segadapt.models.generative.prompts import PromptEmbeddings, load_embeddings, prompt_embeddings
-from segadapt.models.generative.sd3 import Sd3, load_autoencoder, load_transformer
+from segadapt.models.generative.sd3 import ENCODED_AT_ONCE, Sd3, load_autoencoder, load_transformer
 from segadapt.models.generative.stages import compile_and_record
 from segadapt.models.recording import Graphs
 from segadapt.models.source import Source
@@ -290,17 +290,21 @@ def fixed_bytes(
     is_trained: bool,
     accumulates: bool = False,
     is_recorded: bool = False,
+    windows: int = 2,
 ) -> tuple[int, int]:
     """Bytes beside the transformer on the main device and on the last, which may be the same.
 
     Weights; if trained, gradients and AdamW moments; at full size what one image needs, measured with B5 at 512x683:
     3 GiB for the segmenter's graph and logits, 3 GiB to encode two windows, 4 GiB for what CUDA graphs keep.
+
+    Args:
+        windows: encoded at a time.
     """
     main = training_bytes(segmenter.net, trained=is_trained, accumulates=accumulates)
     last = training_bytes(autoencoder, trained=False)
     if count(segmenter.net) < 5 * 10**7:
         return main, last
-    return main + (3 * is_trained + 4 * is_recorded) * GIB, last + 3 * GIB
+    return main + (3 * is_trained + 4 * is_recorded) * GIB, last + windows * 3 * GIB // 2
 
 
 def ignored_classes(names: Sequence[str], classes: Sequence[str]) -> list[int]:
@@ -333,9 +337,12 @@ def build_models(
         return Models(build_method(settings, segmenter, memory=memory), (), fingerprints)
     update, accumulates = settings.model.update, settings.tta.optimizer.accumulate > 1
 
+    g = settings.model.generative  # one row of windows: most images have two
+    windows = 2 if g.windows == "grid" and settings.data.short_side_px == g.window_px else ENCODED_AT_ONCE
+
     def fixed(autoencoder: nn.Module, compiled: bool) -> tuple[int, int]:
         how = {"accumulates": accumulates, "is_recorded": compiled and can_record}
-        return fixed_bytes(segmenter, autoencoder, is_trained=update.discriminative, **how)
+        return fixed_bytes(segmenter, autoencoder, is_trained=update.discriminative, windows=windows, **how)
 
     generative, placements, pairs, compiled = build_generative(
         settings.model.generative,

@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segadapt.config import ModelSettings, OptimizerSettings, UpdateSettings
+from segadapt.config import ModelSettings, OptimizerSettings
 from segadapt.models.discriminative.segformer import Segmenter
 from segadapt.models.generative import candidates as candidate_classes
 from segadapt.models.generative import loss as objective
 from segadapt.models.generative import trust
-from segadapt.models.generative.lora import lora_parameters
 from segadapt.models.generative.parallel import Lane, read_later
 from segadapt.models.generative.sd3 import NoisyLatent, Sd3
 from segadapt.models.generative.sight import Sight
 from segadapt.models.recording import Memory
 from segadapt.models.source import Prediction, Source
-from segadapt.models.updates import Updates
+from segadapt.models.updates import Updates, total_norm
 from segadapt.seeds import torch_generator
 
 
@@ -76,7 +75,7 @@ class Combined(Source):
         self.optimizer_settings = optimizer
         assert self.window.max_pairs is not None, "build.py finds out how many fit"
         self.pairs_at_once = self.window.max_pairs * len(self.parallel.devices)
-        self.groups = {"discriminative": self.moving, "generative": self._choose_of_teacher(update)}
+        self.groups = {"discriminative": self.moving, "generative": generative.choose(update)}
         assert any(self.groups.values()), "parse.py refuses settings under which nothing moves"
         self._source = {name: value.detach().to("cpu", copy=True) for name, value in self.parameters().items()}
         self._updates = self._new_updates()
@@ -91,18 +90,6 @@ class Combined(Source):
     def trains_generative(self) -> bool:
         """Whether any parameter of the teacher moves."""
         return bool(self.groups["generative"])
-
-    def _choose_of_teacher(self, update: UpdateSettings) -> dict[str, nn.Parameter]:
-        """What moves of it; all else is frozen."""
-        owned: dict[str, nn.Parameter] = {}
-        if update.generative:
-            adapters = lora_parameters(self.generative.transformer)
-            assert bool(adapters) == (update.lora_rank > 0), "adapters come before placement, see models/build.py"
-            owned = self.parallel.own(list(adapters or dict(self.generative.transformer.named_parameters())))
-        for transformer in self.parallel.transformers:
-            for name, parameter in transformer.named_parameters():
-                parameter.requires_grad_(name in owned)
-        return owned
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """Of both models, as the last update left them."""
@@ -157,15 +144,19 @@ class Combined(Source):
             image_3HW: float32 RGB in 0..1, already at the short side of the configuration; any device.
             task, key: name the image; noise, sigma and class draws come from (seed, task, key).
         """
-        noisy = self.sight.noise(image_3HW, task=task, key=key)  # waits for no update, and needs not be waited for
+        sight, noisy = self.sight, None
+        if not sight.is_guided:  # then this waits for no update, and needs not be waited for
+            noisy = sight.noise(image_3HW, task=task, key=key)
         image_3HW = image_3HW.to(self.device, non_blocking=True)
         self._beside.fork()
         with self._beside():
             logits_BChw = self.logits(image_3HW)
         self.parallel.prepare()
         self._beside.join()
-        scored_Chw = logits_BChw[0].detach()
-        taught, candidates = self.backward(image_3HW, logits_BChw, noisy, task=task, key=key)
+        scored_Chw, boxes_K3 = logits_BChw[0].detach(), sight.boxes(image_3HW, logits_BChw)
+        if noisy is None:
+            noisy = sight.noise(image_3HW, boxes_K3, task=task, key=key)
+        taught, candidates = self.backward(image_3HW, logits_BChw, noisy, boxes_K3, task=task, key=key)
         return self._update(scored_Chw, taught, candidates)
 
     def logits(self, image_3HW: Tensor) -> Tensor:
@@ -174,16 +165,29 @@ class Combined(Source):
         return super().logits(image_3HW)
 
     def backward(
-        self, image_3HW: Tensor, logits_BChw: Tensor, noisy: NoisyLatent, *, task: str, key: str
+        self,
+        image_3HW: Tensor,
+        logits_BChw: Tensor,
+        noisy: NoisyLatent,
+        boxes_K3: Tensor | None = None,
+        *,
+        task: str,
+        key: str,
     ) -> tuple[Taught, candidate_classes.Candidates]:
         """The generative loss of one image and its gradients in every parameter that moves; no update.
 
-        Returns the loss, detached, with what else the velocities tell, and the candidate classes of the rows.
+        Args:
+            boxes_K3: those of `noisy`; None: the grid's.
+        Returns:
+            The loss, detached, with what else the velocities tell, and the candidate classes of the rows.
         """
-        q_KCyx = self.in_windows(logits_BChw, image_3HW, grid=noisy.x_t_Kzyx.shape[-1])
-        raw_KCyx = None
-        if candidate_classes.reads_raw(self.loss):
-            raw_KCyx = self.sight.on_grid(logits_BChw[0].detach(), image_3HW, grid=q_KCyx.shape[-1])
+        q_KCyx = self.in_windows(logits_BChw, image_3HW, boxes_K3, grid=noisy.x_t_Kzyx.shape[-1])
+        raw_KCyx = weight_R = None
+        if candidate_classes.reads_raw(self.loss) or self.loss.window_weights == "entropy":
+            raw_KCyx = self.sight.on_grid(logits_BChw[0].detach(), image_3HW, boxes_K3, grid=q_KCyx.shape[-1])
+        if raw_KCyx is not None and self.loss.window_weights == "entropy":
+            weight_K = objective.window_weights(raw_KCyx, tau=self.loss.entropy_tau)
+            weight_R = weight_K.repeat_interleave(self.window.draws)
         candidates = candidate_classes.choose(
             q_KCyx.detach(),
             raw_KCyx,
@@ -201,16 +205,18 @@ class Combined(Source):
                 with self._beside():
                     q_RCyx.backward(leaf_RCyx.grad)
 
-        taught = self._backward_chunks(leaf_RCyx, noisy, candidates, when_complete=segmenter_learns)
+        taught = self._backward_chunks(leaf_RCyx, noisy, candidates, weight_R=weight_R, when_complete=segmenter_learns)
         self.parallel.sum_gradients()
         self.parallel.arrive()
         self._beside.join()
         return taught, candidates
 
-    def in_windows(self, logits_BChw: Tensor, image_3HW: Tensor, *, grid: int) -> Tensor:
+    def in_windows(
+        self, logits_BChw: Tensor, image_3HW: Tensor, boxes_K3: Tensor | None = None, *, grid: int
+    ) -> Tensor:
         """What the objective reads of the logits, on the latent grid of each window: [K, C, y, x], differentiable."""
         q_BChw = objective.normalise(logits_BChw) if self.loss.logit_norm else logits_BChw
-        return self.sight.on_grid(q_BChw[0], image_3HW, grid=grid)
+        return self.sight.on_grid(q_BChw[0], image_3HW, boxes_K3, grid=grid)
 
     def _backward_chunks(
         self,
@@ -218,15 +224,17 @@ class Combined(Source):
         noisy: NoisyLatent,
         candidates: candidate_classes.Candidates,
         *,
+        weight_R: Tensor | None = None,
         when_complete: Callable[[], None] = lambda: None,
     ) -> Taught:
-        """Backward of (1/R) sum_r loss_r into the teacher and into the leaf, at most pairs_at_once pairs at a time.
+        """Backward of (1/R) sum_r weight_r loss_r into teacher and leaf, at most pairs_at_once pairs at a time.
 
         Equal to the joint backward: whole windows are summed, and a window of more pairs than fit (all its draws
         together) is run twice, first without graph for the velocities, then chunk by chunk with the gradient that the
         loss gave each velocity.
 
         Args:
+            weight_R: None: 1 each.
             when_complete: called as soon as the leaf has its gradient, while the teacher still has to go backward.
         Returns:
             The loss, detached, and how far the teacher agrees with itself and with the segmenter.
@@ -273,6 +281,8 @@ class Combined(Source):
                 reduction=self.loss.mask_reduction,
                 trust_Kyx=verdict.weight_Ryx,
             )
+            if weight_R is not None:
+                losses_R = losses_R * weight_R[of_rows]
             share = losses_R.sum() / len(leaf_RCyx)
             share.backward()
             if of_rows.stop == groups[-1][0].stop:
@@ -289,19 +299,13 @@ class Combined(Source):
         pixels = candidates.keep_Kyx[:: candidates.draws].numel()
         return Taught(total, counted / pixels, agreement / pixels, alike / asked.clamp(min=1))
 
-    def _total_norm(self, grads: list[Tensor]) -> Tensor:
-        """L2, on the main device; by device first, as each tensor's own norm would travel alone."""
-        devices = dict.fromkeys(grad.device for grad in grads)
-        norms = [torch.nn.utils.get_total_norm([g for g in grads if g.device == device]) for device in devices]
-        return torch.nn.utils.get_total_norm([norm.to(self.device) for norm in norms]).to(self.device)
-
     def _update(self, scored_Chw: Tensor, taught: Taught, candidates: candidate_classes.Candidates) -> Prediction:
         """Use the gradients if they and the loss are finite and trust does not refuse the image.
 
         The devices decide, and go on; the host reads all numbers of the image at once.
         """
         grads = [parameter.grad for parameter in self.parameters().values() if parameter.grad is not None]
-        norm = self._total_norm(grads)
+        norm = total_norm(grads, self.device)
         is_finite = taught.loss.isfinite() & norm.isfinite()
         is_refused = is_finite & (taught.teacher_agrees > self.trust.max_agreement)
         is_used = is_finite & ~is_refused & (norm > 0)  # moments alone would move the weights

@@ -1,7 +1,7 @@
 """From the gradients of images to optimizer steps: rates, clipping, accumulation."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -121,3 +121,10 @@ class Updates:
             self.optimizer.found_inf = skip.float().to(last, non_blocking=True)  # type: ignore[union-attr]
         self.optimizer.step()
         self.drop()
+
+
+def total_norm(grads: Sequence[Tensor], main: torch.device) -> Tensor:
+    """L2, on the main device; by device first, as each tensor's own norm would travel alone."""
+    devices = dict.fromkeys(grad.device for grad in grads)
+    norms = [torch.nn.utils.get_total_norm([g for g in grads if g.device == device]) for device in devices]
+    return torch.nn.utils.get_total_norm([norm.to(main) for norm in norms]).to(main)

@@ -17,13 +17,16 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from segadapt.config import UpdateSettings
 from segadapt.errors import UserError
 from segadapt.models.checkpoint_errors import explain_checkpoint_errors
+from segadapt.models.generative.lora import lora_parameters
 from segadapt.models.generative.parallel import Parallel
 from segadapt.models.generative.prompts import PromptEmbeddings
 from segadapt.models.precision import autocast, tf32
 from segadapt.models.recording import Memory, recorder_of
 
+ENCODED_AT_ONCE = 4  # windows; 1.5 GiB each at 512 px
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
 
@@ -172,6 +175,18 @@ class Sd3:
         self._pooled_ND = pooled_ND.to(device, self._dtype)
         self.null_class = len(pooled_ND) - 1  # what `velocity` takes for the empty prompt
 
+    def choose(self, update: UpdateSettings) -> dict[str, torch.nn.Parameter]:
+        """What moves of the transformer, by name; all else of it is frozen."""
+        owned: dict[str, torch.nn.Parameter] = {}
+        if update.generative:
+            adapters = lora_parameters(self.transformer)
+            assert bool(adapters) == (update.lora_rank > 0), "adapters come before placement, see models/build.py"
+            owned = self.parallel.own(list(adapters or dict(self.transformer.named_parameters())))
+        for transformer in self.parallel.transformers:
+            for name, parameter in transformer.named_parameters():
+                parameter.requires_grad_(name in owned)
+        return owned
+
     def autocast(self) -> torch.autocast | nullcontext:
         """As the settings say; see models/precision.py."""
         return autocast(self.device, self.precision)
@@ -182,7 +197,9 @@ class Sd3:
 
         float32; with precision 'bf16' a GPU may use TF32 (10 bits of mantissa) inside convolutions and matrix products.
         """
-        (found_Kzyx,) = self._encode(windows_K3ss.to(self._encoding_device))
+        windows_K3ss = windows_K3ss.to(self._encoding_device)
+        found = [self._encode(some_K3ss)[0] for some_K3ss in windows_K3ss.split(ENCODED_AT_ONCE)]
+        found_Kzyx = found[0] if len(found) == 1 else torch.cat(found)  # type: ignore[arg-type]
         assert found_Kzyx is not None
         if isinstance(self.autoencoder, AutoencoderTiny):
             return found_Kzyx.to(self.device)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from segadapt.config import GenerativeSettings
 from segadapt.models.generative import windows
+from segadapt.models.generative.guided import LEAST_BOXES, unsure_boxes
+from segadapt.models.generative.loss import pixel_entropy
 from segadapt.models.generative.sd3 import NoisyLatent, Sd3, add_noise
 from segadapt.seeds import torch_generator
 
@@ -29,16 +31,35 @@ class Sight:
         self.teacher, self.settings, self.seed = teacher, settings, seed
         self._main, self._encoding_device = devices[0], devices[-1]
 
-    def boxes(self, image_3HW: Tensor) -> Tensor:
-        """Of the image's windows, see `windows.plan`."""
-        w = self.settings
-        return windows.plan(*image_3HW.shape[1:], window_px=w.window_px, stride_px=w.stride_px)
+    @property
+    def is_guided(self) -> bool:
+        """Whether the boxes depend on the segmenter's logits."""
+        return self.settings.windows == "entropy"
 
-    def noise(self, image_3HW: Tensor, *, task: str, key: str) -> NoisyLatent:
-        """The image's windows, encoded and noised: one row for each draw. All classes share a row's noise."""
-        w, boxes_K2 = self.settings, self.boxes(image_3HW)
+    def boxes(self, image_3HW: Tensor, logits_BChw: Tensor | None = None) -> Tensor:
+        """Of the image's windows: int64 [K, 3] on the host, see `windows.plan` and `guided.unsure_boxes`.
+
+        Args:
+            logits_BChw: raw; needed where windows are guided, and the host waits for them.
+        """
+        w, (height, width) = self.settings, image_3HW.shape[1:]
+        if self.is_guided:
+            assert logits_BChw is not None, "guided windows follow the segmenter"
+            entropy_hw = pixel_entropy(logits_BChw.detach())[0].cpu().numpy()
+            boxes_K3 = unsure_boxes(entropy_hw, image_px=(height, width), window_px=w.window_px)
+            if len(boxes_K3) >= LEAST_BOXES:
+                return boxes_K3
+        return windows.plan(height, width, window_px=w.window_px, stride_px=w.stride_px)
+
+    def noise(self, image_3HW: Tensor, boxes_K3: Tensor | None = None, *, task: str, key: str) -> NoisyLatent:
+        """The image's windows, encoded and noised: one row for each draw. All classes share a row's noise.
+
+        Args:
+            boxes_K3: None: the grid's.
+        """
+        w, boxes_K3 = self.settings, self.boxes(image_3HW) if boxes_K3 is None else boxes_K3
         image_3HW = image_3HW.to(self._encoding_device, non_blocking=True)
-        windows_K3ss = 2 * windows.cut(image_3HW, boxes_K2, window_px=w.window_px) - 1
+        windows_K3ss = 2 * windows.cut(image_3HW, boxes_K3, window_px=w.window_px) - 1
         latent_Rzyx = self.teacher.encode(windows_K3ss).repeat_interleave(w.draws, dim=0)
         noise_Rzyx = torch.randn(
             latent_Rzyx.shape,
@@ -57,13 +78,11 @@ class Sight:
             return tensor
         return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(self._main, non_blocking=True)
 
-    def on_grid(self, logits_Chw: Tensor, image_3HW: Tensor, *, grid: int) -> Tensor:
-        """Logits of the image on the latent grid of each of its windows: [K, C, y, x], differentiable."""
-        height, width = image_3HW.shape[1:]
-        return windows.logits_on_grid(
-            logits_Chw,
-            self.boxes(image_3HW),
-            image_px=(height, width),
-            window_px=self.settings.window_px,
-            grid=grid,
-        )
+    def on_grid(self, logits_Chw: Tensor, image_3HW: Tensor, boxes_K3: Tensor | None = None, *, grid: int) -> Tensor:
+        """Logits of the image on the latent grid of each of its windows: [K, C, y, x], differentiable.
+
+        Args:
+            boxes_K3: None: the grid's.
+        """
+        boxes_K3, (height, width) = self.boxes(image_3HW) if boxes_K3 is None else boxes_K3, image_3HW.shape[1:]
+        return windows.logits_on_grid(logits_Chw, boxes_K3, image_px=(height, width), grid=grid)
