@@ -112,6 +112,9 @@ class GenerativeSettings:
 class UpdateSettings:
     discriminative: bool = setting("the segmenter learns")
     generative: bool = setting("the teacher learns")
+    prompt_offset: bool = setting(
+        "of the teacher also an offset on the pooled embedding, shared by all classes; 0 at first"
+    )
     update_norm_only: bool = setting("of the segmenter only LayerNorm and BatchNorm affine parameters")
     lora_rank: int = setting("of the teacher only low-rank adapters on its attention; 0: all its weights", low=0)
     lora_alpha: float = setting("the adapters' product is scaled by alpha / rank", low=1e-6)
@@ -172,6 +175,7 @@ class OptimizerSettings:
     lr: float = setting("learning rate of both models", low=0)
     lr_discriminative: float | None = setting("learning rate of the segmenter; null: lr", low=0)
     lr_generative: float | None = setting("learning rate of the teacher; null: lr", low=0)
+    lr_prompt_offset: float | None = setting("learning rate of model.update.prompt_offset; null: the teacher's", low=0)
     weight_decay: float = setting("decoupled for adamw", low=0)
     beta1: float = setting("adamw", low=0, high=BELOW_ONE)
     beta2: float = setting("adamw", low=0, high=BELOW_ONE)

@@ -117,7 +117,7 @@ def identity_of(settings: DiagnoseConfig) -> dict[str, Any]:
 
 def frozen(settings: DiagnoseConfig) -> DiagnoseConfig:
     """The same settings without training of the teacher, which then needs no memory for gradients and moments."""
-    update = replace(settings.model.update, discriminative=True, generative=False, lora_rank=0)
+    update = replace(settings.model.update, discriminative=True, generative=False, lora_rank=0, prompt_offset=False)
     return replace(settings, model=replace(settings.model, update=update))
 
 

@@ -114,6 +114,11 @@ def _check_fields_together(config: Any) -> None:
         options_of(tta)
         if tta.continual and tta.episodic:
             raise UserError("tta.continual=true and tta.episodic=true: keep all, or nothing? Switch one off.")
+        if tta.optimizer.lr_prompt_offset is not None and not config.model.update.prompt_offset:
+            raise UserError(
+                f"tta.optimizer.lr_prompt_offset={tta.optimizer.lr_prompt_offset}, but model.update.prompt_offset="
+                "false: nothing would learn at that rate. Set model.update.prompt_offset=true, or the rate to null."
+            )
         if tta.optimizer.accumulate > 1 and (tta.episodic or tta.method == "memo"):
             raise UserError(
                 f"tta.optimizer.accumulate={tta.optimizer.accumulate}, but each image is alone (tta.method="
@@ -175,6 +180,11 @@ def _check_adaptation(model: Any) -> None:
         raise UserError(
             f"model.loss.topk={loss.topk}, but model.loss.select=area: no top-k is taken. Set model.loss.topk=1; "
             "model.loss.area_k says whose probabilities count."
+        )
+    if update.prompt_offset and not update.generative:
+        raise UserError(
+            "model.update.prompt_offset=true, but model.update.generative=false: a frozen teacher runs without graph, "
+            "and the offset would never move. Set model.update.generative=true, or prompt_offset=false."
         )
     if update.lora_rank and not update.generative:
         raise UserError(

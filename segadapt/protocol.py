@@ -101,6 +101,8 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
             f"{opt.name} on " + " and ".join(f"{m} {rates[m] if rates[m] is not None else opt.lr:g}" for m in moving)
             + (" (norms only)" if update.update_norm_only else "")
             + (f" (adapters of rank {update.lora_rank}, alpha {update.lora_alpha:g})" if update.lora_rank else "")
+            + (" and a shared prompt offset" if update.prompt_offset else "")
+            + (f" {opt.lr_prompt_offset:g}" if update.prompt_offset and opt.lr_prompt_offset is not None else "")
             + _steps(opt),
         ]  # fmt: skip
     elif isinstance(settings, AdaptConfig):

@@ -39,7 +39,7 @@ def test_a_region_larger_than_a_window_gets_one_of_a_windows_size():
 
 
 def test_boxes_nearer_than_an_eighth_of_a_window_are_one():
-    """In a corner both are shifted into the image, and their centres come to lie 26 px apart: the one with the higher mean stays."""
+    """In a corner both are shifted into the image, their centres 26 px apart: the higher mean stays."""
     far, near = map_with((2, 2, 5, 0.9), (2, 60, 5, 1.0)), map_with((2, 2, 5, 0.9), (2, 20, 5, 1.0))
     assert len(unsure_boxes(far, image_px=(512, 684), window_px=512)) == 2
     assert unsure_boxes(near, image_px=(512, 684), window_px=512).tolist() == [[0, 0, 128]]

@@ -145,6 +145,10 @@ def test_shuffle_control_reaches_the_teacher(saved_models, compose_settings):
         (["model.trust.restore=0.1"], r"model\.trust\.restore=0\.1, but model\.trust\.max_agreement=1"),
         (["model.loss.min_classes=21"], r"model\.loss\.min_classes=21 is above model\.loss\.classes_threshold=20"),
         (["model.loss.select=area", "model.loss.topk=3"], r"model\.loss\.topk=3, but model\.loss\.select=area"),
+        (
+            ["model.update.prompt_offset=true", "model.update.generative=false"],
+            r"model\.update\.prompt_offset=true, but",
+        ),
         (["model.update.lora_rank=2", "model.update.generative=false"], r"model\.update\.lora_rank=2, but"),
     ],
 )
@@ -162,6 +166,7 @@ TOLD = {
     "model.loss.window_weights=entropy": "windows weighted by entropy, tau 1;",
     "model.generative.windows=entropy": "up to 8 windows of high entropy, 8..32 px, or else windows 32",
     "model.loss.ignored_classes=[road,car]": "classes top-3 without road, car, at most 20 a window",
+    "model.update.prompt_offset=true": "generative 1e-05 and a shared prompt offset;",
     "model.update.lora_rank=8": "(adapters of rank 8, alpha 16)",
     "tta.optimizer.clip_norm=0.5": "clipped to norm 0.5",
     "tta.optimizer.warmup=9": "rates rise over 9 steps",
@@ -195,5 +200,6 @@ def test_default_options_change_nothing(compose_settings):
     assert (model.generative.draws, model.generative.shuffle_classes) == (1, False)
     assert (model.loss.min_classes, model.update.lora_rank) == (1, 0)
     assert (model.loss.select, model.loss.ignored_classes) == ("topk", [])
+    assert (model.update.prompt_offset, optimizer.lr_prompt_offset) == (False, None)
     assert (model.generative.windows, model.loss.window_weights) == ("grid", "uniform")
     assert (optimizer.clip_norm, optimizer.warmup, optimizer.accumulate) == (None, 0, 1)

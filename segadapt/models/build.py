@@ -261,7 +261,14 @@ def build_generative(
     parallel = Parallel(transformers, on, parts=cost.parts, stages=stages)
     memory = Graphs(on[-1]).memory() if compiled and main.type == "cuda" else None
     teacher = Sd3(
-        transformer, autoencoder, embeddings, device=main, precision=precision, parallel=parallel, memory=memory
+        transformer,
+        autoencoder,
+        embeddings,
+        device=main,
+        precision=precision,
+        parallel=parallel,
+        memory=memory,
+        has_offset=update.prompt_offset,
     )
     return teacher, tuple(placements), cost.pairs // len(devices), compiled
 

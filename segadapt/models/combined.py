@@ -75,7 +75,12 @@ class Combined(Source):
         self.optimizer_settings = optimizer
         assert self.window.max_pairs is not None, "build.py finds out how many fit"
         self.pairs_at_once = self.window.max_pairs * len(self.parallel.devices)
-        self.groups = {"discriminative": self.moving, "generative": generative.choose(update)}
+        offset_D = generative.offset_D
+        self.groups = {
+            "discriminative": self.moving,
+            "prompt_offset": {} if offset_D is None else {"pooled": offset_D},
+            "generative": generative.choose(update),
+        }
         assert any(self.groups.values()), "parse.py refuses settings under which nothing moves"
         self._source = {name: value.detach().to("cpu", copy=True) for name, value in self.parameters().items()}
         self._updates = self._new_updates()

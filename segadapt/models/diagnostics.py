@@ -162,7 +162,7 @@ def _onlooker(combined: Combined, logits_BChw: nn.Parameter, latent_Kzyx: Tensor
     """
     view, teacher = copy.copy(combined), copy.copy(combined.generative)
     view.sight = copy.copy(combined.sight)
-    view.groups = {"discriminative": {"logits": logits_BChw}, "generative": {}}
+    view.groups = {"discriminative": {"logits": logits_BChw}, "prompt_offset": {}, "generative": {}}
     teacher.encode = lambda windows_K3ss: latent_Kzyx  # type: ignore[union-attr, method-assign]
     view.generative = view.sight.teacher = teacher
     if sigma is not None:

@@ -16,7 +16,7 @@ class Updates:
     """The optimizer and what waits for its next step; a new one is the state before the first image.
 
     Args:
-        groups: parameters that move, by model ('discriminative', 'generative') and name.
+        groups: parameters that move, by model ('discriminative', 'prompt_offset', 'generative') and name.
         settings: rule, rates, clipping, images of one step.
         fused: one kernel for all parameters.
     """
@@ -30,6 +30,7 @@ class Updates:
             "discriminative": s.lr if s.lr_discriminative is None else s.lr_discriminative,
             "generative": s.lr if s.lr_generative is None else s.lr_generative,
         }
+        rates["prompt_offset"] = rates["generative"] if s.lr_prompt_offset is None else s.lr_prompt_offset
         by_model = [{"params": list(g.values()), "lr": rates[name]} for name, g in groups.items() if g]
         extra: dict = {"momentum": s.momentum}
         if s.name == "adamw":

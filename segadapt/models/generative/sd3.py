@@ -142,6 +142,7 @@ class Sd3:
 
     Args:
         memory: on the last device, where encoding is recorded, to be replayed for as many windows; None: it is not.
+        has_offset: `offset_D` is added to the pooled embedding of every class, and of none; zero, and learned by others.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class Sd3:
         precision: str = "bf16",
         parallel: Parallel | None = None,
         memory: Memory | None = None,
+        has_offset: bool = False,
     ):
         self.parallel = parallel or Parallel([transformer], [device], parts=1)
         assert self.parallel.transformers[0] is transformer
@@ -174,6 +176,7 @@ class Sd3:
         self._sequence_NLE = sequence_NLE.to(device, text_dtype)
         self._pooled_ND = pooled_ND.to(device, self._dtype)
         self.null_class = len(pooled_ND) - 1  # what `velocity` takes for the empty prompt
+        self.offset_D = torch.nn.Parameter(torch.zeros_like(self._pooled_ND[0])) if has_offset else None
 
     def choose(self, update: UpdateSettings) -> dict[str, torch.nn.Parameter]:
         """What moves of the transformer, by name; all else of it is frozen."""
@@ -214,12 +217,15 @@ class Sd3:
 
         def part(transformer: SD3Transformer2DModel, of_pairs: slice) -> Tensor:
             window_P, class_P = pair_window_P[of_pairs], pair_class_P[of_pairs]
+            pooled_PD = self._pooled_ND[class_P]
+            if self.offset_D is not None:
+                pooled_PD = pooled_PD + self.offset_D
             there = transformer.pos_embed.proj.weight.device  # a copy's own; of a split transformer the main device
             with self.autocast():
                 velocity_Pzyx = transformer(
                     hidden_states=noisy.x_t_Kzyx[window_P].to(there),
                     encoder_hidden_states=self._sequence_NLE[class_P].to(there),
-                    pooled_projections=self._pooled_ND[class_P].to(there),
+                    pooled_projections=pooled_PD.to(there),
                     timestep=1000 * noisy.sigma_K[window_P].to(there),
                     return_dict=False,
                 )[0]
