@@ -68,6 +68,9 @@ class DiscriminativeSettings:
 class PromptSettings:
     template: str = setting("prompt of a class; {} is its name")
     overrides: dict[str, str] = setting("class name: its whole prompt")
+    file: str | None = setting(
+        "text file with each class's whole prompt, a line a class in label order, or .json of name: prompt; null: none"
+    )
     max_sequence_length: int = setting("T5 tokens; SD3 attends to padding, another length changes every result", low=1)
     dtype: str = setting("of the text encoders and the saved embeddings", choices=("bfloat16", "float32"))
     cache_dir: str = setting("folder of the embedding files")

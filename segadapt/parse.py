@@ -14,6 +14,7 @@ from segadapt.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 METHOD = "tta.method="
+PLAIN_TEMPLATE = "a photo of a {}"  # what model.generative.prompts.template is unless it is set
 
 
 def from_overrides(primary: str, overrides: Sequence[str], schema: type[T]) -> T:
@@ -132,6 +133,13 @@ def _check_fields_together(config: Any) -> None:
         raise UserError(
             "model.update.discriminative=false and model.update.generative=false: nothing would move. Switch one on, "
             "or set tta.forward_mode=discriminative_only."
+        )
+    prompts = generative.prompts
+    if prompts.file is not None and (prompts.overrides or prompts.template != PLAIN_TEMPLATE):
+        other = "overrides" if prompts.overrides else f"template={prompts.template!r}"
+        raise UserError(
+            f"model.generative.prompts.file={prompts.file} and model.generative.prompts.{other}: the file holds every "
+            "class's whole prompt, so nothing would read the other. Use one of the two."
         )
     if generative.window_px % 16:
         raise UserError(f"model.generative.window_px={generative.window_px}: expected a multiple of 16 (latent px / 8, "

@@ -91,7 +91,7 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
         rates = {"discriminative": opt.lr_discriminative, "generative": opt.lr_generative}
         sigma = f"{g.sigma:g}" if g.sigma_high is None else f"{g.sigma:g}..{g.sigma_high:g}"
         parts += [
-            f"teacher {g.checkpoint}",
+            f"teacher {g.checkpoint}" + ("" if g.prompts.file is None else f", prompts of {g.prompts.file}"),
             windows_of(g),
             f"sigma {sigma}" + (f", {g.draws} draws" if g.draws > 1 else ""),
             f"LogitNorm {'on' if loss.logit_norm else 'off'}, temperature {loss.temperature:g}",

@@ -13,6 +13,7 @@ from segadapt.models.build import build_models, shuffled
 from segadapt.models.generative import windows
 from segadapt.models.generative.prompts import PromptEmbeddings
 from segadapt.models.generative.sd3 import NoisyLatent
+from segadapt.parse import _check_fields_together
 from segadapt.protocol import protocol
 
 
@@ -149,6 +150,10 @@ def test_shuffle_control_reaches_the_teacher(saved_models, compose_settings):
             ["model.update.prompt_offset=true", "model.update.generative=false"],
             r"model\.update\.prompt_offset=true, but",
         ),
+        (
+            ["model.generative.prompts.file=a.txt", "model.generative.prompts.template='a {}'"],
+            r"template='a \{\}': the file",
+        ),
         (["model.update.lora_rank=2", "model.update.generative=false"], r"model\.update\.lora_rank=2, but"),
     ],
 )
@@ -159,6 +164,15 @@ def test_options_that_contradict_are_refused_in_one_line(compose_settings, overr
     compose_settings(*overrides, "tta.forward_mode=discriminative_only")  # nothing reads them
 
 
+def test_a_prompt_file_leaves_nothing_for_overrides_or_beside_given_embeddings(compose_settings, saved_models):
+    settings = compose_settings("model.generative.prompts.file=a.txt")
+    settings.model.generative.prompts.overrides = {"sky": "blue"}
+    with pytest.raises(UserError, match=r"prompts\.file=a\.txt and model\.generative\.prompts\.overrides: the file"):
+        _check_fields_together(settings)
+    with pytest.raises(UserError, match=r"prompts\.file=a\.txt, but the class embeddings in .* are taken"):
+        build_models(compose_settings(*saved_models(CLASSES), "model.generative.prompts.file=a.txt"), CLASSES)
+
+
 TOLD = {
     "model.generative.draws=4": "sigma 0.25, 4 draws;",
     "model.loss.min_classes=3": "at least 3 (uniform fill) and at most 20 a window",
@@ -167,6 +181,7 @@ TOLD = {
     "model.generative.windows=entropy": "up to 8 windows of high entropy, 8..32 px, or else windows 32",
     "model.loss.ignored_classes=[road,car]": "classes top-3 without road, car, at most 20 a window",
     "model.update.prompt_offset=true": "generative 1e-05 and a shared prompt offset;",
+    "model.generative.prompts.file=mine.txt": ", prompts of mine.txt;",
     "model.update.lora_rank=8": "(adapters of rank 8, alpha 16)",
     "tta.optimizer.clip_norm=0.5": "clipped to norm 0.5",
     "tta.optimizer.warmup=9": "rates rise over 9 steps",

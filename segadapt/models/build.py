@@ -150,6 +150,9 @@ def build_embeddings(
     """Class embeddings: the named file, else the one beside the checkpoint, else the prompts' (cached) encoding."""
     beside = Path(checkpoint) / "embeddings.safetensors"
     path = settings.embeddings or (str(beside) if beside.is_file() else None)
+    if path is not None and settings.prompts.file is not None:
+        raise UserError(f"model.generative.prompts.file={settings.prompts.file}, but the class embeddings in {path} "
+                        "are taken, and no prompt is encoded. Move them away, or set it to null.")  # fmt: skip
     if path is not None:
         return load_embeddings(Path(path).expanduser(), classes=classes)
     prompts = settings.prompts
@@ -158,6 +161,7 @@ def build_embeddings(
         dataset_name=dataset_name,
         template=prompts.template,
         overrides=prompts.overrides,
+        file=prompts.file,
         checkpoint=checkpoint,
         revision=settings.revision,
         max_sequence_length=prompts.max_sequence_length,

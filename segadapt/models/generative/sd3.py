@@ -142,7 +142,7 @@ class Sd3:
 
     Args:
         memory: on the last device, where encoding is recorded, to be replayed for as many windows; None: it is not.
-        has_offset: `offset_D` is added to the pooled embedding of every class, and of none; zero, and learned by others.
+        has_offset: `offset_D`, zero until others move it, is added to the pooled embedding of all classes and of none.
     """
 
     def __init__(
