@@ -39,7 +39,7 @@ class DataSettings:
     corruptions: list[str] = setting("one task each, in this order; empty: the clean set is the only task")
     severity: int = setting("strength of every corruption, 1..5", low=1, high=5)
     corruption_seed: int = setting("seed of corruptions made on the fly", low=0)
-    short_side_px: int = setting("images are resized to this short side, px", low=16)
+    short_side_px: int = setting("images are loaded at this short side, px; models may have smaller ones", low=16)
     order: str = setting("of the tasks: one after the other, severities up and down, or all interleaved",
                          choices=("tasks", "gradual", "mixed"))  # fmt: skip
     rounds: int = setting("times that all tasks come, with tta.continual as one stream", low=1)
@@ -58,6 +58,7 @@ class DiscriminativeSettings:
     checkpoint: str | None = setting("hub id, local folder, or segadapt:NAME for a bundled model")
     revision: str | None = setting("hub revision; null: the newest")
     allow_pickle: bool = setting("also read pytorch_model.bin, by torch's weights-only reader")
+    short_side_px: int | None = setting("the loaded image is resized to this for the segmenter, px; null: not", low=16)
     gradient_checkpointing: bool = setting("recompute activations in backward: less memory, more time")
     config: dict[str, Any] = setting(
         "train: SegformerConfig of a model made from scratch; empty: start from checkpoint"
@@ -96,6 +97,7 @@ class GenerativeSettings:
     virtual_stages: int = setting(
         "runs of blocks of each GPU on a split; 2: a part is at the next GPU in half the time, with more traffic", low=1
     )
+    short_side_px: int | None = setting("the loaded image is resized to this for the teacher, px; null: not", low=16)
     windows: str = setting("a grid over the image, or boxes where the segmenter is unsure, if there are 2 or more",
                            choices=("grid", "entropy"))  # fmt: skip
     window_px: int = setting("side of a sliding window, px; a multiple of 16", low=16)

@@ -23,7 +23,7 @@ from segadapt.models.combined import Combined
 from segadapt.models.diagnostics import Tally, examine
 from segadapt.models.out_of_memory import explain_out_of_memory
 from segadapt.parse import wants_teacher
-from segadapt.protocol import choice_of, identity, peak_memory_gib, versions, windows_of, without
+from segadapt.protocol import choice_of, identity, peak_memory_gib, short_sides, versions, windows_of, without
 from segadapt.record import RunFolder, write_bytes, write_json
 from segadapt.terminal import TaskProgress
 from segadapt.wandb_mirror import mirrored
@@ -133,7 +133,7 @@ def protocol(settings: DiagnoseConfig, *, order_sha256: str) -> str:
         f"classes {choice_of(model.loss)}, at most {model.loss.classes_threshold} a window",
         *(["class embeddings shuffled"] if g.shuffle_classes else []),
         "both scored on the latent grid, labels at cell centres, no update",
-        f"short side {data.short_side_px} px; {settings.runtime.precision}; seed {settings.experiment.seed}",
+        f"{short_sides(settings)}; {settings.runtime.precision}; seed {settings.experiment.seed}",
         f"data {data.name} {data.split}, {limit} of each task, order {order_sha256[:12]}",
     ])  # fmt: skip
 

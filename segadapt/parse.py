@@ -125,6 +125,8 @@ def _check_fields_together(config: Any) -> None:
                 f"tta.optimizer.accumulate={tta.optimizer.accumulate}, but each image is alone (tta.method="
                 f"{tta.method}, tta.episodic={tta.episodic}): no step would be taken. Set it to 1."
             )
+    if hasattr(config, "model"):
+        _check_short_sides(config)
     generative = getattr(getattr(config, "model", None), "generative", None)
     if generative is None or (tta is not None and not wants_teacher(tta)):
         return
@@ -151,9 +153,11 @@ def _check_fields_together(config: Any) -> None:
             f"{generative.window_px}: strips of {gap} px would never reach the generative model. Use a stride of "
             f"{generative.window_px} px or less."
         )
-    if config.data.short_side_px < generative.window_px:
+    name = "data.short_side_px" if generative.short_side_px is None else "model.generative.short_side_px"
+    short_side_px = generative.short_side_px or config.data.short_side_px
+    if short_side_px < generative.window_px:
         raise UserError(
-            f"data.short_side_px={config.data.short_side_px} is smaller than model.generative.window_px="
+            f"{name}={short_side_px} is smaller than model.generative.window_px="
             f"{generative.window_px}: no window fits. Use the same value for both, a multiple of 16."
         )
     if generative.sigma_high is not None and generative.sigma_high < generative.sigma:
@@ -163,6 +167,18 @@ def _check_fields_together(config: Any) -> None:
         )
     if update is not None:
         _check_adaptation(config.model)
+
+
+def _check_short_sides(config: Any) -> None:
+    """UserError: a model would see more pixels than were loaded, or training would not see its own size."""
+    for model in ("discriminative", "generative"):
+        own, loaded = getattr(getattr(config.model, model, None), "short_side_px", None), config.data.short_side_px
+        if own is not None and hasattr(config, "train"):
+            raise UserError(f"model.{model}.short_side_px={own}: training takes data.short_side_px={loaded} for all. "
+                            "Set that, and this to null.")  # fmt: skip
+        if own is not None and own > loaded:
+            raise UserError(f"model.{model}.short_side_px={own} is larger than data.short_side_px={loaded}, at which "
+                            "images are loaded: it would see enlarged pixels. Raise data.short_side_px.")  # fmt: skip
 
 
 def _check_adaptation(model: Any) -> None:

@@ -122,7 +122,7 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
         parts.append("continual" if settings.tta.continual else rule)
     parts += [
         f"scored {METHODS[method_of(settings)].scored} at label size, one bilinear resize",
-        f"short side {data.short_side_px} px",
+        short_sides(settings),
         f"shuffle seed {seed}" if data.shuffle else "not shuffled",
         f"{runtime.precision} {'autocast over fp32 weights' if runtime.precision == 'bf16' else ''}".strip(),
         f"data {data.name} {data.split}, {_shift(data)}, order {order_sha256[:12]}",
@@ -137,6 +137,16 @@ def _steps(opt: OptimizerSettings) -> str:
         + (f", rates rise over {opt.warmup} steps" if opt.warmup else "")
         + (f", a step every {opt.accumulate} images" if opt.accumulate > 1 else "")
     )
+
+
+def short_sides(settings: EvaluateConfig) -> str:
+    """'short side 512 px', or 'short side 1024 px (teacher 512 px)'."""
+    model, own = settings.model, []
+    if model.discriminative.short_side_px is not None:
+        own.append(f"segmenter {model.discriminative.short_side_px} px")
+    if isinstance(model, ModelSettings) and METHODS[method_of(settings)].has_teacher and model.generative.short_side_px:
+        own.append(f"teacher {model.generative.short_side_px} px")
+    return f"short side {settings.data.short_side_px} px" + (f" ({', '.join(own)})" if own else "")
 
 
 def windows_of(g: GenerativeSettings) -> str:

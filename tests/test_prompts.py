@@ -165,7 +165,7 @@ def test_prompts_of_a_file_are_encoded_as_they_stand_and_name_the_cache(options,
         (
             "a.txt",
             "\n".join(PROMPTS[:-1]),
-            r"line 9 is missing or empty; expected the prompt of class 8, 'grass', of 9",
+            r"line 9 is missing or empty; expected the prompt of class 8, 'grass', one of 9",
         ),
         ("a.txt", "\n".join([PROMPTS[0], "", *PROMPTS[2:]]), r"line 2 is missing or empty; .* class 1, 'road'"),
         ("a.txt", "\n".join([*PROMPTS, "more"]), r"line 10 is of no class; expected 9 lines"),

@@ -134,7 +134,7 @@ def fingerprint(module: nn.Module) -> str:
 
 def build_segmenter(settings: DiscriminativeSettings, num_classes: int, device: torch.device) -> Segmenter:
     """The source model, on the main device."""
-    return load_segformer(
+    segmenter = load_segformer(
         resolve(settings.checkpoint, "model.discriminative.checkpoint"),
         revision=settings.revision,
         num_classes=num_classes,
@@ -142,6 +142,8 @@ def build_segmenter(settings: DiscriminativeSettings, num_classes: int, device: 
         gradient_checkpointing=settings.gradient_checkpointing,
         allow_pickle=settings.allow_pickle,
     )
+    segmenter.short_side_px = settings.short_side_px
+    return segmenter
 
 
 def build_embeddings(
@@ -302,6 +304,7 @@ def fixed_bytes(
     accumulates: bool = False,
     is_recorded: bool = False,
     windows: int = 2,
+    short_side_px: int = 512,
 ) -> tuple[int, int]:
     """Bytes beside the transformer on the main device and on the last, which may be the same.
 
@@ -310,12 +313,14 @@ def fixed_bytes(
 
     Args:
         windows: encoded at a time.
+        short_side_px: of what the segmenter sees; its graph grows with the square.
     """
     main = training_bytes(segmenter.net, trained=is_trained, accumulates=accumulates)
     last = training_bytes(autoencoder, trained=False)
     if count(segmenter.net) < 5 * 10**7:
         return main, last
-    return main + (3 * is_trained + 4 * is_recorded) * GIB, last + windows * 3 * GIB // 2
+    graph = 3 * is_trained * GIB * short_side_px**2 // 512**2
+    return main + graph + 4 * is_recorded * GIB, last + windows * 3 * GIB // 2
 
 
 def ignored_classes(names: Sequence[str], classes: Sequence[str]) -> list[int]:
@@ -349,11 +354,14 @@ def build_models(
     update, accumulates = settings.model.update, settings.tta.optimizer.accumulate > 1
 
     g = settings.model.generative  # one row of windows: most images have two
-    windows = 2 if g.windows == "grid" and settings.data.short_side_px == g.window_px else ENCODED_AT_ONCE
+    is_one_row = (g.short_side_px or settings.data.short_side_px) == g.window_px
+    windows = 2 if g.windows == "grid" and is_one_row else ENCODED_AT_ONCE
+    short_side_px = segmenter.short_side_px or settings.data.short_side_px
 
     def fixed(autoencoder: nn.Module, compiled: bool) -> tuple[int, int]:
         how = {"accumulates": accumulates, "is_recorded": compiled and can_record}
-        return fixed_bytes(segmenter, autoencoder, is_trained=update.discriminative, windows=windows, **how)
+        sizes = {"windows": windows, "short_side_px": short_side_px}
+        return fixed_bytes(segmenter, autoencoder, is_trained=update.discriminative, **sizes, **how)
 
     generative, placements, pairs, compiled = build_generative(
         settings.model.generative,

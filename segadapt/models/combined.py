@@ -155,7 +155,7 @@ class Combined(Source):
         image_3HW = image_3HW.to(self.device, non_blocking=True)
         self._beside.fork()
         with self._beside():
-            logits_BChw = self.logits(image_3HW)
+            logits_BChw = self.logits(self.segmenter.fit(image_3HW))
         self.parallel.prepare()
         self._beside.join()
         scored_Chw, boxes_K3 = logits_BChw[0].detach(), sight.boxes(image_3HW, logits_BChw)

@@ -116,11 +116,13 @@ def examine(
     image_3HW, label_HW = image_3HW.to(combined.device), label_HW.to(combined.device).long()
     combined.parallel.arrive()
     with torch.no_grad(), combined.autocast():
-        logits_BChw = combined.segmenter.logits(image_3HW[None])
-    w, boxes_K3 = combined.window, combined.sight.boxes(image_3HW, logits_BChw)
-    latent_Kzyx = combined.generative.encode(2 * windows.cut(image_3HW, boxes_K3, window_px=w.window_px) - 1)
+        logits_BChw = combined.segmenter.logits(combined.segmenter.fit(image_3HW)[None])
+    boxes_K3 = combined.sight.boxes(image_3HW, logits_BChw)
+    latent_Kzyx = combined.generative.encode(combined.sight.crops(image_3HW, boxes_K3))
     grid = latent_Kzyx.shape[-1]
-    truth_Kyx = _truth(label_HW, boxes_K3, image_px=image_3HW.shape[1:], window_px=w.window_px, grid=grid)
+    truth_Kyx = _truth(
+        label_HW, boxes_K3, image_px=combined.sight.size(image_3HW), window_px=combined.window.window_px, grid=grid
+    )
 
     raw_BChw = nn.Parameter(logits_BChw.detach().clone())
     segmenter_KCyx = combined.sight.on_grid(logits_BChw[0], image_3HW, boxes_K3, grid=grid)
@@ -178,7 +180,7 @@ def _noised(latent_Kzyx: Tensor, sigma: float, draws: int, generator: torch.Gene
     return add_noise(latent_Rzyx, noise_Rzyx, latent_Rzyx.new_full((len(latent_Rzyx),), sigma))
 
 
-def _truth(label_HW: Tensor, boxes_K3: Tensor, *, image_px: torch.Size, window_px: int, grid: int) -> Tensor:
+def _truth(label_HW: Tensor, boxes_K3: Tensor, *, image_px: tuple[int, int], window_px: int, grid: int) -> Tensor:
     """Labels of each window on the latent grid, those nearest to the cell centres: int64 [K, y, x]."""
     label_1HW = F.interpolate(label_HW[None, None].float(), size=list(image_px), mode="nearest-exact")[0]
     return true_classes(windows.cut(label_1HW, boxes_K3, window_px=window_px, mode="nearest-exact")[:, 0].long(), grid)

@@ -126,8 +126,12 @@ class Source:
             image_3HW: float32 RGB in 0..1, already at the short side of the configuration; any device.
             task, key: name the image.
         """
-        scored_Chw = self.logits(image_3HW.to(self.device, non_blocking=True))[0].detach()
+        scored_Chw = self.logits(self.fit(image_3HW))[0].detach()
         return Prediction(scored_Chw, bool(scored_Chw.isfinite().all()))
+
+    def fit(self, image_3HW: Tensor) -> Tensor:
+        """The loaded image on the main device, at the segmenter's own short side."""
+        return self.segmenter.fit(image_3HW.to(self.device, non_blocking=True))
 
     def logits(self, image_3HW: Tensor) -> Tensor:
         """The segmenter's [1, C, h, w], float32; with a graph if it learns."""

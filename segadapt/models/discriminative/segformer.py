@@ -16,6 +16,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
+from segadapt.datasets.resize import scale
 from segadapt.errors import UserError, did_you_mean
 from segadapt.models.checkpoint_errors import explain_checkpoint_errors, local_folder
 
@@ -30,6 +31,7 @@ class Segmenter:
 
     def __init__(self, net: SegformerForSemanticSegmentation, *, gradient_checkpointing: bool = False) -> None:
         self.net = net
+        self.short_side_px: int | None = None  # of its own input; None: as loaded
         self.num_classes = len(net.config.id2label or {})
         # on the device from the start: a copy from the host would wait for all that the device was given before
         self._mean_std_2311 = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=net.device)[:, :, None, None]
@@ -48,6 +50,10 @@ class Segmenter:
                 # and drop path inside stay off
                 module.training = True
         return self
+
+    def fit(self, image_3HW: Tensor) -> Tensor:
+        """The loaded image at the segmenter's own short side; before `logits`, which takes any size."""
+        return scale(image_3HW, self.short_side_px)
 
     def logits(self, image_B3HW: Tensor) -> Tensor:
         """Class scores on the quarter grid; no padding, no resize, whatever the aspect ratio.

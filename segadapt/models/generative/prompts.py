@@ -65,8 +65,8 @@ def prompt_embeddings(
 ) -> PromptEmbeddings:
     """Read the embeddings of these prompts from `cache_dir`, or encode and save them there.
 
-    The file's name shows template, or prompt file, and data set; it ends in a hash of everything the embeddings depend on. A stale,
-    foreign or damaged file under that name is rebuilt.
+    The file's name shows template, or prompt file, and data set; it ends in a hash of everything the embeddings depend
+    on. A stale, foreign or damaged file under that name is rebuilt.
 
     Args:
         classes: names in label order; surrounding spaces are dropped ('bed ' is in a common ADE20K list).
@@ -214,11 +214,11 @@ def read_prompts(path: Path, names: Sequence[str]) -> list[str]:
         lines = [line.strip() for line in text.rstrip().splitlines()]
         for index in range(max(len(lines), len(names))):
             if index >= len(names):
-                raise UserError(f"{where}: line {index + 1} is of no class; expected {len(names)} lines, one a class in "
-                                "label order. Delete it.")  # fmt: skip
+                raise UserError(f"{where}: line {index + 1} is of no class; expected {len(names)} lines, one a class "
+                                "in label order. Delete it.")  # fmt: skip
             if index >= len(lines) or not lines[index]:
-                raise UserError(f"{where}: line {index + 1} is missing or empty; expected the prompt of class {index}, "
-                                f"{names[index]!r}, of {len(names)}. Write one line a class in label order.")  # fmt: skip
+                raise UserError(f"{where}: line {index + 1} is missing or empty; expected the prompt of class "
+                                f"{index}, {names[index]!r}, one of {len(names)}. Write a line a class.")  # fmt: skip
         return lines
     try:
         pairs = json.loads(text, object_pairs_hook=list)

@@ -1,7 +1,7 @@
 """What the teacher sees of an image: its windows and their noise; and the segmenter's logits on the same windows.
 
-C classes   K windows   D noise draws   R = K * D rows (window, draw), draws innermost   3 RGB   H W image px
-h w logits, ceil(px / 4)   z y x latent channels and grid, px / 8   s window px
+C classes   K windows   D noise draws   R = K * D rows (window, draw), draws innermost   3 RGB
+H W px of the image as loaded   h w logits, ceil(px / 4)   z y x latent channels and grid, px / 8   s window px
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from segadapt.config import GenerativeSettings
+from segadapt.datasets.resize import scale, size_at
 from segadapt.models.generative import windows
 from segadapt.models.generative.guided import LEAST_BOXES, unsure_boxes
 from segadapt.models.generative.loss import pixel_entropy
@@ -31,6 +32,15 @@ class Sight:
         self.teacher, self.settings, self.seed = teacher, settings, seed
         self._main, self._encoding_device = devices[0], devices[-1]
 
+    def size(self, image_3HW: Tensor) -> tuple[int, int]:
+        """H and W at the teacher's own short side; boxes are in px of that size."""
+        return size_at(image_3HW.shape[1], image_3HW.shape[2], self.settings.short_side_px)
+
+    def crops(self, image_3HW: Tensor, boxes_K3: Tensor) -> Tensor:
+        """The loaded image at the teacher's own short side, cut: [K, 3, s, s] in -1..1."""
+        image_3HW = scale(image_3HW, self.settings.short_side_px)
+        return 2 * windows.cut(image_3HW, boxes_K3, window_px=self.settings.window_px) - 1
+
     @property
     def is_guided(self) -> bool:
         """Whether the boxes depend on the segmenter's logits."""
@@ -42,7 +52,7 @@ class Sight:
         Args:
             logits_BChw: raw; needed where windows are guided, and the host waits for them.
         """
-        w, (height, width) = self.settings, image_3HW.shape[1:]
+        w, (height, width) = self.settings, self.size(image_3HW)
         if self.is_guided:
             assert logits_BChw is not None, "guided windows follow the segmenter"
             entropy_hw = pixel_entropy(logits_BChw.detach())[0].cpu().numpy()
@@ -59,8 +69,7 @@ class Sight:
         """
         w, boxes_K3 = self.settings, self.boxes(image_3HW) if boxes_K3 is None else boxes_K3
         image_3HW = image_3HW.to(self._encoding_device, non_blocking=True)
-        windows_K3ss = 2 * windows.cut(image_3HW, boxes_K3, window_px=w.window_px) - 1
-        latent_Rzyx = self.teacher.encode(windows_K3ss).repeat_interleave(w.draws, dim=0)
+        latent_Rzyx = self.teacher.encode(self.crops(image_3HW, boxes_K3)).repeat_interleave(w.draws, dim=0)
         noise_Rzyx = torch.randn(
             latent_Rzyx.shape,
             generator=torch_generator(self.seed, task, key, "noise"),
@@ -84,5 +93,5 @@ class Sight:
         Args:
             boxes_K3: None: the grid's.
         """
-        boxes_K3, (height, width) = self.boxes(image_3HW) if boxes_K3 is None else boxes_K3, image_3HW.shape[1:]
-        return windows.logits_on_grid(logits_Chw, boxes_K3, image_px=(height, width), grid=grid)
+        boxes_K3 = self.boxes(image_3HW) if boxes_K3 is None else boxes_K3
+        return windows.logits_on_grid(logits_Chw, boxes_K3, image_px=self.size(image_3HW), grid=grid)
