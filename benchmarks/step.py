@@ -56,7 +56,7 @@ def joint_backward(combined: Combined, image_3HW: torch.Tensor, key: str, *, pai
     image_3HW = image_3HW.to(combined.device)
     with combined.autocast():  # around everything: one bf16 copy of each weight
         logits_BChw = combined.segmenter.logits(image_3HW[None])
-        noisy = combined.noise(image_3HW, task="step", key=key)
+        noisy = combined.sight.noise(image_3HW, task="step", key=key)
         q_KCyx = combined.in_windows(logits_BChw, image_3HW, grid=noisy.x_t_Kzyx.shape[-1])
         loss = combined.loss
         chosen = candidate_classes.select(
@@ -88,7 +88,7 @@ def joint_backward(combined: Combined, image_3HW: torch.Tensor, key: str, *, pai
 
 def our_backward(combined: Combined, image_3HW: torch.Tensor, key: str) -> float:
     """The package's."""
-    noisy = combined.noise(image_3HW, task="step", key=key)
+    noisy = combined.sight.noise(image_3HW, task="step", key=key)
     logits_BChw = combined.logits(image_3HW.to(combined.device))
     taught, _ = combined.backward(image_3HW, logits_BChw, noisy, task="step", key=key)
     return taught.loss.item()
@@ -165,7 +165,7 @@ def transformer_part(combined: Combined, image_3HW: torch.Tensor, *, classes: in
     """
     teacher = combined.generative
     assert teacher is not None
-    noisy = combined.noise(image_3HW, task="step", key="transformer")
+    noisy = combined.sight.noise(image_3HW, task="step", key="transformer")
     windows = len(noisy.x_t_Kzyx)
     window_P = torch.arange(windows, device=combined.device).repeat_interleave(classes)
     class_P = torch.arange(classes, device=combined.device).repeat(windows)
@@ -242,7 +242,9 @@ def measure(
             transformer_part(combined, image_3HW, classes=pairs // 2), devices, **times
         )
         clear(combined)
-        row["seconds_autoencoder"] = seconds(lambda key: combined.noise(image_3HW, task="t", key=key), devices, **times)
+        row["seconds_autoencoder"] = seconds(
+            lambda key: combined.sight.noise(image_3HW, task="t", key=key), devices, **times
+        )
 
         def segment(_: str) -> None:
             combined.segmenter.net.zero_grad()

@@ -23,6 +23,8 @@ from segadapt.parse import from_overrides
 class OwnSegmenter:
     """All that segadapt asks of a segmenter: segadapt.models.discriminative.Segmenter."""
 
+    short_side_px = None  # images as they are loaded
+
     def __init__(self, net: nn.Module):
         self.net = net.eval()
 

@@ -21,11 +21,12 @@ from segadapt.config import CheckConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.datasets.labels import IGNORE
-from segadapt.datasets.resize import resize_short_side
+from segadapt.datasets.resize import resize_short_side, size_at
 from segadapt.errors import UserError
 from segadapt.models.build import Models, build_models
 from segadapt.models.combined import Combined
 from segadapt.models.generative import windows
+from segadapt.models.generative.guided import LEAST_BOXES, MOST_BOXES
 from segadapt.models.generative.plan import GIB
 from segadapt.models.generative.sd3 import Sd3
 from segadapt.models.out_of_memory import explain_out_of_memory
@@ -132,15 +133,22 @@ def notes(facts: Sequence[ImageFacts], *, missing_images: Sequence[str]) -> list
 
 
 def sizes_table(facts: Sequence[ImageFacts], settings: CheckConfig) -> Table:
-    """The commonest sizes on disk, what they become, and how many windows the teacher sees."""
+    """The commonest sizes on disk, what they become for each model, and how many windows the teacher sees."""
+    own_px = {
+        "segmenter": settings.model.discriminative.short_side_px,
+        "teacher": settings.model.generative.short_side_px,
+    }
     g, count = settings.model.generative, Counter((item.size_px, item.resized_px) for item in facts)
     rows: list[list[str | int]] = []
     for ((height, width), (new_height, new_width)), images in count.most_common(MOST_SIZES):
         count_windows: str | int = "none"
         if wants_teacher(settings.tta):
-            plan_K2 = windows.plan(new_height, new_width, window_px=g.window_px, stride_px=g.stride_px)
-            count_windows = len(plan_K2)
-        rows.append([f"{height} x {width}", f"{new_height} x {new_width}", count_windows, images])
+            size_px = size_at(new_height, new_width, g.short_side_px)
+            plan_K3 = windows.plan(*size_px, window_px=g.window_px, stride_px=g.stride_px)
+            count_windows = f"{LEAST_BOXES}-{MOST_BOXES} or {len(plan_K3)}" if g.windows == "entropy" else len(plan_K3)
+        sizes = {f"{of} ": size_at(new_height, new_width, px) for of, px in own_px.items() if px is not None}
+        resized = [f"{of}{y} x {x}" for of, (y, x) in ({"": (new_height, new_width)} | sizes).items()]
+        rows.append([f"{height} x {width}", ", ".join(resized), count_windows, images])
     if others := count.total() - sum(int(row[3]) for row in rows):
         rows.append([f"{len(count) - len(rows)} other sizes", "", "", others])
     portrait = sum(item.size_px[0] > item.size_px[1] for item in facts)

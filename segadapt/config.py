@@ -39,7 +39,7 @@ class DataSettings:
     corruptions: list[str] = setting("one task each, in this order; empty: the clean set is the only task")
     severity: int = setting("strength of every corruption, 1..5", low=1, high=5)
     corruption_seed: int = setting("seed of corruptions made on the fly", low=0)
-    short_side_px: int = setting("images are resized to this short side, px", low=16)
+    short_side_px: int = setting("images are loaded at this short side, px; models may have smaller ones", low=16)
     order: str = setting("of the tasks: one after the other, severities up and down, or all interleaved",
                          choices=("tasks", "gradual", "mixed"))  # fmt: skip
     rounds: int = setting("times that all tasks come, with tta.continual as one stream", low=1)
@@ -58,6 +58,7 @@ class DiscriminativeSettings:
     checkpoint: str | None = setting("hub id, local folder, file of NVIDIA or mmseg, or segadapt:NAME (bundled)")
     revision: str | None = setting("hub revision; null: the newest")
     allow_pickle: bool = setting("also read pytorch_model.bin, *.pth and *.pt, by torch's weights-only reader")
+    short_side_px: int | None = setting("the loaded image is resized to this for the segmenter, px; null: not", low=16)
     gradient_checkpointing: bool = setting("recompute activations in backward: less memory, more time")
     config: dict[str, Any] = setting(
         "train: SegformerConfig of a model made from scratch; empty: start from checkpoint"
@@ -68,6 +69,9 @@ class DiscriminativeSettings:
 class PromptSettings:
     template: str = setting("prompt of a class; {} is its name")
     overrides: dict[str, str] = setting("class name: its whole prompt")
+    file: str | None = setting(
+        "text file with each class's whole prompt, a line a class in label order, or .json of name: prompt; null: none"
+    )
     max_sequence_length: int = setting("T5 tokens; SD3 attends to padding, another length changes every result", low=1)
     dtype: str = setting("of the text encoders and the saved embeddings", choices=("bfloat16", "float32"))
     cache_dir: str = setting("folder of the embedding files")
@@ -93,6 +97,9 @@ class GenerativeSettings:
     virtual_stages: int = setting(
         "runs of blocks of each GPU on a split; 2: a part is at the next GPU in half the time, with more traffic", low=1
     )
+    short_side_px: int | None = setting("the loaded image is resized to this for the teacher, px; null: not", low=16)
+    windows: str = setting("a grid over the image, or boxes where the segmenter is unsure, if there are 2 or more",
+                           choices=("grid", "entropy"))  # fmt: skip
     window_px: int = setting("side of a sliding window, px; a multiple of 16", low=16)
     stride_px: int = setting("distance between window starts along the long side, px", low=1)
     sigma: float = setting("noise level in (0, 1], the papers' t; lower end of its range", low=1e-6, high=1)
@@ -110,6 +117,9 @@ class GenerativeSettings:
 class UpdateSettings:
     discriminative: bool = setting("the segmenter learns")
     generative: bool = setting("the teacher learns")
+    prompt_offset: bool = setting(
+        "of the teacher also an offset on the pooled embedding, shared by all classes; 0 at first"
+    )
     update_norm_only: bool = setting("of the segmenter only LayerNorm and BatchNorm affine parameters")
     lora_rank: int = setting("of the teacher only low-rank adapters on its attention; 0: all its weights", low=0)
     lora_alpha: float = setting("the adapters' product is scaled by alpha / rank", low=1e-6)
@@ -117,13 +127,23 @@ class UpdateSettings:
 
 @dataclass
 class LossSettings:
+    select: str = setting("candidates: each pixel's top classes, or the classes that take more than area_threshold",
+                          choices=("topk", "area"))  # fmt: skip
     topk: int = setting("classes taken per pixel as candidates", low=1)
+    area_k: int = setting("select=area: classes whose probability counts, at each pixel", low=1)
+    area_threshold: float = setting("select=area: sum of a class's probabilities in a window, in latent pixels", low=0)
     classes_threshold: int = setting("most candidate classes of a window", low=1)
     min_classes: int = setting("fill up a window's candidates to this many; 1: no fill", low=1)
     fill: str = setting("with classes drawn uniformly, or by their mean probability in the window",
                         choices=("uniform", "likely"))  # fmt: skip
+    ignored_classes: list[str] = setting(
+        "names of classes never asked about; pixels whose top class they are don't count"
+    )
     temperature: float = setting("of the softmax over a window's candidates", low=1e-6)
     logit_norm: bool = setting("divide each pixel's logits by their L2 norm")
+    window_weights: str = setting("in the mean over windows: all alike, or by the segmenter's mean entropy",
+                                  choices=("uniform", "entropy"))  # fmt: skip
+    entropy_tau: float = setting("window_weights=entropy: of the softmax over entropies in 0..1", low=1e-6)
     mask_reduction: str = setting("mean over pixels that count, or over all (zero-filled)", choices=("valid", "all"))
 
 
@@ -160,6 +180,7 @@ class OptimizerSettings:
     lr: float = setting("learning rate of both models", low=0)
     lr_discriminative: float | None = setting("learning rate of the segmenter; null: lr", low=0)
     lr_generative: float | None = setting("learning rate of the teacher; null: lr", low=0)
+    lr_prompt_offset: float | None = setting("learning rate of model.update.prompt_offset; null: the teacher's", low=0)
     weight_decay: float = setting("decoupled for adamw", low=0)
     beta1: float = setting("adamw", low=0, high=BELOW_ONE)
     beta2: float = setting("adamw", low=0, high=BELOW_ONE)

@@ -25,7 +25,7 @@ from segadapt.models.discriminative import Segmenter
 from segadapt.models.generative import Teacher
 from segadapt.models.out_of_memory import explain_out_of_memory
 from segadapt.parse import wants_teacher
-from segadapt.protocol import identity, peak_memory_gib, versions, without
+from segadapt.protocol import choice_of, identity, peak_memory_gib, short_sides, versions, windows_of, without
 from segadapt.record import RunFolder, write_bytes, write_json
 from segadapt.terminal import TaskProgress
 from segadapt.wandb_mirror import mirrored
@@ -128,7 +128,7 @@ def identity_of(settings: DiagnoseConfig) -> dict[str, Any]:
 
 def frozen(settings: DiagnoseConfig) -> DiagnoseConfig:
     """The same settings without training of the teacher, which then needs no memory for gradients and moments."""
-    update = replace(settings.model.update, discriminative=True, generative=False, lora_rank=0)
+    update = replace(settings.model.update, discriminative=True, generative=False, lora_rank=0, prompt_offset=False)
     return replace(settings, model=replace(settings.model, update=update))
 
 
@@ -139,12 +139,12 @@ def protocol(settings: DiagnoseConfig, *, order_sha256: str) -> str:
     limit = "all images" if data.limit is None else f"at most {data.limit} images"
     return "; ".join([
         f"method diagnose; segmenter {model.discriminative.checkpoint}; teacher {g.checkpoint}",
-        f"windows {g.window_px} px, stride {g.stride_px} px; sigma {levels}; draws {settings.diagnose.draws}",
+        f"{windows_of(g)}; sigma {levels}; draws {settings.diagnose.draws}",
         f"LogitNorm {'on' if model.loss.logit_norm else 'off'}, temperature {model.loss.temperature:g}",
-        f"classes top-{model.loss.topk}, at most {model.loss.classes_threshold} a window",
+        f"classes {choice_of(model.loss)}, at most {model.loss.classes_threshold} a window",
         *(["class embeddings shuffled"] if g.shuffle_classes else []),
         "both scored on the latent grid, labels at cell centres, no update",
-        f"short side {data.short_side_px} px; {settings.runtime.precision}; seed {settings.experiment.seed}",
+        f"{short_sides(settings)}; {settings.runtime.precision}; seed {settings.experiment.seed}",
         f"data {data.name} {data.split}, {limit} of each task, order {order_sha256[:12]}",
     ])  # fmt: skip
 

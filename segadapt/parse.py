@@ -14,6 +14,7 @@ from segadapt.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 METHOD = "tta.method="
+PLAIN_TEMPLATE = "a photo of a {}"  # what model.generative.prompts.template is unless it is set
 
 
 def from_overrides(primary: str, overrides: Sequence[str], schema: type[T]) -> T:
@@ -110,11 +111,18 @@ def _check_fields_together(config: Any) -> None:
         options_of(tta)
         if tta.continual and tta.episodic:
             raise UserError("tta.continual=true and tta.episodic=true: keep all, or nothing? Switch one off.")
+        if tta.optimizer.lr_prompt_offset is not None and not config.model.update.prompt_offset:
+            raise UserError(
+                f"tta.optimizer.lr_prompt_offset={tta.optimizer.lr_prompt_offset}, but model.update.prompt_offset="
+                "false: nothing would learn at that rate. Set model.update.prompt_offset=true, or the rate to null."
+            )
         if tta.optimizer.accumulate > 1 and (tta.episodic or tta.method == "memo"):
             raise UserError(
                 f"tta.optimizer.accumulate={tta.optimizer.accumulate}, but each image is alone (tta.method="
                 f"{tta.method}, tta.episodic={tta.episodic}): no step would be taken. Set it to 1."
             )
+    if hasattr(config, "model"):
+        _check_short_sides(config)
     generative = getattr(getattr(config, "model", None), "generative", None)
     if generative is None or (tta is not None and not wants_teacher(tta)):
         return
@@ -123,6 +131,13 @@ def _check_fields_together(config: Any) -> None:
         raise UserError(
             "model.update.discriminative=false and model.update.generative=false: nothing would move. Switch one on, "
             "or set tta.forward_mode=discriminative_only."
+        )
+    prompts = generative.prompts
+    if prompts.file is not None and (prompts.overrides or prompts.template != PLAIN_TEMPLATE):
+        other = "overrides" if prompts.overrides else f"template={prompts.template!r}"
+        raise UserError(
+            f"model.generative.prompts.file={prompts.file} and model.generative.prompts.{other}: the file holds every "
+            "class's whole prompt, so nothing would read the other. Use one of the two."
         )
     if generative.window_px % 16:
         raise UserError(f"model.generative.window_px={generative.window_px}: expected a multiple of 16 (latent px / 8, "
@@ -134,9 +149,11 @@ def _check_fields_together(config: Any) -> None:
             f"{generative.window_px}: strips of {gap} px would never reach the generative model. Use a stride of "
             f"{generative.window_px} px or less."
         )
-    if config.data.short_side_px < generative.window_px:
+    name = "data.short_side_px" if generative.short_side_px is None else "model.generative.short_side_px"
+    short_side_px = generative.short_side_px or config.data.short_side_px
+    if short_side_px < generative.window_px:
         raise UserError(
-            f"data.short_side_px={config.data.short_side_px} is smaller than model.generative.window_px="
+            f"{name}={short_side_px} is smaller than model.generative.window_px="
             f"{generative.window_px}: no window fits. Use the same value for both, a multiple of 16."
         )
     if generative.sigma_high is not None and generative.sigma_high < generative.sigma:
@@ -146,6 +163,18 @@ def _check_fields_together(config: Any) -> None:
         )
     if update is not None:
         _check_adaptation(config.model)
+
+
+def _check_short_sides(config: Any) -> None:
+    """UserError: a model would see more pixels than were loaded, or training would not see its own size."""
+    for model in ("discriminative", "generative"):
+        own, loaded = getattr(getattr(config.model, model, None), "short_side_px", None), config.data.short_side_px
+        if own is not None and hasattr(config, "train"):
+            raise UserError(f"model.{model}.short_side_px={own}: training takes data.short_side_px={loaded} for all. "
+                            "Set that, and this to null.")  # fmt: skip
+        if own is not None and own > loaded:
+            raise UserError(f"model.{model}.short_side_px={own} is larger than data.short_side_px={loaded}, at which "
+                            "images are loaded: it would see enlarged pixels. Raise data.short_side_px.")  # fmt: skip
 
 
 def _check_adaptation(model: Any) -> None:
@@ -166,6 +195,16 @@ def _check_adaptation(model: Any) -> None:
             f"model.loss.min_classes={loss.min_classes} is above model.loss.classes_threshold="
             f"{loss.classes_threshold}: a window cannot be filled beyond its limit. Raise the limit, or lower "
             "min_classes."
+        )
+    if loss.select == "area" and loss.topk > 1:
+        raise UserError(
+            f"model.loss.topk={loss.topk}, but model.loss.select=area: no top-k is taken. Set model.loss.topk=1; "
+            "model.loss.area_k says whose probabilities count."
+        )
+    if update.prompt_offset and not update.generative:
+        raise UserError(
+            "model.update.prompt_offset=true, but model.update.generative=false: a frozen teacher runs without graph, "
+            "and the offset would never move. Set model.update.generative=true, or prompt_offset=false."
         )
     if update.lora_rank and not update.generative:
         raise UserError(

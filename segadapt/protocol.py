@@ -9,9 +9,18 @@ from typing import Any
 import torch
 
 from segadapt import __version__
-from segadapt.config import AdaptConfig, DataSettings, EvaluateConfig, LossSettings, ModelSettings, OptimizerSettings
+from segadapt.config import (
+    AdaptConfig,
+    DataSettings,
+    EvaluateConfig,
+    GenerativeSettings,
+    LossSettings,
+    ModelSettings,
+    OptimizerSettings,
+)
 from segadapt.methods import METHODS
 from segadapt.methods.learner import Learner
+from segadapt.models.generative.guided import MOST_BOXES
 from segadapt.models.source import Source
 
 PACKAGES = (
@@ -82,15 +91,18 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
         rates = {"discriminative": opt.lr_discriminative, "generative": opt.lr_generative}
         sigma = f"{g.sigma:g}" if g.sigma_high is None else f"{g.sigma:g}..{g.sigma_high:g}"
         parts += [
-            f"teacher {g.checkpoint}",
-            f"windows {g.window_px} px, stride {g.stride_px} px",
+            f"teacher {g.checkpoint}" + ("" if g.prompts.file is None else f", prompts of {g.prompts.file}"),
+            windows_of(g),
             f"sigma {sigma}" + (f", {g.draws} draws" if g.draws > 1 else ""),
             f"LogitNorm {'on' if loss.logit_norm else 'off'}, temperature {loss.temperature:g}",
-            f"classes top-{loss.topk}, {_limits(loss)} a window, mask {loss.mask_reduction}",
+            f"classes {choice_of(loss)}, {_limits(loss)} a window, mask {loss.mask_reduction}",
+            *([f"windows weighted by entropy, tau {loss.entropy_tau:g}"] if loss.window_weights == "entropy" else []),
             *_controls(settings.model),
             f"{opt.name} on " + " and ".join(f"{m} {rates[m] if rates[m] is not None else opt.lr:g}" for m in moving)
             + (" (norms only)" if update.update_norm_only else "")
             + (f" (adapters of rank {update.lora_rank}, alpha {update.lora_alpha:g})" if update.lora_rank else "")
+            + (" and a shared prompt offset" if update.prompt_offset else "")
+            + (f" {opt.lr_prompt_offset:g}" if update.prompt_offset and opt.lr_prompt_offset is not None else "")
             + _steps(opt),
         ]  # fmt: skip
     elif isinstance(settings, AdaptConfig):
@@ -110,7 +122,7 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
         parts.append("continual" if settings.tta.continual else rule)
     parts += [
         f"scored {METHODS[method_of(settings)].scored} at label size, one bilinear resize",
-        f"short side {data.short_side_px} px",
+        short_sides(settings),
         f"shuffle seed {seed}" if data.shuffle else "not shuffled",
         f"{runtime.precision} {'autocast over fp32 weights' if runtime.precision == 'bf16' else ''}".strip(),
         f"data {data.name} {data.split}, {_shift(data)}, order {order_sha256[:12]}",
@@ -125,6 +137,30 @@ def _steps(opt: OptimizerSettings) -> str:
         + (f", rates rise over {opt.warmup} steps" if opt.warmup else "")
         + (f", a step every {opt.accumulate} images" if opt.accumulate > 1 else "")
     )
+
+
+def short_sides(settings: EvaluateConfig) -> str:
+    """'short side 512 px', or 'short side 1024 px (teacher 512 px)'."""
+    model, own = settings.model, []
+    if model.discriminative.short_side_px is not None:
+        own.append(f"segmenter {model.discriminative.short_side_px} px")
+    if isinstance(model, ModelSettings) and METHODS[method_of(settings)].has_teacher and model.generative.short_side_px:
+        own.append(f"teacher {model.generative.short_side_px} px")
+    return f"short side {settings.data.short_side_px} px" + (f" ({', '.join(own)})" if own else "")
+
+
+def windows_of(g: GenerativeSettings) -> str:
+    """'windows 512 px, stride 256 px'."""
+    grid = f"windows {g.window_px} px, stride {g.stride_px} px"
+    guided = f"up to {MOST_BOXES} windows of high entropy, {g.window_px // 4}..{g.window_px} px, or else "
+    return guided + grid if g.windows == "entropy" else grid
+
+
+def choice_of(loss: LossSettings) -> str:
+    """'top-1', or 'of area above 15 (top-5)'; with those that are ignored."""
+    of_area = f"of area above {loss.area_threshold:g} (top-{loss.area_k})"
+    ignored = f" without {', '.join(loss.ignored_classes)}" if loss.ignored_classes else ""
+    return (of_area if loss.select == "area" else f"top-{loss.topk}") + ignored
 
 
 def _limits(loss: LossSettings) -> str:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segadapt.models.generative.candidates import Candidates, select
+from segadapt.models.generative.candidates import Candidates, areas, select
 from segadapt.seeds import torch_generator
 
 
@@ -156,6 +156,67 @@ def test_fill_takes_classes_without_a_probability_where_no_other_is_left(value):
     assert chosen_by(choose(q_with([[0]], 3), 1, 3, min_classes=3, likely_KC=likely_KC)) == {0, 1, 2}
 
 
+@settings(max_examples=100)
+@given(
+    classes=st.integers(1, 7),
+    k=st.integers(1, 4),
+    budget=st.integers(1, 5),
+    threshold=st.sampled_from([0.0, 0.8, 2.0, 99.0]),
+    ignored=st.sets(st.integers(0, 6), max_size=3),
+    seed=st.integers(0, 99),
+)
+def test_area_takes_the_classes_above_the_threshold_the_largest_first(classes, k, budget, threshold, ignored, seed):
+    """The sums pixel by pixel; pixels whose top class is ignored add to none."""
+    q_KCyx = random_q(2, classes, seed=seed).double()
+    ignored_C = torch.tensor([index in ignored for index in range(classes)])
+    p_KCyx, is_counted_Kyx = q_KCyx.softmax(dim=1), ~ignored_C[q_KCyx.argmax(dim=1)]
+    areas_KC = areas(p_KCyx, is_counted_Kyx, k=k)
+    got = choose(q_KCyx, 1, budget, areas_KC=areas_KC, area_threshold=threshold, ignored_C=ignored_C)
+    for window in range(2):
+        sums = dict.fromkeys(range(classes), 0.0)
+        for pixel in p_KCyx[window].flatten(1).T.tolist():
+            ranked = sorted(range(classes), key=lambda c, p=pixel: -p[c])
+            if ranked[0] not in ignored:
+                for index in ranked[:k]:
+                    sums[index] += pixel[index]
+        assert areas_KC[window].tolist() == pytest.approx(list(sums.values()), abs=1e-12)
+        free = sorted(set(sums) - ignored, key=lambda c, of=sums: -of[c])
+        expected = [c for c in free if sums[c] > threshold][:budget] or free[:1]
+        assert chosen_by(got, window) == (set(expected) if is_counted_Kyx[window].any() else set())
+    assert torch.equal(got.keep_Kyx, is_counted_Kyx)
+    top_Kyx = q_KCyx.argmax(dim=1)
+    assert torch.equal(got.own_Kyx, got.chosen_KC.gather(1, top_Kyx.flatten(1)).view_as(top_Kyx))
+
+
+@settings(max_examples=100)
+@given(
+    classes=st.integers(1, 7),
+    topk=st.integers(1, 3),
+    budget=st.integers(1, 5),
+    least=st.integers(1, 5),
+    ignored=st.sets(st.integers(0, 6), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_ignored_classes_are_never_asked_and_their_pixels_never_count(classes, topk, budget, least, ignored, seed):
+    """As if each pixel of an ignored class were not there: the choice is that among the other pixels."""
+    q_KCyx, ignored_C = random_q(3, classes, seed=seed), torch.tensor([index in ignored for index in range(classes)])
+    top_Kyx, least = q_KCyx.argmax(dim=1), min(least, budget)
+    got = choose(q_KCyx, topk, budget, ignored_C=ignored_C, min_classes=least)
+    for window in range(3):
+        chosen, free = chosen_by(got, window), set(range(classes)) - ignored
+        pixels = [p for p in q_KCyx[window].flatten(1).T if int(p.argmax()) not in ignored]
+        if not pixels:
+            assert chosen == set()
+            continue
+        named = {c for p in pixels for c in p.topk(min(topk, classes)).indices.tolist()} - ignored
+        assert chosen <= free
+        assert len(chosen) == max(min(budget, len(named)), min(least, len(free)))
+        assert len(named) > budget or named <= chosen
+    expected_Kyx = got.chosen_KC.gather(1, top_Kyx.flatten(1)).view_as(top_Kyx)
+    assert torch.equal(got.keep_Kyx, expected_Kyx)
+    assert not got.keep_Kyx[ignored_C[top_Kyx]].any()
+
+
 @given(windows=st.integers(1, 3), draws=st.integers(1, 4), least=st.integers(1, 3))
 def test_draws_repeat_each_window_with_its_candidates(windows, draws, least):
     q_KCyx = random_q(windows, 6)
@@ -178,6 +239,17 @@ def test_groups_never_part_the_draws_of_a_window(counts, draws, max_pairs):
     assert [of_pairs for _, of_pairs in groups] == [of_pairs for _, of_pairs in blocks]
     assert [w for of_windows, _ in groups for w in range(len(rows))[of_windows]] == list(range(len(rows)))
     assert all(of_windows.start % draws == 0 for of_windows, _ in groups)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12).filter(any), st.integers(1, 5))
+def test_windows_without_candidates_make_no_group_of_their_own(counts, max_pairs):
+    none = torch.empty(0)
+    groups = Candidates(none, none, none, none, tuple(counts)).groups(max_pairs)
+    assert [w for of_windows, _ in groups for w in range(len(counts))[of_windows]] == list(range(len(counts)))
+    pairs = [of_pairs.stop - of_pairs.start for _, of_pairs in groups]
+    assert all(pairs)
+    assert sum(pairs) == sum(counts)
 
 
 @settings(max_examples=200)

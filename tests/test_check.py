@@ -44,6 +44,23 @@ def settings_of(compose_settings, folder):
     return build
 
 
+def test_sizes_name_each_models_own_and_windows_are_the_teachers(settings_of):
+    own = ("data.short_side_px=64", "model.discriminative.short_side_px=48", "model.generative.short_side_px=32")
+    settings = settings_of(*own)
+    dataset = build_dataset(settings.data)
+    entries = stream.order(dataset, Task(0), seed=0, shuffle=False, limit=None)
+    facts = [item for item in check.scan(dataset, entries, short_side_px=64, workers=0) if not isinstance(item, str)]
+    table = check.sizes_table(facts, settings)
+    columns = [list(column.cells) for column in table.columns]
+    assert columns[1] == [
+        "64 x 128, segmenter 48 x 96, teacher 32 x 64",
+        "128 x 64, segmenter 96 x 48, teacher 64 x 32",
+    ]
+    assert columns[2] == ["3", "3"]
+    settings.model.generative.windows = "entropy"
+    assert list(check.sizes_table(facts, settings).columns[2].cells) == ["2-8 or 3"] * 2
+
+
 def test_facts_are_those_of_the_files(settings_of, folder):
     settings = settings_of()
     dataset = build_dataset(settings.data)

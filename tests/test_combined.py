@@ -61,7 +61,7 @@ def joint_loss(combined, image_3HW, *, task, key):
     boxes = windows.plan(*size, window_px=32, stride_px=16).tolist()
     q_1Chw = normalize(segmenter.logits(image_3HW[None]), dim=1)
     q_1CHW = interpolate(q_1Chw, size=tuple(size), mode="bilinear", align_corners=False)
-    crops = [(slice(None), slice(None), slice(t, t + 32), slice(l, l + 32)) for t, l in boxes]  # noqa: E741
+    crops = [(slice(None), slice(None), slice(t, t + 32), slice(l, l + 32)) for t, l, _ in boxes]  # noqa: E741
     q_KCyx = torch.cat([interpolate(q_1CHW[crop], size=(4, 4), mode="bilinear", align_corners=False) for crop in crops])
     latent_Kzyx = torch.cat([teacher.encode(2 * image_3HW[None][crop] - 1) for crop in crops])
     generator = torch_generator(combined.seed, task, key, "noise")

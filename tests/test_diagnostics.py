@@ -63,7 +63,7 @@ def test_numbers_of_one_image_equal_plain_loops(build_combined, random_image, ma
 
     raw_1Chw = combined.segmenter.logits(image_3HW[None]).detach().requires_grad_()
     plain = copy.copy(combined)
-    plain.segmenter = SimpleNamespace(logits=lambda _: raw_1Chw)
+    plain.segmenter = SimpleNamespace(short_side_px=None, logits=lambda _: raw_1Chw)
     loss, candidates = joint_loss(plain, image_3HW, task="t", key="k")
     (generative,) = torch.autograd.grad(loss, raw_1Chw)
     resized_1CHW = interpolate(raw_1Chw, size=(32, 45), mode="bilinear", align_corners=False)
@@ -152,7 +152,7 @@ def test_at_the_runs_own_noise_it_sees_what_the_step_sees(build_combined, random
     learning = build_combined(*options, "model.update.discriminative=true", dtype=torch.float64)
     logits_BChw = learning.segmenter.logits(image_3HW[None])
     logits_BChw.retain_grad()
-    learning.backward(image_3HW, logits_BChw, learning.noise(image_3HW, task="t", key="k"), task="t", key="k")
+    learning.backward(image_3HW, logits_BChw, learning.sight.noise(image_3HW, task="t", key="k"), task="t", key="k")
     generative, logits_BChw = logits_BChw.grad, logits_BChw.detach().requires_grad_()
     (right,) = torch.autograd.grad(
         cross_entropy(
@@ -258,7 +258,8 @@ def test_a_teacher_that_knows_is_right_and_points_where_the_labels_do(build_comb
 
 def constant_logits(combined, logits_C) -> None:
     combined.segmenter = SimpleNamespace(
-        logits=lambda image_B3HW: torch.tensor(logits_C, dtype=torch.float32)[None, :, None, None].expand(1, -1, 8, 8)
+        short_side_px=None,
+        logits=lambda image_B3HW: torch.tensor(logits_C, dtype=torch.float32)[None, :, None, None].expand(1, -1, 8, 8),
     )
 
 

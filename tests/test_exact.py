@@ -50,7 +50,7 @@ def gradients(saved_models, compose_settings, random_image):
             with combined.autocast():
                 logits_BChw = combined.segmenter.logits(image_3HW[None])
             logits_BChw = logits_BChw.detach().requires_grad_()
-            taught, _ = combined.backward(image_3HW, logits_BChw, combined.noise(image_3HW, **names), **names)
+            taught, _ = combined.backward(image_3HW, logits_BChw, combined.sight.noise(image_3HW, **names), **names)
             moving = [p for p in combined.groups["generative"].values() if p.grad is not None]
             out.append((taught.loss.item(), logits_BChw.grad, torch.cat([p.grad.flatten() for p in moving])))
             for parameter in moving:

@@ -112,9 +112,12 @@ def test_own_teacher_moves_and_returns(method, example, build_segmenter, compose
     assert [fingerprint(net) for net in (built.method.segmenter.net, teacher.net)] == before
 
 
-def test_adapters_of_an_own_teacher_are_refused(example, build_segmenter, compose_settings):
-    settings = compose_settings("model.update.lora_rank=4")
-    with pytest.raises(UserError, match="lora_rank=4: adapters are made for SD3's attention, but the teacher is"):
+@pytest.mark.parametrize(
+    ("given", "said"), [("lora_rank=4", "lora_rank=4"), ("prompt_offset=true", "prompt_offset=True")]
+)
+def test_what_is_made_for_sd3_is_refused_for_an_own_teacher(example, build_segmenter, compose_settings, given, said):
+    settings = compose_settings(f"model.update.{given}")
+    with pytest.raises(UserError, match=f"{said} is made for SD3, but the teacher is a ConvTeacher"):
         build_models(
             settings, CLASSES, segmenter=build_segmenter(), teacher=example("own_teacher").ConvTeacher(len(CLASSES))
         )
@@ -132,7 +135,7 @@ def test_pairs_at_a_time_change_no_gradient_of_an_own_teacher(example, compose_s
         method = build_models(settings, CLASSES, segmenter=segmenter, teacher=teacher).method
         assert isinstance(method, Combined)
         image_3HW = random_image(dtype=torch.float64)
-        noisy = method.noise(image_3HW, task="fog", key="0")
+        noisy = method.sight.noise(image_3HW, task="fog", key="0")
         method.backward(image_3HW, method.logits(image_3HW), noisy, task="fog", key="0")
         grads.append([parameter.grad for parameter in method.parameters().values() if parameter.grad is not None])
     assert len(grads[0]) == len(grads[1])

@@ -499,7 +499,7 @@ def test_dusa_u_teaches_like_the_generative_method_and_learns_from_the_empty_pro
         if name.startswith("discriminative"):
             torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-15)
     other = build_combined(*given, dtype=torch.float64)
-    noisy = other.noise(image(1), task="t", key="k")
+    noisy = other.sight.noise(image(1), task="t", key="k")
     teacher, rows = other.generative, len(noisy.x_t_Kzyx)
     velocity = teacher.transformer(
         noisy.x_t_Kzyx,

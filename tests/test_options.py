@@ -13,6 +13,7 @@ from segadapt.models.build import build_models, shuffled
 from segadapt.models.generative import windows
 from segadapt.models.generative.prompts import PromptEmbeddings
 from segadapt.models.generative.sd3 import NoisyLatent
+from segadapt.parse import _check_fields_together
 from segadapt.protocol import protocol
 
 
@@ -32,7 +33,7 @@ def test_several_draws_give_the_mean_of_the_losses_and_gradients_of_each(
     options += ("model.loss.classes_threshold=4",)
     image_3HW = random_image(width=64, dtype=torch.float64)
     combined = build_combined(*options, f"model.generative.draws={D}", dtype=torch.float64)
-    noisy = combined.noise(image_3HW, task="t", key="k")
+    noisy = combined.sight.noise(image_3HW, task="t", key="k")
     assert len(noisy.sigma_K) == 3 * D
     assert len(noisy.x_t_Kzyx.flatten(1).unique(dim=0)) == 3 * D  # every row has its own noise
     assert len(noisy.sigma_K.unique()) == (1 if sigma_high == "null" else 3 * D)
@@ -44,7 +45,7 @@ def test_several_draws_give_the_mean_of_the_losses_and_gradients_of_each(
     for draw in range(D):
         single = build_combined(*options, dtype=torch.float64)
         rows = NoisyLatent(*(value[draw::D] for value in vars(noisy).values()))
-        single.noise = lambda *_, rows=rows, **__: rows
+        single.sight.noise = lambda *_, rows=rows, **__: rows
         seen = watch(single)
         assert single.step(image_3HW, task="t", key="k").candidates == prediction.candidates
         losses.append(seen[0][0])
@@ -90,7 +91,7 @@ def test_likely_fill_reads_the_mean_probability_of_the_raw_logits(build_combined
     logits_BChw = combined.segmenter.logits(image_3HW[None]).detach()
     combined.step(image_3HW, task="t", key="k")
     logits_1CHW = interpolate(logits_BChw, size=image_3HW.shape[1:], mode="bilinear", align_corners=False)
-    for window, (top, left) in enumerate(windows.plan(32, 45, window_px=32, stride_px=16).tolist()):
+    for window, (top, left, _) in enumerate(windows.plan(32, 45, window_px=32, stride_px=16).tolist()):
         crop_1Css = logits_1CHW[:, :, top : top + 32, left : left + 32]
         on_grid_1Cyx = interpolate(crop_1Css, size=(4, 4), mode="bilinear", align_corners=False)
         expected_C = on_grid_1Cyx.softmax(dim=1).mean(dim=(0, 2, 3))
@@ -144,6 +145,15 @@ def test_shuffle_control_reaches_the_teacher(saved_models, compose_settings):
         (["model.trust.mode=weight"], r"model\.trust\.mode=weight, but model\.generative\.draws=1"),
         (["model.trust.restore=0.1"], r"model\.trust\.restore=0\.1, but model\.trust\.max_agreement=1"),
         (["model.loss.min_classes=21"], r"model\.loss\.min_classes=21 is above model\.loss\.classes_threshold=20"),
+        (["model.loss.select=area", "model.loss.topk=3"], r"model\.loss\.topk=3, but model\.loss\.select=area"),
+        (
+            ["model.update.prompt_offset=true", "model.update.generative=false"],
+            r"model\.update\.prompt_offset=true, but",
+        ),
+        (
+            ["model.generative.prompts.file=a.txt", "model.generative.prompts.template='a {}'"],
+            r"template='a \{\}': the file",
+        ),
         (["model.update.lora_rank=2", "model.update.generative=false"], r"model\.update\.lora_rank=2, but"),
     ],
 )
@@ -154,10 +164,24 @@ def test_options_that_contradict_are_refused_in_one_line(compose_settings, overr
     compose_settings(*overrides, "tta.forward_mode=discriminative_only")  # nothing reads them
 
 
+def test_a_prompt_file_leaves_nothing_for_overrides_or_beside_given_embeddings(compose_settings, saved_models):
+    settings = compose_settings("model.generative.prompts.file=a.txt")
+    settings.model.generative.prompts.overrides = {"sky": "blue"}
+    with pytest.raises(UserError, match=r"prompts\.file=a\.txt and model\.generative\.prompts\.overrides: the file"):
+        _check_fields_together(settings)
+    with pytest.raises(UserError, match=r"prompts\.file=a\.txt, but the class embeddings in .* are taken"):
+        build_models(compose_settings(*saved_models(CLASSES), "model.generative.prompts.file=a.txt"), CLASSES)
+
+
 TOLD = {
     "model.generative.draws=4": "sigma 0.25, 4 draws;",
     "model.loss.min_classes=3": "at least 3 (uniform fill) and at most 20 a window",
     "model.trust.max_agreement=0.9": "no update where teacher and segmenter agree on more than 0.9",
+    "model.loss.window_weights=entropy": "windows weighted by entropy, tau 1;",
+    "model.generative.windows=entropy": "up to 8 windows of high entropy, 8..32 px, or else windows 32",
+    "model.loss.ignored_classes=[road,car]": "classes top-3 without road, car, at most 20 a window",
+    "model.update.prompt_offset=true": "generative 1e-05 and a shared prompt offset;",
+    "model.generative.prompts.file=mine.txt": ", prompts of mine.txt;",
     "model.update.lora_rank=8": "(adapters of rank 8, alpha 16)",
     "tta.optimizer.clip_norm=0.5": "clipped to norm 0.5",
     "tta.optimizer.warmup=9": "rates rise over 9 steps",
@@ -173,6 +197,7 @@ def test_protocol_names_every_option_that_is_on_and_no_other(compose_settings):
     for override, words in TOLD.items():
         assert words in sentence(override)
         assert words not in sentence()
+    assert "classes of area above 15 (top-5), at most" in sentence("model.loss.select=area", "model.loss.topk=1")
     for mode, words in (("skip", "only pixels on which 0.75 of the draws agree"), ("weight", "pixels weighted by")):
         options = ("model.generative.draws=2", "model.trust.threshold=0.75")
         assert words in sentence(*options, f"model.trust.mode={mode}")
@@ -189,4 +214,7 @@ def test_default_options_change_nothing(compose_settings):
     assert (model.trust.mode, model.trust.max_agreement, model.trust.restore) == ("none", 1, 0)
     assert (model.generative.draws, model.generative.shuffle_classes) == (1, False)
     assert (model.loss.min_classes, model.update.lora_rank) == (1, 0)
+    assert (model.loss.select, model.loss.ignored_classes) == ("topk", [])
+    assert (model.update.prompt_offset, optimizer.lr_prompt_offset) == (False, None)
+    assert (model.generative.windows, model.loss.window_weights) == ("grid", "uniform")
     assert (optimizer.clip_norm, optimizer.warmup, optimizer.accumulate) == (None, 0, 1)

@@ -49,7 +49,7 @@ def build(compose_settings, build_segmenter, build_teacher):
 def backward(combined, image_3HW):
     names = {"task": "task", "key": "image"}
     logits_BChw = combined.segmenter.logits(image_3HW[None])
-    taught, candidates = combined.backward(image_3HW, logits_BChw, combined.noise(image_3HW, **names), **names)
+    taught, candidates = combined.backward(image_3HW, logits_BChw, combined.sight.noise(image_3HW, **names), **names)
     grads = {name: p.grad for name, p in combined.parameters().items() if p.grad is not None}
     return taught.loss, grads, sum(candidates.counts)
 

@@ -141,6 +141,53 @@ def test_file_name_shows_prompt_and_data_set_and_content_tells_the_rest(options)
     assert str(Path(options["checkpoint"]).parent) not in str(facts)
 
 
+PROMPTS = [f"{name.strip()} seen from a street" for name in CLASSES]
+
+
+@pytest.mark.parametrize("kind", ["txt", "json"])
+def test_prompts_of_a_file_are_encoded_as_they_stand_and_name_the_cache(options, tmp_path, kind):
+    """Equal to overrides of every class; a JSON object may have another order."""
+    path = tmp_path / f"Street Views.{kind}"
+    by_class = dict(zip(reversed(CLASSES), reversed(PROMPTS), strict=True))
+    path.write_text("\n".join(PROMPTS) + "\n" if kind == "txt" else prompts.json.dumps(by_class))
+    options |= {"overrides": {}}
+    got = prompt_embeddings(**options, file=path)
+    (cached,) = Path(options["cache_dir"]).iterdir()
+    assert cached.name.startswith("street_views__ade20k__")
+    with safe_open(cached, framework="pt") as file:
+        assert prompts.json.loads(file.metadata()["segadapt"])["prompts"] == PROMPTS
+    assert same(got, prompt_embeddings(**options | {"overrides": dict(zip(CLASSES, PROMPTS, strict=True))}))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.txt",
+            "\n".join(PROMPTS[:-1]),
+            r"line 9 is missing or empty; expected the prompt of class 8, 'grass', one of 9",
+        ),
+        ("a.txt", "\n".join([PROMPTS[0], "", *PROMPTS[2:]]), r"line 2 is missing or empty; .* class 1, 'road'"),
+        ("a.txt", "\n".join([*PROMPTS, "more"]), r"line 10 is of no class; expected 9 lines"),
+        ("a.json", '{"bed": "a", "raod": "b"}', r"'raod' is not a class of the data set\. Did you mean road\?"),
+        ("a.json", '{"bed": "a", "bed ": "b"}', r"class 'bed' has two prompts"),
+        ("a.json", '{"bed": "a"}', r"class 'road' has no prompt; expected one for each of 9"),
+        ("a.json", '{"bed": 3}', r"the prompt of 'bed' is 3; expected text"),
+        ("a.json", '["bed"]', r"holds no JSON object"),
+        ("a.json", "{", r"expected JSON"),
+        ("a.json", None, r"a\.json cannot be read"),
+    ],
+)
+def test_a_prompt_file_that_does_not_fit_the_classes_names_the_first_fault(tmp_path, name, text, message):
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        prompts.read_prompts(path, [each.strip() for each in CLASSES])
+    assert str(error.value).startswith(f"model.generative.prompts.file={path}")
+    assert "\n" not in str(error.value)
+
+
 CHANGES = {
     "one word": {"overrides": {"sky": "the grey sky"}},
     "template": {"template": "an image of a {}"},

@@ -25,6 +25,8 @@ def models(saved_models):
         ("model.generative.max_pairs=20", "model.generative.parts=3"),
         ("model.generative.max_pairs=3", "model.generative.placement=replicate"),
         ("model.generative.max_pairs=3", "model.update.lora_rank=2", "model.generative.parts=2"),
+        ("model.generative.max_pairs=3", "model.update.prompt_offset=true", "model.update.lora_rank=2"),
+        ("model.generative.max_pairs=6", "model.update.prompt_offset=true", "model.generative.placement=replicate"),
         ("model.generative.max_pairs=3", "model.update.generative=false"),
         ("model.generative.max_pairs=3", "model.update.discriminative=false"),
         ("model.generative.max_pairs=20", "tta.optimizer.accumulate=2"),

@@ -195,6 +195,16 @@ def loss_and_borders(combined, image_3HW):
     return prediction.loss, [*seen, prediction.logits_Chw, *combined.parameters().values()]
 
 
+def test_many_windows_are_encoded_a_few_at_a_time_to_the_same_latents(build_teacher):
+    teacher, sizes = build_teacher(dtype=torch.float64), []
+    windows_K3ss, encode = random(9, 3, 32, 32, dtype=torch.float64), teacher._encode
+    teacher._encode = lambda some_K3ss: sizes.append(len(some_K3ss)) or encode(some_K3ss)
+    got_Kzyx = teacher.encode(windows_K3ss)
+    assert sizes == [4, 4, 1]
+    alone_Kzyx = torch.cat([teacher.encode(window_3ss[None]) for window_3ss in windows_K3ss])
+    torch.testing.assert_close(got_Kzyx, alone_Kzyx, rtol=0, atol=1e-10)
+
+
 def test_bf16_loss_is_near_float32_and_the_borders_are_float32(build_combined, random_image):
     losses = {}
     for precision in ("fp32", "bf16"):

@@ -67,7 +67,7 @@ def test_draws_of_an_image_do_not_depend_on_the_chunks(build_combined, random_im
     noisy = []
     for max_pairs in (1, 16):
         combined = build_combined(f"model.generative.max_pairs={max_pairs}", "model.generative.sigma_high=0.9")
-        noisy.append(combined.noise(random_image(), task="t", key="k"))
+        noisy.append(combined.sight.noise(random_image(), task="t", key="k"))
     assert all(map(torch.equal, *(vars(each).values() for each in noisy)))
 
 
@@ -75,7 +75,7 @@ def test_draws_of_an_image_do_not_depend_on_the_chunks(build_combined, random_im
 def test_sigma_stays_in_its_range_one_draw_a_window(build_combined, random_image, high, low, top):
     combined = build_combined(f"model.generative.sigma_high={high}", "model.generative.stride_px=1")
     image_3HW = random_image(width=96)
-    noisy = combined.noise(image_3HW, task="t", key="k")
+    noisy = combined.sight.noise(image_3HW, task="t", key="k")
     sigma_K = noisy.sigma_K
     assert (sigma_K.dtype, sigma_K.shape) == (torch.float32, (65,))
     assert sigma_K.min() >= low
@@ -87,7 +87,7 @@ def test_sigma_stays_in_its_range_one_draw_a_window(build_combined, random_image
 def test_noise_is_standard_normal_and_differs_between_windows(build_combined, random_image):
     combined = build_combined("model.generative.stride_px=1")
     image_3HW = random_image(width=96)
-    noisy = combined.noise(image_3HW, task="t", key="k")
+    noisy = combined.sight.noise(image_3HW, task="t", key="k")
     noise_Kzyx = noisy.x_t_Kzyx + 0.75 * noisy.target_Kzyx
     assert abs(noise_Kzyx.mean()) < 0.03
     assert abs(noise_Kzyx.std() - 1) < 0.03

@@ -89,7 +89,7 @@ def trusted_loss(combined, image_3HW, mode, threshold):
     """The trust of a step written out on all pairs at once: loss, share of pixels that count, mean agreement."""
     D, q = combined.window.draws, []
     logits_BChw = combined.segmenter.logits(image_3HW[None])
-    noisy = combined.noise(image_3HW, task="t", key="k")
+    noisy = combined.sight.noise(image_3HW, task="t", key="k")
     q_KCyx = combined.in_windows(logits_BChw, image_3HW, grid=noisy.x_t_Kzyx.shape[-1])
     losses, kept, steady = [], [], []
     every = torch.arange(len(CLASSES))

@@ -1,4 +1,4 @@
-"""The segmenter's input size: short side fixed, long side in proportion."""
+"""Input sizes: short side fixed, long side in proportion."""
 
 import numpy as np
 import torch
@@ -6,6 +6,23 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 # 3 RGB  H W image px
+
+
+def size_at(height: int, width: int, short_side_px: int | None) -> tuple[int, int]:
+    """(H, W) with this short side, the long side rounded half up; None: as it is."""
+    short, long = sorted((height, width))
+    if short_side_px in (None, short):
+        return height, width
+    long_side_px = int(short_side_px * long / short + 0.5)
+    return (short_side_px, long_side_px) if height <= width else (long_side_px, short_side_px)
+
+
+def scale(image_3HW: Tensor, short_side_px: int | None) -> Tensor:
+    """Bilinear, align_corners=False, no antialias; an image of that size, and None, is given back as it is."""
+    size = size_at(image_3HW.shape[1], image_3HW.shape[2], short_side_px)
+    if size == tuple(image_3HW.shape[1:]):
+        return image_3HW
+    return interpolate(image_3HW[None], size=size, mode="bilinear", align_corners=False, antialias=False)[0]
 
 
 def resize_short_side(image_HW3: np.ndarray, short_side_px: int) -> Tensor:
@@ -20,12 +37,4 @@ def resize_short_side(image_HW3: np.ndarray, short_side_px: int) -> Tensor:
         float32 [3, H, W] in 0..1, contiguous.
     """
     image_3HW = torch.from_numpy(np.ascontiguousarray(image_HW3)).permute(2, 0, 1).float() / 255
-    height, width = image_3HW.shape[1:]
-    short, long = sorted((height, width))
-    if short == short_side_px:
-        return image_3HW.contiguous()
-    long_side_px = int(short_side_px * long / short + 0.5)
-    size = (short_side_px, long_side_px) if height <= width else (long_side_px, short_side_px)
-    return interpolate(image_3HW[None], size=size, mode="bilinear", align_corners=False, antialias=False)[
-        0
-    ].contiguous()
+    return scale(image_3HW, short_side_px).contiguous()

@@ -82,7 +82,7 @@ class Cotta(Learner):
         return torch.where(is_sure_Bhw[:, None], plain_BChw, total_BChw / count)
 
     def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
-        image_3HW = image_3HW.to(self.device, non_blocking=True)
+        image_3HW = self.fit(image_3HW)
         p_BChw = self.taught(image_3HW)
         loss = cross_entropy(self.logits(image_3HW), p_BChw.argmax(dim=1), reduction="none").mean()
         scored_Chw = p_BChw[0].clamp(min=torch.finfo(p_BChw.dtype).tiny).log()

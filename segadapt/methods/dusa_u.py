@@ -16,7 +16,7 @@ class DusaU(Combined):
 
     The segmenter's gradient is that of the generative method, from class velocities without graph. The teacher's is
     that of mean (v(x_t, empty prompt) - (noise - x_0))^2 over each window: one pair a window with a backward, in place
-    of one a candidate. Per image, all pixels of its windows.
+    of one a candidate. Per image, all pixels of its windows, which count alike whatever the options of the loss.
 
     Published: as the generative method.
     """
@@ -29,9 +29,10 @@ class DusaU(Combined):
         noisy: NoisyLatent,
         candidates: Candidates,
         *,
+        weight_R: Tensor | None = None,
         when_complete: Callable[[], None] = lambda: None,
     ) -> Taught:
-        taught = super()._backward_chunks(leaf_RCyx, noisy, candidates, when_complete=when_complete)
+        taught = super()._backward_chunks(leaf_RCyx, noisy, candidates, weight_R=weight_R, when_complete=when_complete)
         if self.trains_generative:
             rows = torch.arange(len(leaf_RCyx), device=leaf_RCyx.device)
             for row_P in rows.split(self.pairs_at_once):

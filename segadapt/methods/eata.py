@@ -66,7 +66,7 @@ class Eata(Learner):
         sums = {name: torch.zeros_like(parameter) for name, parameter in self.moving.items()}
         count = 0
         for image_3HW in images_3HW:
-            logits_BChw = self.logits(image_3HW.to(self.device, non_blocking=True))
+            logits_BChw = self.logits(self.fit(image_3HW))
             cross_entropy(logits_BChw, logits_BChw.detach().argmax(dim=1), reduction="none").mean().backward()
             for name, parameter in self.moving.items():
                 if parameter.grad is not None:

@@ -75,7 +75,7 @@ class Learner(Source):
 
     def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
         """Predict one image, then learn from it."""
-        image_3HW = image_3HW.to(self.device, non_blocking=True)
+        image_3HW = self.fit(image_3HW)
         logits_BChw = self.logits(image_3HW)
         scored_Chw = logits_BChw[0].detach()
         return self.learn(self.loss(logits_BChw, image_3HW, task=task, key=key), scored_Chw, task=task, key=key)

@@ -47,7 +47,7 @@ class Memo(Learner):
 
     def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
         self.reset()
-        image_3HW = image_3HW.to(self.device, non_blocking=True)
+        image_3HW = self.fit(image_3HW)
         loss = self.marginal_backward(image_3HW, task=task, key=key)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.moving.values() if p.grad is not None])
         is_used = loss.isfinite() & norm.isfinite() & (norm > 0)

@@ -97,7 +97,7 @@ class Rotta(Learner):
 
     def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
         self._place["statistics"] = self.state["statistics"]
-        image_3HW = image_3HW.to(self.device, non_blocking=True)
+        image_3HW = self.fit(image_3HW)
         logits_BChw = self.taught(image_3HW)
         label = int(logits_BChw.softmax(dim=1).mean(dim=(0, 2, 3)).argmax())
         uncertainty = float(entropy(logits_BChw).mean())

@@ -47,7 +47,7 @@ class Sar(Learner):
         return {"average": None}
 
     def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
-        image_3HW = image_3HW.to(self.device, non_blocking=True)
+        image_3HW = self.fit(image_3HW)
         logits_BChw = self.logits(image_3HW)
         scored_Chw = logits_BChw[0].detach()
         limit = self.options.margin * most_entropy(logits_BChw.shape[1])

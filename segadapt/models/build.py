@@ -24,7 +24,7 @@ from segadapt.config import (
     RuntimeSettings,
     UpdateSettings,
 )
-from segadapt.errors import UserError
+from segadapt.errors import UserError, did_you_mean
 from segadapt.methods import METHODS
 from segadapt.methods.build import build_method
 from segadapt.models.combined import Combined
@@ -36,7 +36,7 @@ from segadapt.models.generative.lora import add_lora, plain_state
 from segadapt.models.generative.parallel import Parallel
 from segadapt.models.generative.plan import GIB, Cost, training_bytes
 from segadapt.models.generative.prompts import PromptEmbeddings, load_embeddings, prompt_embeddings
-from segadapt.models.generative.sd3 import Sd3, load_autoencoder, load_transformer
+from segadapt.models.generative.sd3 import ENCODED_AT_ONCE, Sd3, load_autoencoder, load_transformer
 from segadapt.models.generative.stages import compile_and_record
 from segadapt.models.recording import Graphs
 from segadapt.models.source import Source
@@ -136,7 +136,7 @@ def fingerprint(module: nn.Module) -> str:
 
 def build_segmenter(settings: DiscriminativeSettings, num_classes: int, device: torch.device) -> Segformer:
     """The source model, on the main device."""
-    return load_segformer(
+    segmenter = load_segformer(
         resolve(settings.checkpoint, "model.discriminative.checkpoint"),
         revision=settings.revision,
         num_classes=num_classes,
@@ -144,6 +144,8 @@ def build_segmenter(settings: DiscriminativeSettings, num_classes: int, device: 
         gradient_checkpointing=settings.gradient_checkpointing,
         allow_pickle=settings.allow_pickle,
     )
+    segmenter.short_side_px = settings.short_side_px
+    return segmenter
 
 
 def build_embeddings(
@@ -152,6 +154,9 @@ def build_embeddings(
     """Class embeddings: the named file, else the one beside the checkpoint, else the prompts' (cached) encoding."""
     beside = Path(checkpoint) / "embeddings.safetensors"
     path = settings.embeddings or (str(beside) if beside.is_file() else None)
+    if path is not None and settings.prompts.file is not None:
+        raise UserError(f"model.generative.prompts.file={settings.prompts.file}, but the class embeddings in {path} "
+                        "are taken, and no prompt is encoded. Move them away, or set it to null.")  # fmt: skip
     if path is not None:
         return load_embeddings(Path(path).expanduser(), classes=classes)
     prompts = settings.prompts
@@ -160,6 +165,7 @@ def build_embeddings(
         dataset_name=dataset_name,
         template=prompts.template,
         overrides=prompts.overrides,
+        file=prompts.file,
         checkpoint=checkpoint,
         revision=settings.revision,
         max_sequence_length=prompts.max_sequence_length,
@@ -263,7 +269,14 @@ def build_generative(
     parallel = Parallel(transformers, on, parts=cost.parts, stages=stages)
     memory = Graphs(on[-1]).memory() if compiled and main.type == "cuda" else None
     teacher = Sd3(
-        transformer, autoencoder, embeddings, device=main, precision=precision, parallel=parallel, memory=memory
+        transformer,
+        autoencoder,
+        embeddings,
+        device=main,
+        precision=precision,
+        parallel=parallel,
+        memory=memory,
+        has_offset=update.prompt_offset,
     )
     return teacher, tuple(placements), cost.pairs // len(devices), compiled
 
@@ -292,17 +305,41 @@ def fixed_bytes(
     is_trained: bool,
     accumulates: bool = False,
     is_recorded: bool = False,
+    windows: int = 2,
+    short_side_px: int = 512,
 ) -> tuple[int, int]:
     """Bytes beside the transformer on the main device and on the last, which may be the same.
 
     Weights; if trained, gradients and AdamW moments; at full size what one image needs, measured with B5 at 512x683:
     3 GiB for the segmenter's graph and logits, 3 GiB to encode two windows, 4 GiB for what CUDA graphs keep.
+
+    Args:
+        windows: encoded at a time.
+        short_side_px: of what the segmenter sees; its graph grows with the square.
     """
     main = training_bytes(segmenter.net, trained=is_trained, accumulates=accumulates)
     last = training_bytes(autoencoder, trained=False)
     if count(segmenter.net) < 5 * 10**7:
         return main, last
-    return main + (3 * is_trained + 4 * is_recorded) * GIB, last + 3 * GIB
+    graph = 3 * is_trained * GIB * short_side_px**2 // 512**2
+    return main + graph + 4 * is_recorded * GIB, last + windows * 3 * GIB // 2
+
+
+def ignored_classes(names: Sequence[str], classes: Sequence[str]) -> torch.Tensor | None:
+    """Whether each class is one of model.loss.ignored_classes: bool [C]; None: none is.
+
+    UserError: no such class, or none would be left.
+    """
+    known = [name.strip() for name in classes]
+    for name in names:
+        if name.strip() not in known:
+            near = did_you_mean(name, known)
+            raise UserError(f"model.loss.ignored_classes: {name!r} is not a class of the data set.{near}")
+    is_ignored = [name in {given.strip() for given in names} for name in known]
+    if all(is_ignored):
+        raise UserError(f"model.loss.ignored_classes names all {len(known)} classes: none would be left to ask about. "
+                        "Shorten the list.")  # fmt: skip
+    return torch.tensor(is_ignored) if names else None
 
 
 def build_models(
@@ -320,6 +357,9 @@ def build_models(
     Raises:
         UserError: a checkpoint or a plan that does not fit; adapters, which are SD3's, for a teacher that is given.
     """
+    ignored_C = None
+    if isinstance(settings, AdaptConfig):
+        ignored_C = ignored_classes(settings.model.loss.ignored_classes, classes)
     main = set_up(settings.runtime)
     if segmenter is None:
         segmenter = build_segmenter(settings.model.discriminative, len(classes), main)
@@ -331,15 +371,22 @@ def build_models(
         memory = Graphs(main).memory() if can_record and settings.runtime.compile else None
         return Models(build_method(settings, segmenter, memory=memory), (), fingerprints)
     update, accumulates = settings.model.update, settings.tta.optimizer.accumulate > 1
-    if teacher is not None and update.lora_rank:
-        raise UserError(
-            f"model.update.lora_rank={update.lora_rank}: adapters are made for SD3's attention, but the teacher is a "
-            f"{type(teacher).__name__}. Set model.update.lora_rank=0."
-        )
+    for setting, value, off in (("lora_rank", update.lora_rank, "0"), ("prompt_offset", update.prompt_offset, "false")):
+        if teacher is not None and value:
+            raise UserError(
+                f"model.update.{setting}={value} is made for SD3, but the teacher is a {type(teacher).__name__}. Set "
+                f"model.update.{setting}={off}."
+            )
+
+    g = settings.model.generative  # one row of windows: most images have two
+    is_one_row = (g.short_side_px or settings.data.short_side_px) == g.window_px
+    windows = 2 if g.windows == "grid" and is_one_row else ENCODED_AT_ONCE
+    short_side_px = segmenter.short_side_px or settings.data.short_side_px
 
     def fixed(autoencoder: nn.Module, compiled: bool) -> tuple[int, int]:
         how = {"accumulates": accumulates, "is_recorded": compiled and can_record}
-        return fixed_bytes(segmenter, autoencoder, is_trained=update.discriminative, **how)
+        sizes = {"windows": windows, "short_side_px": short_side_px}
+        return fixed_bytes(segmenter, autoencoder, is_trained=update.discriminative, **sizes, **how)
 
     placements, pairs, compiled = (), settings.model.generative.max_pairs or placing.MOST_PAIRS, False
     if teacher is None:
@@ -372,5 +419,6 @@ def build_models(
         seed=seed,
         precision=precision,
         memory=Graphs(main).memory() if can_record and compiled else None,
+        ignored_C=ignored_C,
     )
     return Models(combined, placements, fingerprints)

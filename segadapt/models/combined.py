@@ -2,7 +2,6 @@
 
 B images (1)   K windows   D noise draws   R = K * D rows (window, draw), draws innermost   C classes
 P (row, class) pairs   3 RGB   H W image px   h w logits, ceil(px / 4)   z y x latent channels and grid, px / 8
-s window px
 """
 
 import copy
@@ -13,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segadapt.config import ModelSettings, OptimizerSettings, UpdateSettings
+from segadapt.config import ModelSettings, OptimizerSettings
 from segadapt.models.discriminative import Segmenter
-from segadapt.models.generative import Teacher, trust, windows
+from segadapt.models.generative import Teacher, trust
 from segadapt.models.generative import candidates as candidate_classes
 from segadapt.models.generative import loss as objective
-from segadapt.models.generative.lora import lora_parameters
+from segadapt.models.generative.lora import choose
 from segadapt.models.generative.parallel import Lane, read_later
-from segadapt.models.generative.sd3 import NoisyLatent, add_noise
+from segadapt.models.generative.sd3 import NoisyLatent, Sd3
+from segadapt.models.generative.sight import Sight
 from segadapt.models.recording import Memory
 from segadapt.models.source import Prediction, Source
-from segadapt.models.updates import Updates
+from segadapt.models.updates import Updates, total_norm
 from segadapt.seeds import torch_generator
 
 
@@ -46,6 +46,7 @@ class Combined(Source):
         segmenter, seed, precision, memory: as in Source.
         generative: the teacher.
         model, optimizer: settings.
+        ignored_C: bool, the classes that are never asked about; None: none.
     """
 
     has_teacher = learns = True
@@ -61,16 +62,24 @@ class Combined(Source):
         seed: int,
         precision: str,
         memory: Memory | None = None,
+        ignored_C: Tensor | None = None,
     ):
         norms, all_of_it, update = segmenter.norm_parameters, segmenter.parameters, model.update
         moving = (norms() if update.update_norm_only else all_of_it()) if update.discriminative else {}
         super().__init__(segmenter, seed=seed, precision=precision, memory=memory, moving=moving)
         self.generative, self.parallel = generative, generative.parallel
         self.loss, self.window, self.trust = model.loss, model.generative, model.trust
+        self.sight = Sight(generative, model.generative, devices=self.parallel.devices, seed=seed)
+        self.ignored_C = None if ignored_C is None else ignored_C.to(self.device)
         self.optimizer_settings = optimizer
         assert self.window.max_pairs is not None, "build.py finds out how many fit"
         self.pairs_at_once = self.window.max_pairs * len(self.parallel.devices)
-        self.groups = {"discriminative": self.moving, "generative": self._choose_of_teacher(update)}
+        offset_D = generative.offset_D if isinstance(generative, Sd3) else None
+        self.groups = {
+            "discriminative": self.moving,
+            "prompt_offset": {} if offset_D is None else {"pooled": offset_D},
+            "generative": choose(self.parallel, update),
+        }
         assert any(self.groups.values()), "parse.py refuses settings under which nothing moves"
         self._source = {name: value.detach().to("cpu", copy=True) for name, value in self.parameters().items()}
         self._updates = self._new_updates()
@@ -85,18 +94,6 @@ class Combined(Source):
     def trains_generative(self) -> bool:
         """Whether any parameter of the teacher moves."""
         return bool(self.groups["generative"])
-
-    def _choose_of_teacher(self, update: UpdateSettings) -> dict[str, nn.Parameter]:
-        """What moves of it; all else is frozen."""
-        owned: dict[str, nn.Parameter] = {}
-        if update.generative:
-            adapters = lora_parameters(self.parallel.transformers[0])
-            assert bool(adapters) == (update.lora_rank > 0), "adapters come before placement, see models/build.py"
-            owned = self.parallel.own(list(adapters or dict(self.parallel.transformers[0].named_parameters())))
-        for transformer in self.parallel.transformers:
-            for name, parameter in transformer.named_parameters():
-                parameter.requires_grad_(name in owned)
-        return owned
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """Of both models, as the last update left them."""
@@ -151,15 +148,19 @@ class Combined(Source):
             image_3HW: float32 RGB in 0..1, already at the short side of the configuration; any device.
             task, key: name the image; noise, sigma and class draws come from (seed, task, key).
         """
-        noisy = self.noise(image_3HW, task=task, key=key)  # waits for no update, and needs not be waited for
+        sight, noisy = self.sight, None
+        if not sight.is_guided:  # then this waits for no update, and needs not be waited for
+            noisy = sight.noise(image_3HW, task=task, key=key)
         image_3HW = image_3HW.to(self.device, non_blocking=True)
         self._beside.fork()
         with self._beside():
-            logits_BChw = self.logits(image_3HW)
+            logits_BChw = self.logits(self.fit(image_3HW))
         self.parallel.prepare()
         self._beside.join()
-        scored_Chw = logits_BChw[0].detach()
-        taught, candidates = self.backward(image_3HW, logits_BChw, noisy, task=task, key=key)
+        scored_Chw, boxes_K3 = logits_BChw[0].detach(), sight.boxes(image_3HW, logits_BChw)
+        if noisy is None:
+            noisy = sight.noise(image_3HW, boxes_K3, task=task, key=key)
+        taught, candidates = self.backward(image_3HW, logits_BChw, noisy, boxes_K3, task=task, key=key)
         return self._update(scored_Chw, taught, candidates)
 
     def logits(self, image_3HW: Tensor) -> Tensor:
@@ -168,84 +169,58 @@ class Combined(Source):
         return super().logits(image_3HW)
 
     def backward(
-        self, image_3HW: Tensor, logits_BChw: Tensor, noisy: NoisyLatent, *, task: str, key: str
+        self,
+        image_3HW: Tensor,
+        logits_BChw: Tensor,
+        noisy: NoisyLatent,
+        boxes_K3: Tensor | None = None,
+        *,
+        task: str,
+        key: str,
     ) -> tuple[Taught, candidate_classes.Candidates]:
         """The generative loss of one image and its gradients in every parameter that moves; no update.
 
-        Returns the loss, detached, with what else the velocities tell, and the candidate classes of the rows.
+        Args:
+            boxes_K3: those of `noisy`; None: the grid's.
+        Returns:
+            The loss, detached, with what else the velocities tell, and the candidate classes of the rows.
         """
-        q_KCyx = self.in_windows(logits_BChw, image_3HW, grid=noisy.x_t_Kzyx.shape[-1])
-        candidates = candidate_classes.select(
+        q_KCyx = self.in_windows(logits_BChw, image_3HW, boxes_K3, grid=noisy.x_t_Kzyx.shape[-1])
+        raw_KCyx = weight_R = None
+        if candidate_classes.reads_raw(self.loss) or self.loss.window_weights == "entropy":
+            raw_KCyx = self.sight.on_grid(logits_BChw[0].detach(), image_3HW, boxes_K3, grid=q_KCyx.shape[-1])
+        if raw_KCyx is not None and self.loss.window_weights == "entropy":
+            weight_K = objective.window_weights(raw_KCyx, tau=self.loss.entropy_tau)
+            weight_R = weight_K.repeat_interleave(self.window.draws)
+        candidates = candidate_classes.choose(
             q_KCyx.detach(),
-            topk=self.loss.topk,
-            classes_threshold=self.loss.classes_threshold,
+            raw_KCyx,
+            self.loss,
             generators=[torch_generator(self.seed, task, key, "classes", window) for window in range(len(q_KCyx))],
-            min_classes=self.loss.min_classes,
-            likely_KC=self._likely_classes(image_3HW, logits_BChw, grid=q_KCyx.shape[-1]),
             draws=self.window.draws,
+            ignored_C=self.ignored_C,
         )
         q_RCyx = q_KCyx.repeat_interleave(self.window.draws, dim=0)
         leaf_RCyx = q_RCyx.detach().requires_grad_(self.trains_discriminative)
 
         def segmenter_learns() -> None:
-            if self.trains_discriminative:
+            if leaf_RCyx.grad is not None:
                 self._beside.fork()
                 with self._beside():
                     q_RCyx.backward(leaf_RCyx.grad)
 
-        taught = self._backward_chunks(leaf_RCyx, noisy, candidates, when_complete=segmenter_learns)
+        taught = self._backward_chunks(leaf_RCyx, noisy, candidates, weight_R=weight_R, when_complete=segmenter_learns)
         self.parallel.sum_gradients()
         self.parallel.arrive()
         self._beside.join()
         return taught, candidates
 
-    def noise(self, image_3HW: Tensor, *, task: str, key: str) -> NoisyLatent:
-        """The image's windows, encoded and noised: one row for each draw. All classes share a row's noise."""
-        w, boxes_K2 = self.window, self.boxes(image_3HW)
-        image_3HW = image_3HW.to(self.parallel.devices[-1], non_blocking=True)  # which encodes
-        windows_K3ss = 2 * windows.cut(image_3HW, boxes_K2, window_px=w.window_px) - 1
-        latent_Rzyx = self.generative.encode(windows_K3ss).repeat_interleave(w.draws, dim=0)
-        noise_Rzyx = torch.randn(
-            latent_Rzyx.shape,
-            generator=torch_generator(self.seed, task, key, "noise"),
-            dtype=latent_Rzyx.dtype,
-            pin_memory=self.device.type == "cuda",
-        )
-        high = w.sigma if w.sigma_high is None else w.sigma_high
-        uniform_R = torch.rand(len(latent_Rzyx), generator=torch_generator(self.seed, task, key, "sigma"))
-        sigma_R = (w.sigma + (high - w.sigma) * uniform_R).to(latent_Rzyx.dtype)
-        return add_noise(latent_Rzyx, self._send(noise_Rzyx), self._send(sigma_R))
-
-    def _send(self, tensor: Tensor) -> Tensor:
-        """From the host to the main device; from pinned memory, as the host must not wait for the device's work."""
-        if self.device.type != "cuda":
-            return tensor
-        return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(self.device, non_blocking=True)
-
-    def in_windows(self, logits_BChw: Tensor, image_3HW: Tensor, *, grid: int) -> Tensor:
+    def in_windows(
+        self, logits_BChw: Tensor, image_3HW: Tensor, boxes_K3: Tensor | None = None, *, grid: int
+    ) -> Tensor:
         """What the objective reads of the logits, on the latent grid of each window: [K, C, y, x], differentiable."""
         q_BChw = objective.normalise(logits_BChw) if self.loss.logit_norm else logits_BChw
-        return self.on_grid(q_BChw[0], image_3HW, grid=grid)
-
-    def boxes(self, image_3HW: Tensor) -> Tensor:
-        return windows.plan(*image_3HW.shape[1:], window_px=self.window.window_px, stride_px=self.window.stride_px)
-
-    def on_grid(self, logits_Chw: Tensor, image_3HW: Tensor, *, grid: int) -> Tensor:
-        """Logits of the image on the latent grid of each of its windows: [K, C, y, x], differentiable."""
-        height, width = image_3HW.shape[1:]
-        return windows.logits_on_grid(
-            logits_Chw,
-            self.boxes(image_3HW),
-            image_px=(height, width),
-            window_px=self.window.window_px,
-            grid=grid,
-        )
-
-    def _likely_classes(self, image_3HW: Tensor, logits_BChw: Tensor, *, grid: int) -> Tensor | None:
-        """Mean over each window's pixels of the softmax of the raw logits, [K, C]; None unless the fill reads it."""
-        if self.loss.fill != "likely" or self.loss.min_classes == 1:
-            return None
-        return self.on_grid(logits_BChw[0].detach(), image_3HW, grid=grid).softmax(dim=1).mean(dim=(2, 3))
+        return self.sight.on_grid(q_BChw[0], image_3HW, boxes_K3, grid=grid)
 
     def _backward_chunks(
         self,
@@ -253,22 +228,24 @@ class Combined(Source):
         noisy: NoisyLatent,
         candidates: candidate_classes.Candidates,
         *,
+        weight_R: Tensor | None = None,
         when_complete: Callable[[], None] = lambda: None,
     ) -> Taught:
-        """Backward of (1/R) sum_r loss_r into the teacher and into the leaf, at most pairs_at_once pairs at a time.
+        """Backward of (1/R) sum_r weight_r loss_r into teacher and leaf, at most pairs_at_once pairs at a time.
 
         Equal to the joint backward: whole windows are summed, and a window of more pairs than fit (all its draws
         together) is run twice, first without graph for the velocities, then chunk by chunk with the gradient that the
         loss gave each velocity.
 
         Args:
+            weight_R: None: 1 each.
             when_complete: called as soon as the leaf has its gradient, while the teacher still has to go backward.
         Returns:
             The loss, detached, and how far the teacher agrees with itself and with the segmenter.
         """
         total = leaf_RCyx.new_zeros(())
         sums_4 = torch.zeros(4, dtype=torch.float64, device=leaf_RCyx.device)
-        groups = list(candidates.groups(self.pairs_at_once))
+        groups = list(candidates.groups(self.pairs_at_once)) if any(candidates.counts) else []
         for of_rows, of_pairs in groups:
             pair_row_P = candidates.pair_window_P[of_pairs]
             pair_class_P = candidates.pair_class_P[of_pairs]
@@ -293,6 +270,7 @@ class Combined(Source):
                 candidates.keep_Kyx[of_rows],
                 draws=candidates.draws,
                 trust=self.trust,
+                asked_Ryx=None if candidates.own_Kyx is None else candidates.own_Kyx[of_rows],
             )
             weights_RCyx = objective.class_weights(
                 leaf_RCyx[of_rows], candidates.chosen_KC[of_rows], temperature=self.loss.temperature
@@ -307,6 +285,8 @@ class Combined(Source):
                 reduction=self.loss.mask_reduction,
                 trust_Kyx=verdict.weight_Ryx,
             )
+            if weight_R is not None:
+                losses_R = losses_R * weight_R[of_rows]
             share = losses_R.sum() / len(leaf_RCyx)
             share.backward()
             if of_rows.stop == groups[-1][0].stop:
@@ -323,19 +303,13 @@ class Combined(Source):
         pixels = candidates.keep_Kyx[:: candidates.draws].numel()
         return Taught(total, counted / pixels, agreement / pixels, alike / asked.clamp(min=1))
 
-    def _total_norm(self, grads: list[Tensor]) -> Tensor:
-        """L2, on the main device; by device first, as each tensor's own norm would travel alone."""
-        devices = dict.fromkeys(grad.device for grad in grads)
-        norms = [torch.nn.utils.get_total_norm([g for g in grads if g.device == device]) for device in devices]
-        return torch.nn.utils.get_total_norm([norm.to(self.device) for norm in norms]).to(self.device)
-
     def _update(self, scored_Chw: Tensor, taught: Taught, candidates: candidate_classes.Candidates) -> Prediction:
         """Use the gradients if they and the loss are finite and trust does not refuse the image.
 
         The devices decide, and go on; the host reads all numbers of the image at once.
         """
         grads = [parameter.grad for parameter in self.parameters().values() if parameter.grad is not None]
-        norm = self._total_norm(grads)
+        norm = total_norm(grads, self.device)
         is_finite = taught.loss.isfinite() & norm.isfinite()
         is_refused = is_finite & (taught.teacher_agrees > self.trust.max_agreement)
         is_used = is_finite & ~is_refused & (norm > 0)  # moments alone would move the weights

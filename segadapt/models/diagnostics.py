@@ -116,23 +116,26 @@ def examine(
     image_3HW, label_HW = image_3HW.to(combined.device), label_HW.to(combined.device).long()
     combined.parallel.arrive()
     with torch.no_grad(), combined.autocast():
-        logits_BChw = combined.segmenter.logits(image_3HW[None])
-    w, boxes_K2 = combined.window, combined.boxes(image_3HW)
-    latent_Kzyx = combined.generative.encode(2 * windows.cut(image_3HW, boxes_K2, window_px=w.window_px) - 1)
+        logits_BChw = combined.segmenter.logits(combined.fit(image_3HW)[None])
+    boxes_K3 = combined.sight.boxes(image_3HW, logits_BChw)
+    latent_Kzyx = combined.generative.encode(combined.sight.crops(image_3HW, boxes_K3))
     grid = latent_Kzyx.shape[-1]
-    truth_Kyx = _truth(label_HW, boxes_K2, image_px=image_3HW.shape[1:], window_px=w.window_px, grid=grid)
+    truth_Kyx = _truth(
+        label_HW, boxes_K3, image_px=combined.sight.size(image_3HW), window_px=combined.window.window_px, grid=grid
+    )
 
     raw_BChw = nn.Parameter(logits_BChw.detach().clone())
-    segmenter_KCyx = combined.on_grid(logits_BChw[0], image_3HW, grid=grid)
-    q_KCyx = combined.in_windows(logits_BChw, image_3HW, grid=grid)
+    segmenter_KCyx = combined.sight.on_grid(logits_BChw[0], image_3HW, boxes_K3, grid=grid)
+    q_KCyx = combined.in_windows(logits_BChw, image_3HW, boxes_K3, grid=grid)
+    if combined.ignored_C is not None:  # pixels that no step asks about
+        truth_Kyx = truth_Kyx.masked_fill(combined.ignored_C[q_KCyx.argmax(dim=1)], 255)
     right = cross_entropy_gradient(raw_BChw, label_HW)
     tallies = []
     for sigma in sigmas:
         view = _onlooker(combined, raw_BChw, latent_Kzyx, sigma=sigma)
         raw_BChw.grad = None
-        own = view.noise(image_3HW, task=task, key=key)
-        taught, candidates = view.backward(image_3HW, raw_BChw, own, task=task, key=key)
-        assert raw_BChw.grad is not None
+        own = view.sight.noise(image_3HW, boxes_K3, task=task, key=key)
+        taught, candidates = view.backward(image_3HW, raw_BChw, own, boxes_K3, task=task, key=key)
         chosen_KC = candidates.chosen_KC[:: candidates.draws]
         weights_KCyx = objective.class_weights(q_KCyx, chosen_KC, temperature=combined.loss.temperature)
         generator = torch_generator(combined.seed, task, key, "diagnose")
@@ -148,7 +151,7 @@ def examine(
                 weights_KCyx,
                 chosen_KC,
                 masked=1 - float(taught.kept),
-                cosine=cosine(raw_BChw.grad, right),
+                cosine=None if raw_BChw.grad is None else cosine(raw_BChw.grad, right),
             )
         )
     return tallies
@@ -160,11 +163,12 @@ def _onlooker(combined: Combined, logits_BChw: nn.Parameter, latent_Kzyx: Tensor
     It shares the objective and every draw with the run, and encodes nothing anew.
     """
     view, teacher = copy.copy(combined), copy.copy(combined.generative)
-    view.groups = {"discriminative": {"logits": logits_BChw}, "generative": {}}
+    view.sight = copy.copy(combined.sight)
+    view.groups = {"discriminative": {"logits": logits_BChw}, "prompt_offset": {}, "generative": {}}
     teacher.encode = lambda windows_K3ss: latent_Kzyx  # type: ignore[union-attr, method-assign]
-    view.generative = teacher
+    view.generative = view.sight.teacher = teacher
     if sigma is not None:
-        view.window = dataclasses.replace(combined.window, sigma=sigma, sigma_high=None)
+        view.sight.settings = dataclasses.replace(combined.window, sigma=sigma, sigma_high=None)
     return view
 
 
@@ -176,10 +180,10 @@ def _noised(latent_Kzyx: Tensor, sigma: float, draws: int, generator: torch.Gene
     return add_noise(latent_Rzyx, noise_Rzyx, latent_Rzyx.new_full((len(latent_Rzyx),), sigma))
 
 
-def _truth(label_HW: Tensor, boxes_K2: Tensor, *, image_px: torch.Size, window_px: int, grid: int) -> Tensor:
+def _truth(label_HW: Tensor, boxes_K3: Tensor, *, image_px: tuple[int, int], window_px: int, grid: int) -> Tensor:
     """Labels of each window on the latent grid, those nearest to the cell centres: int64 [K, y, x]."""
     label_1HW = F.interpolate(label_HW[None, None].float(), size=list(image_px), mode="nearest-exact")[0]
-    return true_classes(windows.cut(label_1HW, boxes_K2, window_px=window_px)[:, 0].long(), grid)
+    return true_classes(windows.cut(label_1HW, boxes_K3, window_px=window_px, mode="nearest-exact")[:, 0].long(), grid)
 
 
 def cross_entropy_gradient(logits_BChw: nn.Parameter, label_HW: Tensor) -> Tensor:
@@ -220,7 +224,7 @@ def _tally(
     ]
     index_Kyx = truth_Kyx.masked_fill(~is_counted_Kyx, 0)
     asked_K = chosen_KC.sum(dim=1)
-    entropy_K = torch.special.entr(weights_KCyx.double()).sum(dim=1).mean(dim=(1, 2))
+    entropy_K = torch.special.entr(weights_KCyx.double()).sum(dim=1).mean(dim=(1, 2)) * (asked_K > 0)
     share_K = torch.where(asked_K > 1, entropy_K / asked_K.double().log().clamp(min=math.log(2)), 0)
     return Tally(
         images=1,

@@ -25,7 +25,7 @@ def explain_out_of_memory(method: Source, what: str) -> Iterator[None]:
 def cures(method: Source) -> list[str]:
     """What would take less memory than the settings do, the cheapest first."""
     if not isinstance(method, Combined):
-        return ["lower data.short_side_px"]
+        return [f"lower {'data' if method.segmenter.short_side_px is None else 'model.discriminative'}.short_side_px"]
     g, out = method.window, list[str]()
     if g.max_pairs and g.max_pairs > 1:
         out.append(f"lower model.generative.max_pairs={g.max_pairs}")

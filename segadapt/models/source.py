@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from segadapt.config import DataSettings
+from segadapt.datasets.resize import scale
 from segadapt.models.discriminative import Segmenter
 from segadapt.models.precision import autocast
 from segadapt.models.recording import Memory, recorder_of
@@ -131,8 +132,12 @@ class Source:
             image_3HW: float32 RGB in 0..1, already at the short side of the configuration; any device.
             task, key: name the image.
         """
-        scored_Chw = self.logits(image_3HW.to(self.device, non_blocking=True))[0].detach()
+        scored_Chw = self.logits(self.fit(image_3HW))[0].detach()
         return Prediction(scored_Chw, bool(scored_Chw.isfinite().all()))
+
+    def fit(self, image_3HW: Tensor) -> Tensor:
+        """The loaded image on the main device, at the segmenter's own short side."""
+        return scale(image_3HW.to(self.device, non_blocking=True), self.segmenter.short_side_px)
 
     def logits(self, image_3HW: Tensor) -> Tensor:
         """The segmenter's [1, C, h, w], float32; with a graph if it learns."""

@@ -1,7 +1,7 @@
 """From the gradients of images to optimizer steps: rates, clipping, accumulation."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ class Updates:
     """The optimizer and what waits for its next step; a new one is the state before the first image.
 
     Args:
-        groups: parameters that move, by model ('discriminative', 'generative') and name.
+        groups: parameters that move, by model ('discriminative', 'prompt_offset', 'generative') and name.
         settings: rule, rates, clipping, images of one step.
         fused: one kernel for all parameters.
     """
@@ -30,6 +30,7 @@ class Updates:
             "discriminative": s.lr if s.lr_discriminative is None else s.lr_discriminative,
             "generative": s.lr if s.lr_generative is None else s.lr_generative,
         }
+        rates["prompt_offset"] = rates["generative"] if s.lr_prompt_offset is None else s.lr_prompt_offset
         by_model = [{"params": list(g.values()), "lr": rates[name]} for name, g in groups.items() if g]
         extra: dict = {"momentum": s.momentum}
         if s.name == "adamw":
@@ -121,3 +122,10 @@ class Updates:
             self.optimizer.found_inf = skip.float().to(last, non_blocking=True)  # type: ignore[union-attr]
         self.optimizer.step()
         self.drop()
+
+
+def total_norm(grads: Sequence[Tensor], main: torch.device) -> Tensor:
+    """L2, on the main device; by device first, as each tensor's own norm would travel alone."""
+    devices = dict.fromkeys(grad.device for grad in grads)
+    norms = [torch.nn.utils.get_total_norm([g for g in grads if g.device == device]) for device in devices]
+    return torch.nn.utils.get_total_norm([norm.to(main) for norm in norms]).to(main)

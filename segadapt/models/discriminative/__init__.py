@@ -12,7 +12,13 @@ NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
 class Segmenter(Protocol):
-    """The discriminative model, in eval mode on its device, with its own preprocessing."""
+    """The discriminative model, in eval mode on its device, with its own preprocessing.
+
+    Attributes:
+        short_side_px: images reach `logits` resized to this short side, px; None: as they were loaded.
+    """
+
+    short_side_px: int | None
 
     @property
     def net(self) -> nn.Module:

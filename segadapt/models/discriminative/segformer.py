@@ -40,6 +40,7 @@ class Segformer:
         self, net: SegformerForSemanticSegmentation | MmsegSegformer, *, gradient_checkpointing: bool = False
     ) -> None:
         self.net = net
+        self.short_side_px: int | None = None  # of its own input; None: as loaded
         # on the device from the start: a copy from the host would wait for all that the device was given before
         self._mean_std_2311 = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=net.device)[:, :, None, None]
         if gradient_checkpointing:

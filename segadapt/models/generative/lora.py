@@ -7,6 +7,8 @@ import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
+from segadapt.config import UpdateSettings
+from segadapt.models.generative.parallel import Parallel
 from segadapt.seeds import derive
 
 # attn2 is the second attention of SD3.5; to_add_out is missing from the last block
@@ -38,6 +40,19 @@ def add_lora(transformer: SD3Transformer2DModel, *, rank: int, alpha: float, see
 def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' A and B by name; empty for a transformer without."""
     return {name: p for name, p in transformer.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+
+
+def choose(parallel: Parallel, update: UpdateSettings) -> dict[str, nn.Parameter]:
+    """What moves of a teacher's net, by name: its adapters where it has any, else all; the rest is frozen."""
+    owned: dict[str, nn.Parameter] = {}
+    if update.generative:
+        adapters = lora_parameters(parallel.transformers[0])
+        assert bool(adapters) == (update.lora_rank > 0), "adapters come before placement, see models/build.py"
+        owned = parallel.own(list(adapters or dict(parallel.transformers[0].named_parameters())))
+    for transformer in parallel.transformers:
+        for name, parameter in transformer.named_parameters():
+            parameter.requires_grad_(name in owned)
+    return owned
 
 
 def plain_state(module: nn.Module) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ class-conditional ones under the class posterior. The segmenter's class weights 
 K windows   C classes   P (window, class) pairs   z y x latent channels and grid
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,22 @@ def class_weights(q_KCyx: Tensor, chosen_KC: Tensor, *, temperature: float) -> T
     """Softmax over each window's candidate classes, per pixel: [K, C, y, x], 0 for all other classes.
 
     Never over a pixel's own top-k: at k = 1 that is constantly 1 and the segmenter gets no gradient.
+    A window without candidates has finite weights, which no pair reads.
     """
-    masked_KCyx = (q_KCyx / temperature).masked_fill(~chosen_KC[:, :, None, None], -torch.inf)
+    none = torch.finfo(q_KCyx.dtype).min  # exp gives 0 as for -inf; but a softmax of -inf alone would be NaN
+    masked_KCyx = (q_KCyx / temperature).masked_fill(~chosen_KC[:, :, None, None], none)
     return masked_KCyx.softmax(dim=1)
+
+
+def pixel_entropy(logits_KCyx: Tensor) -> Tensor:
+    """Of each pixel's class probabilities, as a share of ln C: [K, y, x] in 0..1."""
+    classes = logits_KCyx.shape[1]
+    return torch.special.entr(logits_KCyx.softmax(dim=1)).sum(dim=1) / math.log(max(classes, 2))
+
+
+def window_weights(raw_KCyx: Tensor, *, tau: float) -> Tensor:
+    """softmax over the windows of (mean pixel entropy / tau), times their number: [K], mean 1, detached."""
+    return len(raw_KCyx) * (pixel_entropy(raw_KCyx.detach()).mean(dim=(1, 2)) / tau).softmax(dim=0)
 
 
 def window_losses(

@@ -24,6 +24,7 @@ from segadapt.models.generative.prompts import PromptEmbeddings
 from segadapt.models.precision import autocast, tf32
 from segadapt.models.recording import Memory, recorder_of
 
+ENCODED_AT_ONCE = 4  # windows; 1.5 GiB each at 512 px
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
 
@@ -139,6 +140,7 @@ class Sd3:
 
     Args:
         memory: on the last device, where encoding is recorded, to be replayed for as many windows; None: it is not.
+        has_offset: `offset_D`, zero until others move it, is added to the pooled embedding of all classes and of none.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class Sd3:
         precision: str = "bf16",
         parallel: Parallel | None = None,
         memory: Memory | None = None,
+        has_offset: bool = False,
     ):
         self.parallel = parallel or Parallel([transformer], [device], parts=1)
         assert self.parallel.transformers[0] is transformer
@@ -171,6 +174,7 @@ class Sd3:
         self._sequence_NLE = sequence_NLE.to(device, text_dtype)
         self._pooled_ND = pooled_ND.to(device, self._dtype)
         self.null_class = len(pooled_ND) - 1  # what `velocity` takes for the empty prompt
+        self.offset_D = torch.nn.Parameter(torch.zeros_like(self._pooled_ND[0])) if has_offset else None
 
     def autocast(self) -> torch.autocast | nullcontext:
         """As the settings say; see models/precision.py."""
@@ -182,7 +186,9 @@ class Sd3:
 
         float32; with precision 'bf16' a GPU may use TF32 (10 bits of mantissa) inside convolutions and matrix products.
         """
-        (found_Kzyx,) = self._encode(windows_K3ss.to(self._encoding_device))
+        windows_K3ss = windows_K3ss.to(self._encoding_device)
+        found = [self._encode(some_K3ss)[0] for some_K3ss in windows_K3ss.split(ENCODED_AT_ONCE)]
+        found_Kzyx = found[0] if len(found) == 1 else torch.cat(found)  # type: ignore[arg-type]
         assert found_Kzyx is not None
         if isinstance(self.autoencoder, AutoencoderTiny):
             return found_Kzyx.to(self.device)
@@ -197,12 +203,15 @@ class Sd3:
 
         def part(transformer: SD3Transformer2DModel, of_pairs: slice) -> Tensor:
             window_P, class_P = pair_window_P[of_pairs], pair_class_P[of_pairs]
+            pooled_PD = self._pooled_ND[class_P]
+            if self.offset_D is not None:
+                pooled_PD = pooled_PD + self.offset_D
             there = transformer.pos_embed.proj.weight.device  # a copy's own; of a split transformer the main device
             with self.autocast():
                 velocity_Pzyx = transformer(
                     hidden_states=noisy.x_t_Kzyx[window_P].to(there),
                     encoder_hidden_states=self._sequence_NLE[class_P].to(there),
-                    pooled_projections=self._pooled_ND[class_P].to(there),
+                    pooled_projections=pooled_PD.to(there),
                     timestep=1000 * noisy.sigma_K[window_P].to(there),
                     return_dict=False,
                 )[0]

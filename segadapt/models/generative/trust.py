@@ -46,16 +46,25 @@ def decision(error_RCyx: Tensor, draws: int) -> Tensor:
 
 
 @torch.no_grad()
-def judge(error_RCyx: Tensor, q_RCyx: Tensor, keep_Ryx: Tensor, *, draws: int, trust: TrustSettings) -> Verdict:
+def judge(
+    error_RCyx: Tensor,
+    q_RCyx: Tensor,
+    keep_Ryx: Tensor,
+    *,
+    draws: int,
+    trust: TrustSettings,
+    asked_Ryx: Tensor | None = None,
+) -> Verdict:
     """Compare the draws of each window with each other, and the teacher with the segmenter's own top class.
 
     Args:
         error_RCyx: of whole windows, as asked_errors gives them.
         q_RCyx: the segmenter's logits, the same in all rows of a window.
-        keep_Ryx: pixels asked about: the segmenter's top class is a candidate.
+        keep_Ryx: pixels that count.
+        asked_Ryx: pixels whose top class is a candidate; None: those that count.
     """
     agreement_Kyx = agreement(error_RCyx, draws)
-    asked_Kyx = keep_Ryx[::draws]
+    asked_Kyx = (keep_Ryx if asked_Ryx is None else asked_Ryx)[::draws]
     is_alike_Kyx = (decision(error_RCyx, draws) == q_RCyx[::draws].argmax(dim=1)) & asked_Kyx
     weight_Ryx = None
     if trust.mode == "skip":
