@@ -288,7 +288,7 @@ def set_up(a: argparse.Namespace, classes: int) -> tuple[list[int], config.Adapt
     for gpu in gpus if a.gib else []:
         total = torch.cuda.get_device_properties(gpu).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, a.gib * GIB / total), gpu)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as models.build.set_up does
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as models.set_up does
     px = 128 if a.tiny else 512
     overrides = ["data=ade20k_c", "data.data_root=none", "model.loss.topk=150", f"data.short_side_px={px}",
                  f"model.loss.classes_threshold={classes}", f"model.generative.max_pairs={a.max_pairs or 'null'}",

@@ -22,8 +22,9 @@ from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset
 from segadapt.datasets.cache import Cached
 from segadapt.errors import UserError
-from segadapt.models.build import build_segmenter, set_up
+from segadapt.models.build import build_segmenter
 from segadapt.models.discriminative.segformer import Segformer, build_segformer
+from segadapt.models.set_up import set_up
 from segadapt.protocol import FREE, versions, without
 from segadapt.record import JsonLines, RunFolder, write_json
 from segadapt.wandb_mirror import Mirror, mirrored

@@ -18,7 +18,7 @@ from segadapt.augment import Crops, keep_light, light_of, places_of_classes
 from segadapt.config import TrainGenerativeConfig
 from segadapt.datasets import Dataset
 from segadapt.errors import UserError
-from segadapt.models.build import devices_of
+from segadapt.models.set_up import devices_of
 from segadapt.record import JsonLines
 from segadapt.seeds import derive
 from segadapt.train import LOG_EVERY

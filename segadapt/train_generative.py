@@ -23,11 +23,12 @@ from segadapt import metrics
 from segadapt.config import TrainGenerativeConfig, TrainGenerativeSettings
 from segadapt.datasets import Dataset
 from segadapt.errors import UserError, did_you_mean
-from segadapt.models.build import build_embeddings, check_shapes, resolve, set_up
+from segadapt.models.generative.build import build_embeddings, check_shapes
 from segadapt.models.generative.lora import add_lora, lora_parameters, merge_lora
 from segadapt.models.generative.prompts import save_embeddings
 from segadapt.models.generative.sd3 import Sd3, load_autoencoder, load_transformer, save_generative
 from segadapt.models.generative.teacher import classify, true_classes
+from segadapt.models.set_up import resolve, set_up
 from segadapt.protocol import versions
 from segadapt.record import JsonLines, RunFolder, write_json
 from segadapt.seeds import derive

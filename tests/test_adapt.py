@@ -12,8 +12,9 @@ from transformers import SegformerForSemanticSegmentation
 from segadapt import adapt, config, corrupt, stream
 from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.errors import UserError
-from segadapt.models.build import build_models, fingerprint
+from segadapt.models.build import build_models
 from segadapt.models.combined import Combined
+from segadapt.models.set_up import fingerprint
 from segadapt.models.source import Source
 
 CLASSES = ("sky", "road", "car")

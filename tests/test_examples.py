@@ -14,11 +14,12 @@ from segadapt.config import DiagnoseConfig
 from segadapt.errors import UserError
 from segadapt.methods import METHODS
 from segadapt.methods.learner import Learner
-from segadapt.models.build import build_models, fingerprint
+from segadapt.models.build import build_models
 from segadapt.models.combined import Combined
 from segadapt.models.discriminative import Segmenter
 from segadapt.models.discriminative.segformer import build_segformer
 from segadapt.models.generative import Teacher
+from segadapt.models.set_up import fingerprint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

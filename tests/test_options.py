@@ -9,8 +9,9 @@ from test_combined import watch
 from torch.nn.functional import interpolate
 
 from segadapt.errors import UserError
-from segadapt.models.build import build_models, shuffled
+from segadapt.models.build import build_models
 from segadapt.models.generative import windows
+from segadapt.models.generative.build import shuffled
 from segadapt.models.generative.prompts import PromptEmbeddings
 from segadapt.models.generative.sd3 import NoisyLatent
 from segadapt.parse import _check_fields_together

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from segadapt.errors import UserError
-from segadapt.models.build import fingerprint
 from segadapt.models.discriminative import keymaps
 from segadapt.models.discriminative.segformer import build_segformer, load_segformer
+from segadapt.models.set_up import fingerprint
 from segadapt.train import parameter_groups
 
 CONFIG = {"depths": list(DEPTHS), "hidden_sizes": list(WIDTHS), "decoder_hidden_size": HEAD_WIDTH}
