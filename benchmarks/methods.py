@@ -154,7 +154,7 @@ def best(world: World) -> list[str]:
     """The generative method and the best three others of `run`, by mean mIoU."""
     mean = {name: read(world.folder(f"run-{name}", "s0"))["mean"]["miou"] for name in world.methods}
     others = sorted((name for name in mean if name != "generative"), key=lambda name: -mean[name])
-    return ["generative", *others[:3]]
+    return [name for name in ("generative", *others[:3]) if name in mean]
 
 
 def continual_jobs(world: World) -> Iterator[str]:
@@ -210,7 +210,7 @@ def tables(world: World) -> Iterator[str]:
     """What is there; a table whose runs are not finished says which one is missing."""
     rates = []
     for name in world.methods:
-        if grid(name):
+        if grid(name) and world.folder("search", f"source-{world.severities[0]}").is_dir():
             tried = searched(world, name)
             source, first = (results.percent(one.results["mean"]["miou"]) for one in tried[:2])
             rates.append([name, chosen(world, name).partition(" ")[2], source, first,

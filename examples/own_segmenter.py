@@ -1,4 +1,4 @@
-"""A segmenter of your own, here a plain convolutional net with logits at 1/8, adapted on ToyTown-C by three methods.
+"""A segmenter of your own, here a plain convolutional net with logits at 1/8: ToyTown-C as it is and by three methods.
 
 python examples/own_segmenter.py    # half a minute on a CPU
 """
@@ -23,7 +23,7 @@ from segadapt.parse import from_overrides
 class OwnSegmenter:
     """All that segadapt asks of a segmenter: segadapt.models.discriminative.Segmenter."""
 
-    short_side_px = None  # images as they are loaded
+    short_side_px: int | None = None  # a run sets it
 
     def __init__(self, net: nn.Module):
         self.net = net.eval()

@@ -200,7 +200,7 @@ class TtaSettings:
     options: dict[str, Any] = setting("the method's own, see its docstring and conf/tta/NAME.yaml")
     continual: bool = setting("keep what was learned from task to task; false: reset before each")
     episodic: bool = setting("reset before each image")
-    save_adapted: bool = setting("save the adapted segmenter of each task as a folder that from_pretrained reads")
+    save_adapted: bool = setting("save the adapted segmenter of each task as a folder that can be a checkpoint")
     diagnose_every: int = setting(
         "add diagnostics to every n-th record; reads labels, changes nothing; 0: never", low=0
     )

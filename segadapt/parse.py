@@ -169,6 +169,10 @@ def _check_short_sides(config: Any) -> None:
     """UserError: a model would see more pixels than were loaded, or training would not see its own size."""
     for model in ("discriminative", "generative"):
         own, loaded = getattr(getattr(config.model, model, None), "short_side_px", None), config.data.short_side_px
+        if getattr(getattr(config.model, model, None), "windows", "grid") != "grid" and hasattr(config, "train"):
+            raise UserError(
+                "model.generative.windows=entropy: training has no segmenter that is unsure. Set it to grid."
+            )
         if own is not None and hasattr(config, "train"):
             raise UserError(f"model.{model}.short_side_px={own}: training takes data.short_side_px={loaded} for all. "
                             "Set that, and this to null.")  # fmt: skip

@@ -15,6 +15,7 @@ from segadapt.datasets import Dataset, Task
 from segadapt.models.build import Models
 from segadapt.models.combined import Combined
 from segadapt.models.diagnostics import examine
+from segadapt.models.generative.guided import LEAST_BOXES
 from segadapt.models.out_of_memory import explain_out_of_memory
 from segadapt.models.source import Prediction
 from segadapt.record import JsonLines, RunFolder, write_json, write_png_palette
@@ -64,7 +65,7 @@ class TaskTally:
         self.matrix = metrics.ConfusionMatrix(len(run.dataset.classes), run.models.method.device)
         self.data = hashlib.sha256()
         self.counts_CC = self.matrix.counts()
-        self.images = self.labelled = self.skipped = self.refused = self.broken = 0
+        self.images = self.labelled = self.skipped = self.refused = self.broken = self.unguided = 0
         self.seconds = 0.0
 
     def result(self) -> TaskResult:
@@ -137,6 +138,11 @@ class TaskLoop:
             shared.console.print(
                 f"{tally.task.name}: {tally.skipped} steps skipped, loss or gradient was not finite; "
                 f"{tally.broken} predictions from logits that were not finite"
+            )
+        if tally.unguided:
+            shared.console.print(
+                f"{tally.task.name}: {tally.unguided} images with the grid's windows, as they had fewer than "
+                f"{LEAST_BOXES} regions of high entropy"
             )
         if tally.refused:
             shared.console.print(
@@ -213,6 +219,9 @@ class TaskLoop:
                 "agreement": prediction.agreement,
                 "teacher_agrees": prediction.teacher_agrees,
             }
+        if prediction.is_guided is not None:
+            tally.unguided += not prediction.is_guided
+            line |= {"is_guided": prediction.is_guided}
         if diagnosis is not None:
             line |= {"diagnosis": diagnosis}
         self.shared.records.append(line)

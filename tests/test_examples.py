@@ -114,14 +114,42 @@ def test_own_teacher_moves_and_returns(method, example, build_segmenter, compose
 
 
 @pytest.mark.parametrize(
-    ("given", "said"), [("lora_rank=4", "lora_rank=4"), ("prompt_offset=true", "prompt_offset=True")]
+    "given",
+    ["update.lora_rank=4", "update.prompt_offset=True", "generative.shuffle_classes=True",
+     "generative.prompts.file=a.txt", "generative.gradient_checkpointing=True", "generative.placement=replicate"],
+)  # fmt: skip
+def test_what_is_made_for_sd3_is_refused_for_an_own_teacher(example, build_segmenter, compose_settings, given):
+    settings, teacher = compose_settings(f"model.{given}"), example("own_teacher").ConvTeacher(len(CLASSES))
+    with pytest.raises(UserError, match=f"model.{given} is made for SD3, but the teacher is a ConvTeacher. Set"):
+        build_models(settings, CLASSES, segmenter=build_segmenter(), teacher=teacher)
+
+
+def test_the_short_side_of_an_own_segmenter_is_that_of_the_settings(build_segmenter, compose_settings, random_image):
+    segmenter = build_segmenter()
+    for own, expected in (("16", 16), ("null", 32)):
+        segmenter.short_side_px = 24  # whatever it had: the protocol line names the settings'
+        settings = compose_settings("tta.method=source", f"model.discriminative.short_side_px={own}")
+        built = build_models(settings, CLASSES, segmenter=segmenter)
+        assert built.method.fit(random_image(32, 45)).shape[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["tta.method=tent"], "moves normalisation layers"),
+        (["model.update.update_norm_only=true"], "moves normalisation layers"),
+        (["tta.method=bn"], "has no BatchNorm"),
+        (["tta.method=rotta"], "has no BatchNorm"),
+    ],
 )
-def test_what_is_made_for_sd3_is_refused_for_an_own_teacher(example, build_segmenter, compose_settings, given, said):
-    settings = compose_settings(f"model.update.{given}")
-    with pytest.raises(UserError, match=f"{said} is made for SD3, but the teacher is a ConvTeacher"):
-        build_models(
-            settings, CLASSES, segmenter=build_segmenter(), teacher=example("own_teacher").ConvTeacher(len(CLASSES))
-        )
+def test_segmenters_without_norms_are_refused_where_norms_are_needed(
+    example, build_teacher, compose_settings, overrides, said
+):
+    plain = example("own_segmenter").OwnSegmenter(torch.nn.Conv2d(3, len(CLASSES), 3, 4, 1))
+    settings = compose_settings(*overrides)
+    teacher = build_teacher() if METHODS[settings.tta.method].has_teacher else None
+    with pytest.raises(UserError, match=said):
+        build_models(settings, CLASSES, segmenter=plain, teacher=teacher)
 
 
 def test_pairs_at_a_time_change_no_gradient_of_an_own_teacher(example, compose_settings, random_image):

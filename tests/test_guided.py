@@ -86,7 +86,8 @@ def test_fewer_than_two_boxes_give_the_grid(guided):
     combined, image_3HW = guided([(0, 3, 16)])
     logits_BChw = combined.segmenter.logits(image_3HW[None])
     assert torch.equal(combined.sight.boxes(image_3HW, logits_BChw), plan(40, 64, **WINDOWS))
-    assert combined.step(image_3HW, task="t", key="k").is_updated
+    prediction = combined.step(image_3HW, task="t", key="k")
+    assert (prediction.is_updated, prediction.is_guided) == (True, False)
 
 
 def test_a_step_cuts_image_and_logits_with_the_same_boxes_after_the_segmenter(guided):
@@ -100,6 +101,7 @@ def test_a_step_cuts_image_and_logits_with_the_same_boxes_after_the_segmenter(gu
     combined._backward_chunks = lambda leaf, *rest, **more: given.append(leaf) or chunks(leaf, *rest, **more)
     prediction = combined.step(image_3HW, task="t", key="k")
     assert prediction.is_updated
+    assert prediction.is_guided
     assert len(prediction.candidates) == 3
     windows_K3ss, leaf_RCyx = given
     for window, (y, x, side) in enumerate(boxes):

@@ -6,7 +6,9 @@ from conftest import CLASSES
 from test_combined import ALL_CLASSES, changed, state, watch
 from torch.nn.functional import interpolate
 
+from segadapt import metrics
 from segadapt.errors import UserError
+from segadapt.methods.dusa_u import DusaU
 from segadapt.models.build import build_models, ignored_classes
 from segadapt.models.diagnostics import examine
 from segadapt.models.generative import windows
@@ -114,10 +116,70 @@ def test_area_counts_all_pixels_and_asks_of_agreement_those_with_their_class(bui
 
 
 def test_ignored_classes_are_known_by_name(saved_models, compose_settings):
-    assert ignored_classes(["road", " sign "], CLASSES) == [1, 5]
+    assert ignored_classes(["road", " sign "], CLASSES).nonzero().flatten().tolist() == [1, 5]
+    assert ignored_classes([], CLASSES) is None
     with pytest.raises(UserError, match=r"model\.loss\.ignored_classes: 'raod' is not a class .*Did you mean road\?"):
         ignored_classes(["raod"], CLASSES)
     with pytest.raises(UserError, match=r"model\.loss\.ignored_classes names all 6 classes"):
         ignored_classes(CLASSES, CLASSES)
     settings = compose_settings(*saved_models(CLASSES), "model.loss.ignored_classes=[car,sky]")
     assert build_models(settings, CLASSES).method.ignored_C.nonzero()[:, 0].tolist() == [0, 3]
+
+
+def half_ignored(combined):
+    """Logits that decide for the ignored class (tree) in the left window alone, and for others beside it."""
+    logits_Chw = torch.randn(len(CLASSES), 8, 12, generator=torch.Generator().manual_seed(3))
+    logits_Chw[CLASSES.index("tree")] = -9
+    logits_Chw[CLASSES.index("tree"), :, :9] = 9
+    combined.segmenter.logits = lambda _: logits_Chw[None].clone()
+
+
+def test_a_window_that_asks_nothing_has_no_agreement(build_ignoring, random_image):
+    combined = build_ignoring(("tree",), "model.generative.draws=2", "model.update.discriminative=false")
+    half_ignored(combined)
+    verdicts, backward = [], combined._backward_chunks
+    combined._backward_chunks = lambda *given, **more: verdicts.append(given[2]) or backward(*given, **more)
+    prediction = combined.step(random_image(), task="t", key="k")
+    (candidates,) = verdicts
+    assert candidates.counts[0] == 0 < candidates.counts[-1]
+    assert 0.5 <= prediction.agreement <= 1
+    everything = build_ignoring(CLASSES[:-1], "model.generative.draws=2", "model.update.discriminative=false")
+    everything.segmenter.logits = lambda _: torch.zeros(1, len(CLASSES), 8, 12)
+    nothing = everything.step(random_image(), task="t", key="k")
+    assert (nothing.candidates, nothing.agreement, nothing.teacher_agrees) == ((0, 0), None, None)
+
+
+def test_agreement_is_that_of_the_windows_that_ask():
+    from segadapt.config import TrustSettings
+    from segadapt.models.generative import trust
+
+    error_RCyx = torch.rand(4, 5, 3, 3, generator=torch.Generator().manual_seed(0))  # 2 windows of 2 draws
+    error_RCyx[:2] = torch.inf
+    q_RCyx, keep_Ryx = torch.rand(4, 5, 3, 3), torch.ones(4, 3, 3, dtype=torch.bool)
+    how = {"draws": 2, "trust": TrustSettings(mode="none", threshold=1, max_agreement=1, restore=0)}
+    both = trust.judge(error_RCyx, q_RCyx, keep_Ryx, **how).sums_4[0]
+    alone = trust.judge(error_RCyx[2:], q_RCyx[2:], keep_Ryx[2:], **how).sums_4[0]
+    assert both == alone > 0
+
+
+def test_dusa_u_takes_no_step_where_nothing_is_asked(build_ignoring, random_image):
+    combined = build_ignoring(CLASSES[:-1], kind=DusaU)
+    combined.segmenter.logits = lambda _: torch.zeros(1, len(CLASSES), 8, 12)
+    before = state(combined)
+    prediction = combined.step(random_image(), task="t", key="k")
+    assert (prediction.is_updated, prediction.grad_norm) == (False, 0)
+    assert changed(before, state(combined)) == set()
+
+
+def test_cosine_leaves_out_pixels_of_ignored_classes(build_ignoring, build_combined, random_image):
+    """As if the label did not count there."""
+    image_3HW, label_HW = random_image(), torch.arange(32 * 45).view(32, 45) % len(CLASSES)
+    combined = build_ignoring(("tree",), "model.loss.topk=1")
+    with torch.no_grad():
+        top_HW = metrics.predict_at_label_size(combined.segmenter.logits(image_3HW[None])[0], (32, 45))
+    is_ignored_HW = top_HW == CLASSES.index("tree")
+    assert 0 < is_ignored_HW.sum() < label_HW.numel()
+    how = {"task": "t", "key": "k", "sigmas": [0.25]}
+    (given,) = examine(combined, image_3HW, label_HW, **how)
+    (masked,) = examine(combined, image_3HW, label_HW.masked_fill(is_ignored_HW, 255), **how)
+    assert given.cosine == pytest.approx(masked.cosine, abs=1e-12)

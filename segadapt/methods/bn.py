@@ -9,9 +9,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segadapt.config import setting
+from segadapt.errors import UserError
 from segadapt.models.discriminative import Segmenter
 from segadapt.models.recording import Memory
 from segadapt.models.source import Source
+
+
+def batch_norms(segmenter: Segmenter) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Those with statistics of their own. UserError: there is none."""
+    norms = [m for m in segmenter.net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if norm.running_mean is not None]
+    if not norms:
+        raise UserError("tta.method changes the statistics of BatchNorm, but the segmenter has no BatchNorm that keeps "
+                        "any. Choose another method.")  # fmt: skip
+    return norms
 
 
 def own_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +66,6 @@ class Bn(Source):
         self, segmenter: Segmenter, options: Any, optimizer: Any, *, seed: int, precision: str,
         memory: Memory | None = None,
     ):  # fmt: skip
-        for module in segmenter.net.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.forward = mixed(module, options.alpha)  # pyright: ignore[reportAttributeAccessIssue]
+        for norm in batch_norms(segmenter):
+            norm.forward = mixed(norm, options.alpha)  # pyright: ignore[reportAttributeAccessIssue]
         super().__init__(segmenter, seed=seed, precision=precision, memory=memory)

@@ -33,7 +33,7 @@ class DusaU(Combined):
         when_complete: Callable[[], None] = lambda: None,
     ) -> Taught:
         taught = super()._backward_chunks(leaf_RCyx, noisy, candidates, weight_R=weight_R, when_complete=when_complete)
-        if self.trains_generative:
+        if self.trains_generative and any(candidates.counts):  # an image that asks nothing gives no step
             rows = torch.arange(len(leaf_RCyx), device=leaf_RCyx.device)
             for row_P in rows.split(self.pairs_at_once):
                 null_P = torch.full_like(row_P, self.generative.null_class)

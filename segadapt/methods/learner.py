@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from segadapt.config import OptimizerSettings
+from segadapt.errors import UserError
 from segadapt.models.discriminative import Segmenter
 from segadapt.models.recording import Memory
-from segadapt.models.source import Prediction, Source, segmenting
+from segadapt.models.source import NO_NORMS, Prediction, Source, segmenting
 from segadapt.models.updates import Updates
 
 
@@ -45,6 +46,8 @@ class Learner(Source):
         memory: Memory | None = None,
     ):
         moving, memory = self.choose(segmenter, options), memory if self.can_record else None
+        if not moving:
+            raise UserError(NO_NORMS)
         super().__init__(segmenter, seed=seed, precision=precision, memory=memory, moving=moving)
         self.options, self._optimizer_settings = options, optimizer
         # beside the recorded forward that is learned from: no backward of that one may be waiting when it comes again

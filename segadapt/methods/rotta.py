@@ -13,7 +13,7 @@ from torch.nn.functional import batch_norm
 
 from segadapt.config import OptimizerSettings, setting
 from segadapt.methods.augmix import augmix
-from segadapt.methods.bn import own_statistics
+from segadapt.methods.bn import batch_norms, own_statistics
 from segadapt.methods.learner import Learner
 from segadapt.methods.pixels import entropy, most_entropy
 from segadapt.models.discriminative import Segmenter
@@ -68,7 +68,7 @@ class Rotta(Learner):
         self, segmenter: Segmenter, options: Any, optimizer: OptimizerSettings, *, seed: int, precision: str,
         memory: Memory | None = None,
     ):  # fmt: skip
-        norms = [m for m in segmenter.net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = batch_norms(segmenter)
         self._first: list[tuple[Any, Any]] = [(norm.running_mean, norm.running_var) for norm in norms]
         super().__init__(segmenter, options, optimizer, seed=seed, precision=precision, memory=memory)
         self._place: dict[str, Any] = {

@@ -77,7 +77,8 @@ def fixed_bytes(
 
     Args:
         windows: encoded at a time.
-        short_side_px: of what the segmenter sees; its graph grows with the square.
+        short_side_px: of what the segmenter sees; its graph grows with the square. Of images of 4:3: those of 2:1 need
+            half as much again.
     """
     main = training_bytes(segmenter.net, trained=is_trained, accumulates=accumulates)
     last = training_bytes(autoencoder, trained=False)
@@ -104,6 +105,24 @@ def ignored_classes(names: Sequence[str], classes: Sequence[str]) -> torch.Tenso
     return torch.tensor(is_ignored) if names else None
 
 
+def refuse_settings_of_sd3(settings: AdaptConfig, teacher: Teacher) -> None:
+    """UserError: a setting that only SD3, as built here, would follow, for a teacher that came built."""
+    g, update = settings.model.generative, settings.model.update
+    for name, value, neutral in (
+        ("update.lora_rank", update.lora_rank, 0),
+        ("update.prompt_offset", update.prompt_offset, False),
+        ("generative.shuffle_classes", g.shuffle_classes, False),
+        ("generative.prompts.file", g.prompts.file, None),
+        ("generative.gradient_checkpointing", g.gradient_checkpointing, False),
+        ("generative.placement", g.placement, "dispatch"),
+    ):
+        if value != neutral:
+            raise UserError(
+                f"model.{name}={value} is made for SD3, but the teacher is a {type(teacher).__name__}. Set "
+                f"model.{name}={'null' if neutral is None else str(neutral).lower()}."
+            )
+
+
 def build_models(
     settings: EvaluateConfig | AdaptConfig,
     classes: Sequence[str],
@@ -117,7 +136,8 @@ def build_models(
     Args:
         segmenter, teacher: built already, of any family, on the main device; None: those of the settings.
     Raises:
-        UserError: a checkpoint or a plan that does not fit; adapters, which are SD3's, for a teacher that is given.
+        UserError: a checkpoint or a plan that does not fit; a given model on another device than the main one; a
+            setting that is SD3's, for a teacher that is given.
     """
     ignored_C = None
     if isinstance(settings, AdaptConfig):
@@ -125,6 +145,12 @@ def build_models(
     main = set_up(settings.runtime)
     if segmenter is None:
         segmenter = build_segmenter(settings.model.discriminative, len(classes), main)
+    segmenter.short_side_px = settings.model.discriminative.short_side_px
+    for given, device in (("segmenter", next(segmenter.net.parameters()).device),
+                          ("teacher", teacher.parallel.devices[0] if teacher is not None else main)):  # fmt: skip
+        if torch.device(device) != main:
+            raise UserError(f"the {given} lies on {device}, but the run's main device is {main}. Move it there, or set "
+                            "runtime.device.")  # fmt: skip
     fingerprints = {"discriminative": fingerprint(segmenter.net)}
     # recomputed activations save and restore the state of a generator, which a CUDA graph can't
     can_record = main.type == "cuda" and not settings.model.discriminative.gradient_checkpointing
@@ -133,13 +159,8 @@ def build_models(
         memory = Graphs(main).memory() if can_record and settings.runtime.compile else None
         return Models(build_method(settings, segmenter, memory=memory), (), fingerprints)
     update, accumulates = settings.model.update, settings.tta.optimizer.accumulate > 1
-    for setting, value, off in (("lora_rank", update.lora_rank, "0"), ("prompt_offset", update.prompt_offset, "false")):
-        if teacher is not None and value:
-            raise UserError(
-                f"model.update.{setting}={value} is made for SD3, but the teacher is a {type(teacher).__name__}. Set "
-                f"model.update.{setting}={off}."
-            )
-
+    if teacher is not None:
+        refuse_settings_of_sd3(settings, teacher)
     g = settings.model.generative  # one row of windows: most images have two
     is_one_row = (g.short_side_px or settings.data.short_side_px) == g.window_px
     windows = 2 if g.windows == "grid" and is_one_row else ENCODED_AT_ONCE

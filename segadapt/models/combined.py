@@ -5,6 +5,7 @@ P (row, class) pairs   3 RGB   H W image px   h w logits, ceil(px / 4)   z y x l
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from segadapt.config import ModelSettings, OptimizerSettings
+from segadapt.errors import UserError
 from segadapt.models.discriminative import Segmenter
 from segadapt.models.generative import Teacher, trust
 from segadapt.models.generative import candidates as candidate_classes
@@ -22,7 +24,7 @@ from segadapt.models.generative.parallel import Lane, read_later
 from segadapt.models.generative.sd3 import NoisyLatent, Sd3
 from segadapt.models.generative.sight import Sight
 from segadapt.models.recording import Memory
-from segadapt.models.source import Prediction, Source
+from segadapt.models.source import NO_NORMS, Prediction, Source
 from segadapt.models.updates import Updates, total_norm
 from segadapt.seeds import torch_generator
 
@@ -66,6 +68,8 @@ class Combined(Source):
     ):
         norms, all_of_it, update = segmenter.norm_parameters, segmenter.parameters, model.update
         moving = (norms() if update.update_norm_only else all_of_it()) if update.discriminative else {}
+        if update.discriminative and not moving:
+            raise UserError(NO_NORMS)
         super().__init__(segmenter, seed=seed, precision=precision, memory=memory, moving=moving)
         self.generative, self.parallel = generative, generative.parallel
         self.loss, self.window, self.trust = model.loss, model.generative, model.trust
@@ -161,7 +165,10 @@ class Combined(Source):
         if noisy is None:
             noisy = sight.noise(image_3HW, boxes_K3, task=task, key=key)
         taught, candidates = self.backward(image_3HW, logits_BChw, noisy, boxes_K3, task=task, key=key)
-        return self._update(scored_Chw, taught, candidates)
+        prediction = self._update(scored_Chw, taught, candidates)
+        if not sight.is_guided:
+            return prediction
+        return dataclasses.replace(prediction, is_guided=not torch.equal(boxes_K3, sight.grid(image_3HW)))
 
     def logits(self, image_3HW: Tensor) -> Tensor:
         """As in Source, of the weights after the last update."""
@@ -300,8 +307,10 @@ class Combined(Source):
             total += share.detach()
             sums_4 += verdict.sums_4
         agreement, alike, asked, counted = sums_4
-        pixels = candidates.keep_Kyx[:: candidates.draws].numel()
-        return Taught(total, counted / pixels, agreement / pixels, alike / asked.clamp(min=1))
+        keep_Kyx = candidates.keep_Kyx[:: candidates.draws]
+        num_asking = max(1, sum(count > 0 for count in candidates.counts[:: candidates.draws]))
+        agreement = agreement / (num_asking * keep_Kyx[0].numel())
+        return Taught(total, counted / keep_Kyx.numel(), agreement, alike / asked.clamp(min=1))
 
     def _update(self, scored_Chw: Tensor, taught: Taught, candidates: candidate_classes.Candidates) -> Prediction:
         """Use the gradients if they and the loss are finite and trust does not refuse the image.
@@ -330,6 +339,6 @@ class Combined(Source):
             is_refused=bool(refused),
             candidates=candidates.counts[:: candidates.draws],
             kept=kept,
-            agreement=agreement if candidates.draws > 1 else None,
-            teacher_agrees=agrees,
+            agreement=agreement if candidates.draws > 1 and any(candidates.counts) else None,
+            teacher_agrees=agrees if any(candidates.counts) else None,
         )

@@ -45,6 +45,7 @@ class Tally:
     entropy: float  # over windows: mean over pixels of the class weights' entropy, nats
     entropy_share: float  # the same divided by log N, over the windows with N > 1
     windows_compared: int  # with N > 1
+    windows_single: int  # with N = 1
     asked: int  # candidates, over windows
     masked: float  # over windows: share of pixels that do not count
 
@@ -74,7 +75,7 @@ class Tally:
             "reachable": _ratio(self.reachable, self.pixels),
             "masked": _ratio(self.masked, self.windows),
             "candidates_per_window": _ratio(self.asked, self.windows),
-            "single_class_windows": 1 - _ratio(self.windows_compared, self.windows),
+            "single_class_windows": _ratio(self.windows_single, self.windows),
         }
 
     def _judge(self, counts_CC: np.ndarray, agrees: int, steady: float) -> dict[str, float]:
@@ -129,6 +130,8 @@ def examine(
     q_KCyx = combined.in_windows(logits_BChw, image_3HW, boxes_K3, grid=grid)
     if combined.ignored_C is not None:  # pixels that no step asks about
         truth_Kyx = truth_Kyx.masked_fill(combined.ignored_C[q_KCyx.argmax(dim=1)], 255)
+        top_HW = metrics.predict_at_label_size(logits_BChw[0], (label_HW.shape[0], label_HW.shape[1]))
+        label_HW = label_HW.masked_fill(combined.ignored_C[top_HW.long()], 255)
     right = cross_entropy_gradient(raw_BChw, label_HW)
     tallies = []
     for sigma in sigmas:
@@ -243,6 +246,7 @@ def _tally(
         entropy=float(entropy_K.sum()),
         entropy_share=float(share_K.sum()),
         windows_compared=int((asked_K > 1).sum()),
+        windows_single=int((asked_K == 1).sum()),
         asked=int(asked_K.sum()),
         masked=K * masked,
     )

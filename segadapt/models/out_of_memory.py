@@ -8,6 +8,7 @@ import torch
 from segadapt.errors import UserError
 from segadapt.models.combined import Combined
 from segadapt.models.generative.lora import lora_parameters
+from segadapt.models.generative.sd3 import Sd3
 from segadapt.models.source import Source
 
 
@@ -29,9 +30,10 @@ def cures(method: Source) -> list[str]:
     g, out = method.window, list[str]()
     if g.max_pairs and g.max_pairs > 1:
         out.append(f"lower model.generative.max_pairs={g.max_pairs}")
-    if method.trains_generative and not g.gradient_checkpointing:
+    is_sd3 = isinstance(method.generative, Sd3)
+    if is_sd3 and method.trains_generative and not g.gradient_checkpointing:
         out.append("set model.generative.gradient_checkpointing=true")
-    if method.trains_generative and not lora_parameters(method.parallel.transformers[0]):
+    if is_sd3 and method.trains_generative and not lora_parameters(method.parallel.transformers[0]):
         out.append("train adapters alone (model.update.lora_rank=8)")
     if len(method.parallel.transformers) > 1:
         out.append("split the transformer (model.generative.placement=dispatch)")

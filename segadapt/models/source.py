@@ -19,6 +19,11 @@ from segadapt.models.discriminative import Segmenter
 from segadapt.models.precision import autocast
 from segadapt.models.recording import Memory, recorder_of
 
+NO_NORMS = (
+    "tta.method moves normalisation layers, but the segmenter has none that it may move. Choose one that moves all its "
+    "weights (generative, cotta, memo), with model.update.update_norm_only=false."
+)
+
 
 @dataclass
 class NoOptions:
@@ -39,6 +44,7 @@ class Prediction:
     kept: float | None = None  # share of latent pixels that count
     agreement: float | None = None  # mean share of draws that decide for the same class; None with one draw
     teacher_agrees: float | None = None  # share of the asked pixels where teacher and segmenter decide alike
+    is_guided: bool | None = None  # windows where the segmenter is unsure; False: the grid's; None: not asked for
 
     @property
     def is_step_finite(self) -> bool:

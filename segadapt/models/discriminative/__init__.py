@@ -8,14 +8,15 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+NORM_TYPES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)  # Batch- and InstanceNorm
 
 
 class Segmenter(Protocol):
     """The discriminative model, in eval mode on its device, with its own preprocessing.
 
     Attributes:
-        short_side_px: images reach `logits` resized to this short side, px; None: as they were loaded.
+        short_side_px: images reach `logits` resized to this short side, px; None: as they were loaded. A run sets it to
+            model.discriminative.short_side_px.
     """
 
     short_side_px: int | None

@@ -13,7 +13,10 @@ if TYPE_CHECKING:  # both import diffusers, which much in this folder does witho
 
 
 class Teacher(Protocol):
-    """The generative model, in eval mode. Inputs and outputs live on the segmenter's device."""
+    """The generative model, in eval mode.
+
+    Inputs and outputs live on the segmenter's device, `parallel.devices[0]`; `encode` also takes windows on the last.
+    """
 
     @property
     def parallel(self) -> "Parallel":

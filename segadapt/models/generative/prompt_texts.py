@@ -36,7 +36,7 @@ def read_prompts(path: Path, names: Sequence[str]) -> list[str]:
     """
     where = f"model.generative.prompts.file={path}"
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
+        text = path.expanduser().read_text(encoding="utf-8-sig")  # with or without a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{where} cannot be read ({error}); expected UTF-8 text. Correct the path or the file."

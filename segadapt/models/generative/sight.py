@@ -59,6 +59,11 @@ class Sight:
             boxes_K3 = unsure_boxes(entropy_hw, image_px=(height, width), window_px=w.window_px)
             if len(boxes_K3) >= LEAST_BOXES:
                 return boxes_K3
+        return self.grid(image_3HW)
+
+    def grid(self, image_3HW: Tensor) -> Tensor:
+        """Boxes that cover the image: int64 [K, 3], see `windows.plan`."""
+        w, (height, width) = self.settings, self.size(image_3HW)
         return windows.plan(height, width, window_px=w.window_px, stride_px=w.stride_px)
 
     def noise(self, image_3HW: Tensor, boxes_K3: Tensor | None = None, *, task: str, key: str) -> NoisyLatent:

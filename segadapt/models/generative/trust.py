@@ -63,7 +63,10 @@ def judge(
         keep_Ryx: pixels that count.
         asked_Ryx: pixels whose top class is a candidate; None: those that count.
     """
-    agreement_Kyx = agreement(error_RCyx, draws)
+    has_candidates_K = (error_RCyx[::draws] < torch.inf).flatten(1).any(dim=1)
+    agreement_Kyx = (
+        agreement(error_RCyx, draws) * has_candidates_K[:, None, None]
+    )  # a window that asks nothing has none
     asked_Kyx = (keep_Ryx if asked_Ryx is None else asked_Ryx)[::draws]
     is_alike_Kyx = (decision(error_RCyx, draws) == q_RCyx[::draws].argmax(dim=1)) & asked_Kyx
     weight_Ryx = None
