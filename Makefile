@@ -13,7 +13,7 @@ demo: .stamp-venv
 	$(BIN)/segadapt demo
 
 test: .stamp-venv
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: .stamp-venv
 	$(BIN)/python -m pytest -m slow
