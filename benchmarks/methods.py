@@ -17,7 +17,7 @@ seeds and the published number of augmentations everywhere. What is finished is 
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,28 +206,43 @@ def continual_table(world: World) -> str:
     return results.markdown(["", *(f"round {number}" for number in range(1, ROUNDS + 1)), "mean"], lines)
 
 
+def rates_table(world: World) -> str:
+    """What the search chose for each method, and what it scored there."""
+    lines = []
+    for name in (name for name in world.methods if grid(name)):
+        source, first, *_ = searched(world, name)
+        scores = [results.percent(one.results["mean"]["miou"]) for one in (source, first)]
+        lines.append([name, chosen(world, name).partition(" ")[2], *scores, f"{100 * first.worst(source):+.2f}"])
+    return results.markdown(["method", "chosen", "source, validation", "chosen, validation", "worst task"], lines)
+
+
+def gains_table(world: World, kind: str, names: Iterable[str]) -> str:
+    """Of the runs of that kind, the source first; all numbers also as JSON."""
+    rows = [word for name in names for word in ("--row", f"{name}={world.folder(f'{kind}-{name}', 's*')}")]
+    file = str(world.out / f"{world.name}-{kind}.json")
+    return results.main(["--source", str(world.folder(f"{kind}-source", "s*")), *rows, "--json", file])
+
+
 def tables(world: World) -> Iterator[str]:
     """What is there; a table whose runs are not finished says which one is missing."""
-    rates = []
-    for name in world.methods:
-        if grid(name) and world.folder("search", f"source-{world.severities[0]}").is_dir():
-            tried = searched(world, name)
-            source, first = (results.percent(one.results["mean"]["miou"]) for one in tried[:2])
-            rates.append([name, chosen(world, name).partition(" ")[2], source, first,
-                          f"{100 * tried[1].worst(tried[0]):+.2f}"])  # fmt: skip
-    yield results.markdown(["method", "chosen", "source, validation", "chosen, validation", "worst task"], rates)
-    for kind, names in (("run", world.methods), ("best", None)):
+    for what, make in (
+        ("search", lambda: rates_table(world)),
+        ("run", lambda: gains_table(world, "run", world.methods)),
+        ("best", lambda: gains_table(world, "best", best(world))),
+        ("continual", lambda: continual_table(world)),
+    ):
         try:
-            rows = [f"{name}={world.folder(f'{kind}-{name}', 's*')}" for name in names or best(world)]
-            options = [word for row in rows for word in ("--row", row)]
-            file = str(world.out / f"{world.name}-{kind}.json")
-            yield results.main(["--source", str(world.folder(f"{kind}-source", "s*")), *options, "--json", file])
+            yield make()
         except UserError as error:
-            yield f"{kind}: {error}"
-    try:
-        yield continual_table(world)
-    except UserError as error:
-        yield f"continual: {error}"
+            yield f"{what}: {error}"
+
+
+def severities_of(text: str) -> tuple[int, ...]:
+    """'5,2'. ValueError, which argparse explains: not of 1..5."""
+    severities = tuple(int(part) for part in text.split(","))
+    if not set(severities) <= {1, 2, 3, 4, 5}:
+        raise ValueError(text)
+    return severities
 
 
 STAGES = ("search", "run", "best", "continual", "tables")
@@ -245,7 +260,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--overrides", default="", help="of every command")
     parser.add_argument("--common", default="", help="of every command, such as cannot change results")
     parser.add_argument("--methods", help="commas between; all")
-    parser.add_argument("--severities", default="5,2", help="of the search, commas between")
+    parser.add_argument("--severities", type=severities_of, default="5,2", help="of the search, commas between")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--jobs-per-gpu", type=int, default=1)
     parser.add_argument("--seconds-limit", type=float, default=float("inf"))
@@ -260,9 +275,8 @@ def main(arguments: list[str]) -> int:
     if unknown := set(asked) - {*SLOW_FIRST, *rest}:
         parser.error(f"no such method: {', '.join(unknown)}; choose from {', '.join([*SLOW_FIRST, *rest])}")
     models = tuple(a.models) if a.models else None
-    severities = tuple(int(severity) for severity in a.severities.split(","))
     limit = None if a.full else 40
-    world = World(a.world, a.out, a.overrides, models, tuple(asked), severities, limit, a.full)
+    world = World(a.world, a.out, a.overrides, models, tuple(asked), a.severities, limit, a.full)
     plans = {
         "search": [lambda: search_jobs(world)],
         "run": [lambda: tested_jobs(world, "run", ["source", *world.methods], SEEDS if a.full else (0,), world.images)],

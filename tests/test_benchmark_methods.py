@@ -98,6 +98,12 @@ def test_table_of_rounds_has_means_over_conditions_and_the_clean_score_after_eac
     assert rows[3][-2:] == ["60.00", "64.50"]
 
 
+def test_tables_that_lack_runs_say_which(methods, world):
+    said = list(methods.tables(world("tent")))
+    assert [text.partition(":")[0] for text in said] == ["search", "run", "best", "continual"]
+    assert all("expected the" in text for text in said)
+
+
 def test_segmenters_after_a_round_are_those_of_its_last_condition(methods, tmp_path):
     width = len(methods.CONDITIONS)
     for index in range(width * methods.ROUNDS):
@@ -112,6 +118,8 @@ def test_segmenters_after_a_round_are_those_of_its_last_condition(methods, tmp_p
         (["toytown", "serach"], "no such stage: serach"),
         (["toytown", "run", "--methods", "tent,tnt"], "no such method: tnt"),
         (["camvid", "run"], "camvid needs --models"),
+        (["toytown", "run", "--severities", "5,x"], "argument --severities: invalid severities_of value: '5,x'"),
+        (["toytown", "run", "--severities", "6"], "argument --severities: invalid severities_of value: '6'"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(methods, tmp_path, capsys, arguments, said):

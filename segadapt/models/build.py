@@ -48,7 +48,7 @@ class Models:
 
 def build_segmenter(settings: DiscriminativeSettings, num_classes: int, device: torch.device) -> Segformer:
     """The source model, on the main device."""
-    segmenter = load_segformer(
+    return load_segformer(
         resolve(settings.checkpoint, "model.discriminative.checkpoint"),
         revision=settings.revision,
         num_classes=num_classes,
@@ -56,8 +56,6 @@ def build_segmenter(settings: DiscriminativeSettings, num_classes: int, device: 
         gradient_checkpointing=settings.gradient_checkpointing,
         allow_pickle=settings.allow_pickle,
     )
-    segmenter.short_side_px = settings.short_side_px
-    return segmenter
 
 
 def fixed_bytes(
