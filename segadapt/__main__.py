@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import platform
 import re
 import sys
 from collections.abc import Callable
@@ -14,9 +15,11 @@ import yaml
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
 
 from segadapt import __version__, config
 from segadapt.errors import UserError, did_you_mean
+from segadapt.machine import check_versions, explain
 from segadapt.parse import methods_as_files, parse
 
 # verb: (primary config, schema, function as module:name, what it does)
@@ -82,7 +85,7 @@ def _refuse(verb: str, error: UserError) -> NoReturn:
 
 
 def main() -> None:
-    """Exit status 0; 2 for a user's mistake, in one line."""
+    """Exit status 0; 2 for a user's mistake, or what the machine did to the run, in one line."""
     verb, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if verb in ("--help", "-h", "help"):
         sys.stdout.write(USAGE + "".join(f"  {name:<17} {row[3]}\n" for name, row in VERBS.items()))
@@ -93,6 +96,7 @@ def main() -> None:
     try:
         if verb not in VERBS:
             raise UserError(f"{verb} is not a verb.{did_you_mean(verb, VERBS)}")
+        check_versions(platform.python_version())
         _start(verb, arguments)
     except UserError as error:
         _refuse(verb, error)
@@ -116,6 +120,10 @@ def _start(verb: str, arguments: list[str]) -> None:
             _refuse(verb, error)  # here: Hydra would put a line of its own in front
         except (HydraException, OmegaConfBaseException) as error:
             raise RuntimeError("a run must not raise Hydra's errors") from error  # not the user's mistake
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if (line := explain(error)) is None:
+                raise
+            _refuse(verb, UserError(line))
 
     try:
         job()

@@ -1,7 +1,6 @@
 """A run: the stream listed and checked, the models built, one loop a task, the results. `evaluate` is the same run."""
 
 import hashlib
-import json
 import time
 from dataclasses import asdict
 from typing import Any
@@ -14,6 +13,7 @@ from segadapt.config import AdaptConfig, EvaluateConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.errors import UserError
+from segadapt.json_files import read_json
 from segadapt.models.build import Models, build_models
 from segadapt.models.discriminative import Segmenter
 from segadapt.models.generative import Teacher
@@ -24,6 +24,8 @@ from segadapt.terminal import copyable_line, results_table
 from segadapt.wandb_mirror import mirrored
 
 SHOWN = MEANS[:5]  # mRecall is mAcc
+# Counts of a task that have a column where any is not 0, the last one with their sum.
+FAULTS = {"steps_skipped": "skipped", "predictions_not_finite": "not finite", "resets": "resets"}
 
 
 def run(
@@ -110,7 +112,8 @@ def _refuse_other_weights(folder: RunFolder, models: Models) -> None:
     path = folder.path / "results.json"
     if not path.is_file():
         return
-    for model, expected in json.loads(path.read_text())["weights_sha256"].items():
+    stored = read_json(path, cure="Remove the file, or choose another experiment.id.")
+    for model, expected in stored.get("weights_sha256", {}).items():
         if (got := models.fingerprints.get(model)) != expected:
             raise UserError(
                 f"Run folder {folder.path} holds results of other weights ({model}: {expected[:12]}; now "
@@ -157,6 +160,11 @@ def _print_results(console: Console, results: list[TaskResult], mean: dict[str, 
         for r in results
     ]
     rows.append(["mean", sum(r.images for r in results), *(mean[name] for name in SHOWN), ""])
-    console.print(results_table(rows, ["task", "images", "mIoU", "mAcc", "aAcc", "mF1", "mPrec", "s/image"]))
+    columns = ["task", "images", "mIoU", "mAcc", "aAcc", "mF1", "mPrec", "s/image"]
+    for count, heading in FAULTS.items():
+        if any(counts := [getattr(r, count) for r in results]):
+            columns.append(heading)
+            rows = [[*row, value] for row, value in zip(rows, [*counts, sum(counts)], strict=True)]
+    console.print(results_table(rows, columns))
     line = copyable_line([*(r.scores.miou if r.scores else None for r in results), mean["miou"]])
     console.print(f"mIoU %: {line}", highlight=False, soft_wrap=True, markup=False)

@@ -170,7 +170,7 @@ def check_models(settings: CheckConfig, dataset: Dataset, entry: stream.Entry, c
     console.print(*describe(models), sep="\n")
     method, start = models.method, time.perf_counter()
     image_3HW = resize_short_side(dataset.load(entry.task, entry.key).image_HW3, settings.data.short_side_px)
-    with explain_out_of_memory(method, f"{entry.key} of {entry.task.name}"):
+    with explain_out_of_memory(method, f"{entry.key} of {entry.task.name}", image_3HW):
         step = method.step(image_3HW, task=entry.task.name, key=entry.key)
     is_finite = bool(step.logits_Chw.isfinite().all()) and step.is_step_finite
     method.reset()

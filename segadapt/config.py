@@ -164,6 +164,9 @@ class TrustSettings:
 @dataclass
 class EvaluatedModelSettings:
     discriminative: DiscriminativeSettings = setting("the segmenter")
+    sha256: dict[str, str] = setting(
+        "of the weights, by model, as results.json lists them under weights_sha256: others are refused; {}: any"
+    )
 
 
 @dataclass
@@ -200,6 +203,10 @@ class TtaSettings:
     options: dict[str, Any] = setting("the method's own, see its docstring and conf/tta/NAME.yaml")
     continual: bool = setting("keep what was learned from task to task; false: reset before each")
     episodic: bool = setting("reset before each image")
+    non_finite: str = setting(
+        "an image whose loss, gradient or prediction is not finite: no step, end the run, or no step and a reset",
+        choices=("skip", "stop", "reset"),
+    )
     save_adapted: bool = setting("save the adapted segmenter of each task as a folder that can be a checkpoint")
     diagnose_every: int = setting(
         "add diagnostics to every n-th record; reads labels, changes nothing; 0: never", low=0

@@ -43,6 +43,7 @@ FREE = (
     "data.max_pixels",
     "runtime.threads",
     "tta.diagnose_every",
+    "model.sha256",
     "model.generative.prompts.cache_dir",
     "train.resume",
 )
@@ -71,8 +72,9 @@ def identity(settings: EvaluateConfig) -> dict[str, Any]:
         values["model"] = {"discriminative": values["model"]["discriminative"]}
     if method is Source:
         values.pop("tta", None)
-    elif not values["tta"]["options"]:
-        del values["tta"]["options"]
+    else:  # the id of a run does not change with a setting that is new and at its default
+        neutral = {"options": {}, "non_finite": "skip"}
+        values["tta"] = {name: value for name, value in values["tta"].items() if (name, value) not in neutral.items()}
     return values | {"method": method_of(settings)}
 
 
@@ -120,6 +122,8 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
         stretch = "round" if data.order == "mixed" else "task"
         rule = f"reset before each {'image' if settings.tta.episodic else stretch}"
         parts.append("continual" if settings.tta.continual else rule)
+        if settings.tta.non_finite == "reset":
+            parts.append("reset also where a loss is not finite")
     parts += [
         f"scored {METHODS[method_of(settings)].scored} at label size, one bilinear resize",
         short_sides(settings),

@@ -18,6 +18,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from segadapt.errors import UserError
+from segadapt.json_files import read_json
+from segadapt.paths import check_inside
 
 RESULTS = (
     "results.json",
@@ -64,6 +66,9 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails has none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     _fsync_folder(path.parent)
@@ -94,14 +99,21 @@ class JsonLines:
     def __init__(self, path: Path, *, keep: Sequence[Any] = ()):
         """keep: values of an earlier start, written first."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("wb", buffering=0)
         for value in keep:
             self.append(value)
 
     def append(self, value: Any) -> None:
-        """Write one line, see `plain`."""
-        self._file.write(json.dumps(plain(value), allow_nan=False, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Write one line, see `plain`. OSError (disk full): the lines before it stay, and no part of this one."""
+        line = memoryview((json.dumps(plain(value), allow_nan=False, ensure_ascii=False) + "\n").encode())
+        whole = self._file.tell()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            self._file.truncate(whole)
+            error.filename = error.filename or self._file.name
+            raise
 
     def close(self) -> None:
         """Bring all lines to the disk; a second call does nothing."""
@@ -133,7 +145,8 @@ class RunFolder:
             run_id: None: the first 10 hex digits of the SHA-256 of the settings as canonical JSON.
             settings: all that can change results; JSON values.
         Raises:
-            UserError: a name or id of other characters; a folder of another run or of none, or one not writable.
+            UserError: a name or id of other characters, or a link that leaves root; a folder of another run or of
+                none, or one not writable.
         """
         settings = plain(settings)
         run_id = settings_id(settings) if run_id is None else run_id
@@ -144,6 +157,7 @@ class RunFolder:
                     f"names a folder. Choose another {setting}."
                 )
         path = Path(root, name, run_id).expanduser()
+        check_inside(path, Path(root).expanduser(), cure="Remove the link, or choose another experiment.name.")
         try:
             if path.exists():
                 _check_same_run(path, settings)
@@ -161,7 +175,7 @@ class RunFolder:
         resume: file name of a checkpoint; where it lies in the folder, nothing is removed.
         """
         for result in () if resume and (self.path / resume).is_file() else RESULTS:
-            if (self.path / result).is_dir():
+            if (self.path / result).is_dir() and not (self.path / result).is_symlink():
                 shutil.rmtree(self.path / result)
             else:
                 (self.path / result).unlink(missing_ok=True)
@@ -184,10 +198,7 @@ def _check_same_run(path: Path, settings: Mapping[str, Any]) -> None:
         if any(path.iterdir()):
             raise UserError(f"{path} holds files but no settings.json, so it is not a run folder. {another}.")
         return
-    try:
-        old = _flat(json.loads(stored.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(f"{stored}: not JSON ({error}). {another}, or remove the folder.") from error
+    old = _flat(read_json(stored, cure=f"{another}, or remove the folder."))
     new = _flat(settings)
     for name in [*new, *(name for name in old if name not in new)]:
         before, now = old.get(name, _ABSENT), new.get(name, _ABSENT)

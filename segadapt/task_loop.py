@@ -16,6 +16,7 @@ from segadapt.models.build import Models
 from segadapt.models.combined import Combined
 from segadapt.models.diagnostics import examine
 from segadapt.models.generative.guided import LEAST_BOXES
+from segadapt.models.non_finite import react
 from segadapt.models.out_of_memory import explain_out_of_memory
 from segadapt.models.source import Prediction
 from segadapt.record import JsonLines, RunFolder, write_json, write_png_palette
@@ -39,6 +40,7 @@ class TaskResult:
     steps_skipped: int  # loss or gradient was not finite
     steps_refused: int  # by model.trust.max_agreement
     predictions_not_finite: int  # scored all the same: their argmax is class 0
+    resets: int  # by tta.non_finite
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class TaskTally:
         self.matrix = metrics.ConfusionMatrix(len(run.dataset.classes), run.models.method.device)
         self.data = hashlib.sha256()
         self.counts_CC = self.matrix.counts()
-        self.images = self.labelled = self.skipped = self.refused = self.broken = self.unguided = 0
+        self.images = self.labelled = self.skipped = self.refused = self.broken = self.resets = self.unguided = 0
         self.seconds = 0.0
 
     def result(self) -> TaskResult:
@@ -73,7 +75,7 @@ class TaskTally:
         scores = metrics.scores(self.counts_CC) if self.labelled else None
         return TaskResult(
             self.task, self.images, self.seconds, scores, self.counts_CC, self.data.hexdigest(), self.skipped,
-            self.refused, self.broken,
+            self.refused, self.broken, self.resets,
         )  # fmt: skip
 
 
@@ -107,11 +109,13 @@ class TaskLoop:
                 sample = next(shared.samples)
                 ready = time.perf_counter()
                 assert sample.entry == entry, (sample.entry, entry)
-                with explain_out_of_memory(method, f"{entry.key} of {task.name}"):
+                with explain_out_of_memory(method, f"{entry.key} of {task.name}", sample.image_3HW):
                     if tta is not None and tta.episodic:
                         method.reset()
                     diagnosis = self._diagnose(tally, sample)  # before the step: of the weights that it starts from
                     prediction = method.step(sample.image_3HW, task=task.name, key=entry.key)
+                if tta is not None:
+                    tally.resets += react(tta.non_finite, method, prediction, what=f"{entry.key} of {task.name}")
                 miou, classes = self._score_and_save(tally, sample, prediction)
                 tally.data.update(sample.digest.encode())
                 self._record(tally, sample, prediction, miou, classes, diagnosis)
@@ -137,7 +141,7 @@ class TaskLoop:
         if tally.skipped or tally.broken:
             shared.console.print(
                 f"{tally.task.name}: {tally.skipped} steps skipped, loss or gradient was not finite; "
-                f"{tally.broken} predictions from logits that were not finite"
+                f"{tally.broken} predictions from logits that were not finite; {tally.resets} resets"
             )
         if tally.unguided:
             shared.console.print(
@@ -252,5 +256,6 @@ def row_of(result: TaskResult, classes: tuple[str, ...]) -> dict[str, Any]:
         "steps_skipped": result.steps_skipped,
         "steps_refused": result.steps_refused,
         "predictions_not_finite": result.predictions_not_finite,
+        "resets": result.resets,
         "seconds": round(result.seconds, 3),
     }

@@ -7,6 +7,7 @@ import logging
 import netrc
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from segadapt.record import RunFolder
 
 MODES = ("online", "offline", "disabled")
 INIT_TIMEOUT_S = 30
+CALL_TIMEOUT_S = 30  # of one image's numbers; wandb itself only puts them into a queue
 FINISH_TIMEOUT_S = 60  # then the rest stays on disk for `wandb sync`
 
 logger = logging.getLogger(__name__)
@@ -55,11 +57,11 @@ class NoWandb:
 
 
 class Wandb:
-    """Mirror around a wandb run; the first error is its last: one warning, then it behaves as NoWandb."""
+    """Mirror around a wandb run; the first error, or call without answer, is its last: one warning, then as NoWandb."""
 
-    def __init__(self, run: Any):
+    def __init__(self, run: Any, *, call_timeout_s: float = CALL_TIMEOUT_S, finish_timeout_s: float = FINISH_TIMEOUT_S):
         """run: what `wandb.init` returns."""
-        self._run = run
+        self._run, self._call_timeout_s, self._finish_timeout_s = run, call_timeout_s, finish_timeout_s
         self._axes: set[str] = set()
         self._is_lost = False
 
@@ -74,24 +76,35 @@ class Wandb:
                     self._axes.add(key)
             self._run.log({**values, **axes})
 
-        self._attempt(send)
+        self._attempt(send, self._call_timeout_s)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """See Mirror."""
-        self._attempt(lambda: self._run.summary.update(dict(values)))
+        self._attempt(lambda: self._run.summary.update(dict(values)), self._call_timeout_s)
 
     def finish(self) -> None:
         """See Mirror."""
-        self._attempt(lambda: self._run.finish())
+        self._attempt(lambda: self._run.finish(), self._finish_timeout_s)
 
-    def _attempt(self, action: Callable[[], Any]) -> None:
+    def _attempt(self, action: Callable[[], Any], timeout_s: float) -> None:
         if self._is_lost:
             return
-        try:
-            action()
-        except Exception as error:
+        errors: list[Exception] = []
+
+        def attempt() -> None:
+            try:
+                action()
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=attempt, daemon=True)  # one that never answers does not hold up the exit
+        thread.start()
+        thread.join(timeout_s)
+        if thread.is_alive():
+            errors.append(TimeoutError(f"no answer in {timeout_s:g} s"))
+        if errors:
             self._is_lost = True
-            _warn_lost(error)
+            _warn_lost(errors[0])
 
 
 def open_mirror(
