@@ -59,9 +59,17 @@ class NoWandb:
 class Wandb:
     """Mirror around a wandb run; the first error, or call without answer, is its last: one warning, then as NoWandb."""
 
-    def __init__(self, run: Any, *, call_timeout_s: float = CALL_TIMEOUT_S, finish_timeout_s: float = FINISH_TIMEOUT_S):
-        """run: what `wandb.init` returns."""
-        self._run, self._call_timeout_s, self._finish_timeout_s = run, call_timeout_s, finish_timeout_s
+    def __init__(
+        self,
+        run: Any,
+        teardown: Callable[[], Any],
+        *,
+        call_timeout_s: float = CALL_TIMEOUT_S,
+        finish_timeout_s: float = FINISH_TIMEOUT_S,
+    ):
+        """run: what `wandb.init` returns; teardown: `wandb.teardown`."""
+        self._run, self._teardown = run, teardown
+        self._call_timeout_s, self._finish_timeout_s = call_timeout_s, finish_timeout_s
         self._axes: set[str] = set()
         self._is_lost = False
 
@@ -85,26 +93,16 @@ class Wandb:
     def finish(self) -> None:
         """See Mirror."""
         self._attempt(lambda: self._run.finish(), self._finish_timeout_s)
+        if self._is_lost:  # or wandb would do it at exit: wait there, or print a traceback
+            _within(self._call_timeout_s, self._teardown)
 
     def _attempt(self, action: Callable[[], Any], timeout_s: float) -> None:
         if self._is_lost:
             return
-        errors: list[Exception] = []
-
-        def attempt() -> None:
-            try:
-                action()
-            except Exception as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=attempt, daemon=True)  # one that never answers does not hold up the exit
-        thread.start()
-        thread.join(timeout_s)
-        if thread.is_alive():
-            errors.append(TimeoutError(f"no answer in {timeout_s:g} s"))
-        if errors:
+        error = _within(timeout_s, action)
+        if error is not None:
             self._is_lost = True
-            _warn_lost(errors[0])
+            _warn_lost(error)
 
 
 def open_mirror(
@@ -163,7 +161,7 @@ def open_mirror(
     except Exception as error:
         _warn_lost(error)
         return NoWandb()
-    return Wandb(run)
+    return Wandb(run, wandb.teardown)
 
 
 @contextmanager
@@ -186,6 +184,24 @@ def mirrored(settings: EvaluateConfig | TrainGenerativeConfig, run: RunFolder, *
         yield mirror
     finally:
         mirror.finish()
+
+
+def _within(timeout_s: float, action: Callable[[], Any]) -> Exception | None:
+    """What went wrong with a call that is waited for so long; one that never ends does not hold up the exit."""
+    errors: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            action()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        return TimeoutError(f"no answer in {timeout_s:g} s")
+    return errors[0] if errors else None
 
 
 def _axis(key: str) -> str:

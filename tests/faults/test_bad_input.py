@@ -211,14 +211,14 @@ def flip_a_byte(path: Path) -> None:
 
 def evil_pickle(segmenter: Path) -> None:
     (segmenter / "model.safetensors").unlink()
-    (segmenter / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": RunsCode(segmenter / "ran")}))
+    (segmenter / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": RunsCode(segmenter / "ran")}, protocol=2))
 
 
 def teacher_pickle(teacher: Path) -> None:
     for path in (teacher / "transformer").glob("*.safetensors"):
         path.unlink()
     path = teacher / "transformer/diffusion_pytorch_model.bin"
-    path.write_bytes(pickle.dumps({"weight": RunsCode(teacher / "ran")}))
+    path.write_bytes(pickle.dumps({"weight": RunsCode(teacher / "ran")}, protocol=2))
 
 
 SEGMENTER, TEACHER = "model.discriminative.checkpoint", "model.generative.checkpoint"
