@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from segadapt.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 METHOD = "tta.method="
+PASSWORD = r"://[^/@\s]+:[^/@\s]+@"
 PLAIN_TEMPLATE = "a photo of a {}"  # what model.generative.prompts.template is unless it is set
 
 
@@ -46,7 +48,8 @@ def parse(config: DictConfig, schema: type[T], *, prefix: str = "") -> T:
     Args:
         prefix: of the names in messages, where the config is a part of a larger one.
     Raises:
-        UserError: an unknown, missing or mistyped setting, a value outside its choices or range; names the nearest.
+        UserError: an unknown, missing or mistyped setting, a value outside its choices or range, an address with a
+            password; names the nearest.
     """
     resolved, known = OmegaConf.to_container(config, resolve=True), fields_of(schema)
     assert isinstance(resolved, dict)
@@ -54,6 +57,9 @@ def parse(config: DictConfig, schema: type[T], *, prefix: str = "") -> T:
     for name in given:
         if name not in known:
             raise UserError(f"{prefix}{name} is not a setting.{did_you_mean(name, known)}")
+        if re.search(PASSWORD, str(given[name])):
+            raise UserError(f"{prefix}{name} holds an address with a password; expected none, as settings are written "
+                            "to records. Keep keys in the environment, and remove it.")  # fmt: skip
     try:
         typed = OmegaConf.unsafe_merge(OmegaConf.structured(schema), resolved)  # neither is used again
         missing = sorted(OmegaConf.missing_keys(typed))
