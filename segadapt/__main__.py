@@ -50,7 +50,8 @@ def _explain(error: Exception, schema: type, arguments: list[str]) -> str:
     """One line for what Hydra found wrong with the command line, with the nearest right name."""
     text = " ".join(str(error).split())
     if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read; expected key=value. Quote values with spaces: \"key='a b'\"."
+        given = " ".join(error.override.split())
+        return f"{given} cannot be read; expected key=value. Quote values with spaces: \"key='a b'\"."
     found = re.search(r"Could not find '(.+)/(.+?)' Available options in '.+?':(.*?)(?:Config search path|$)", text)
     if found:
         group, wrong, options = found.groups()

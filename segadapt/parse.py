@@ -51,9 +51,8 @@ def parse(config: DictConfig, schema: type[T], *, prefix: str = "") -> T:
         UserError: an unknown, missing or mistyped setting, a value outside its choices or range, an address with a
             password; names the nearest.
     """
-    resolved, known = OmegaConf.to_container(config, resolve=True), fields_of(schema)
-    assert isinstance(resolved, dict)
-    given = _flat(resolved, known)
+    known = fields_of(schema)
+    given = _flat(_resolved(config, prefix), known)
     for name in given:
         if name not in known:
             raise UserError(f"{prefix}{name} is not a setting.{did_you_mean(name, known)}")
@@ -61,7 +60,7 @@ def parse(config: DictConfig, schema: type[T], *, prefix: str = "") -> T:
             raise UserError(f"{prefix}{name} holds an address with a password; expected none, as settings are written "
                             "to records. Keep keys in the environment, and remove it.")  # fmt: skip
     try:
-        typed = OmegaConf.unsafe_merge(OmegaConf.structured(schema), resolved)  # neither is used again
+        typed = OmegaConf.unsafe_merge(OmegaConf.structured(schema), _resolved(config, prefix))  # neither is used again
         missing = sorted(OmegaConf.missing_keys(typed))
         if missing:
             name = f"{prefix}{missing[0]}"
@@ -77,6 +76,23 @@ def parse(config: DictConfig, schema: type[T], *, prefix: str = "") -> T:
     if not prefix:
         _check_fields_together(parsed)
     return parsed  # type: ignore[return-value]
+
+
+def _resolved(config: DictConfig, prefix: str) -> dict[str, Any]:
+    """Plain values, with ${other.setting} in its place.
+
+    UserError: one that names no setting, or a resolver, ${name:...}, which would compute or read the environment.
+    """
+    cure = "expected a plain value, or ${NAME} for the value of another setting. Write the value itself."
+    resolver = re.search(r"\$\{[^}]*:", str(OmegaConf.to_container(config, resolve=False)))
+    if resolver:
+        raise UserError(f"{prefix or 'a setting'} holds {resolver[0]}...}}; {cure}")
+    try:
+        resolved: Any = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        said = " ".join(str(error.msg).split())
+        raise UserError(f"{prefix}{error.full_key or 'a setting'}: {said}; {cure}") from error
+    return resolved
 
 
 def wants_teacher(tta: TtaSettings) -> bool:

@@ -117,7 +117,8 @@ class Rotta(Learner):
             return
 
         def score(kept: Kept) -> float:
-            return 1 / (1 + math.exp(-kept.age / o.capacity)) + kept.uncertainty / most_entropy(classes)
+            unsure = kept.uncertainty / most_entropy(classes) if classes > 1 else 0
+            return 1 / (1 + math.exp(-kept.age / o.capacity)) + unsure
 
         count = Counter(kept.label for kept in memory)
         has_room = count[new.label] < o.capacity / classes

@@ -250,6 +250,16 @@ def test_a_password_in_a_setting_is_refused_and_not_repeated(segadapt, root, ove
     assert not (root.parent / "runs").exists()
 
 
+@pytest.mark.parametrize("value", ["${oc.env:SECRET}", "${data.${oc.env:SECRET}}", "a ${oc.decode:SECRET}"])
+def test_the_environment_cannot_be_read_into_a_setting(segadapt, root, overrides_of, monkeypatch, value):
+    monkeypatch.setenv("SECRET", CANARY)
+    status, stdout, stderr = segadapt("adapt", *overrides_of(f"data.name='{value}'"))
+    assert status == 2
+    assert_says(stderr, where="a setting holds", got="${", expected="expected a plain value", cure="Write the value")
+    assert CANARY not in stdout + stderr
+    assert not (root.parent / "runs").exists()
+
+
 def test_a_secret_in_a_message_of_wandb_is_struck_out(monkeypatch, caplog):
     class Leaky:
         def finish(self):
