@@ -119,7 +119,7 @@ def _start(verb: str, arguments: list[str]) -> None:
             _function(path)(settings)
         except UserError as error:
             _refuse(verb, error)  # here: Hydra would put a line of its own in front
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, RecursionError) as error:
             raise RuntimeError("a run must not raise Hydra's errors") from error  # not the user's mistake
         except (OSError, RuntimeError, SafetensorError) as error:
             if (line := explain(error)) is None:
@@ -131,6 +131,9 @@ def _start(verb: str, arguments: list[str]) -> None:
     except yaml.MarkedYAMLError as error:
         place = f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise UserError(f"{place}{error.problem}. Correct the YAML.") from error
+    except RecursionError as error:
+        raise UserError("a value is nested too deep to be read; expected a few levels of lists and keys. Correct the "
+                        "arguments, or the experiment file.") from error  # fmt: skip
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, schema, arguments)) from error
 

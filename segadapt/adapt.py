@@ -13,7 +13,6 @@ from segadapt.config import AdaptConfig, EvaluateConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.errors import UserError
-from segadapt.json_files import read_json
 from segadapt.models.build import Models, build_models
 from segadapt.models.discriminative import Segmenter
 from segadapt.models.generative import Teacher
@@ -21,6 +20,7 @@ from segadapt.protocol import identity, method_of, peak_memory_gib, protocol, ve
 from segadapt.record import JsonLines, RunFolder, write_json
 from segadapt.task_loop import MEANS, Run, TaskLoop, TaskResult, row_of
 from segadapt.terminal import copyable_line, results_table
+from segadapt.untrusted import read_json
 from segadapt.wandb_mirror import mirrored
 
 SHOWN = MEANS[:5]  # mRecall is mAcc

@@ -28,8 +28,7 @@ from segadapt.corruptions import check_corruption, corrupt
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.errors import UserError, did_you_mean
-from segadapt.json_files import read_json
-from segadapt.paths import check_inside
+from segadapt.untrusted import check_inside, read_json
 
 FORMATS = {"png": "PNG", "jpg": "JPEG"}  # file suffix -> Pillow's name
 CLEAN = Task(0)

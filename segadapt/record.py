@@ -18,8 +18,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from segadapt.errors import UserError
-from segadapt.json_files import read_json
-from segadapt.paths import check_inside
+from segadapt.untrusted import check_inside, read_json
 
 RESULTS = (
     "results.json",

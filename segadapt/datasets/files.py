@@ -12,7 +12,7 @@ from segadapt.datasets import Sample, Source, Task
 from segadapt.datasets.decode import ids_size, image_size, read_ids, read_image
 from segadapt.datasets.labels import id_table, map_ids
 from segadapt.errors import UserError, did_you_mean
-from segadapt.paths import check_inside
+from segadapt.untrusted import check_inside
 
 PLACEHOLDERS = ("data_root", "split", "corruption", "severity", "key")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")

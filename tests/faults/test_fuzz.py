@@ -102,6 +102,21 @@ def test_any_argument_is_parsed_or_explained_in_one_line(text):
     assert "\n" not in said
 
 
+@pytest.mark.parametrize("depth", [30, 100, 300, 3000])
+@pytest.mark.parametrize("is_in_a_file", [False, True])
+def test_a_deep_value_is_one_line(segadapt, tmp_path, depth, is_in_a_file):
+    deep = "[" * depth + "]" * depth
+    arguments = [f"data.name={deep}"]
+    if is_in_a_file:
+        (tmp_path / "experiment").mkdir()
+        (tmp_path / "experiment/deep.yaml").write_text(f"# @package _global_\ndata:\n  name: {deep}\n")
+        arguments = ["--config-dir", str(tmp_path), "experiment=deep"]
+    status, _, stderr = segadapt("adapt", *arguments, "data=toytown_c")
+    assert (status, stderr.count("\n")) == (2, 1)
+    assert "Traceback" not in stderr
+    assert len(stderr) < 10 * depth + 1000
+
+
 # -- path templates ---------------------------------------------------------------------------------------------------
 
 

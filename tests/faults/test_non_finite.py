@@ -102,6 +102,19 @@ def test_a_bad_image_leaves_no_trace(build, name, poison, value):
     assert any(prediction.is_updated for prediction in after)
 
 
+def test_no_step_where_only_the_scored_prediction_is_not_finite(build):
+    """CoTTA scores its averaging teacher: decisions of NaN are labels of class 0, and the loss is a number."""
+    method = build("cotta")
+    steps(method, "ab")
+    before, own = states(method), method.again
+    method.again = lambda image_B3HW: [float("nan") * logits_BChw for logits_BChw in own(image_B3HW)]
+    bad = method.step(random_noise(9), task="t", key="bad")
+    method.again = own
+    assert bad.is_step_finite
+    assert (bad.is_finite, bad.is_updated) == (False, False)
+    assert equal(before, states(method))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_reset_is_the_source_state(build, name):
     method, fresh = build(name), build(name)

@@ -1,4 +1,4 @@
-"""Read JSON that others may have written: of bounded size and depth."""
+"""What others may have written: no path leads out of its folder, and JSON is of bounded size and depth."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,15 @@ from typing import Any
 
 from segadapt.errors import UserError
 
-MOST_BYTES = 2**28  # a manifest of all images of ADE20K-C is a tenth of it
+MOST_BYTES = 2**28  # of JSON; a manifest of all images of ADE20K-C is a tenth of it
+
+
+def check_inside(path: Path, *roots: Path, cure: str) -> None:
+    """UserError: with its links followed, a path lies in none of these folders; ends in `cure`."""
+    real = path.resolve()
+    if not any(real.is_relative_to(root.resolve()) for root in roots):
+        folders = " or ".join(map(str, roots))
+        raise UserError(f"{path} leads to {real}, outside of {folders}; expected a place inside. {cure}")
 
 
 def read_json(path: Path, *, cure: str) -> dict[str, Any]:
