@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 from steps import random_noise, steps
-from test_methods import LEARNERS, QUICK, RATE, equal, tensors
+from test_methods import QUICK, RATE, equal, tensors
 
 from faults.said import assert_says
 from segadapt import adapt
@@ -19,7 +19,7 @@ from segadapt.models.combined import Combined
 from segadapt.models.non_finite import react
 from segadapt.models.source import Prediction
 
-NAMES = [*LEARNERS, "generative", "dusa-u"]
+NAMES = [name for name, method in METHODS.items() if issubclass(method, Learner | Combined)]
 UPDATE = Learner.update
 VALUES = [float("nan"), float("inf")]
 
