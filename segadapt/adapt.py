@@ -102,9 +102,8 @@ def _adapt(
         console.print(f"goes on after image {done} of {len(flat)}", highlight=False)
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     started = now if state is None else state["started"]
-    samples = stream.read(
-        dataset, flat[done:], short_side_px=settings.data.short_side_px, workers=settings.data.workers
-    )
+    data = settings.data
+    samples = stream.read(dataset, flat[done:], short_side_px=data.short_side_px, workers=data.workers)
     with (
         noted_signals() as asked,
         mirrored(settings, folder, job_type=method_of(settings), protocol=sentence) as mirror,
@@ -118,44 +117,45 @@ def _adapt(
             models.method.load_state_dict(state["method"])
             for loop, its_state in zip(loops, state["loops"], strict=True):
                 loop.load_state_dict(its_state)
+
+        def whole_state() -> dict[str, Any]:
+            return {
+                "origin": {**origin, "segadapt": __version__},
+                "started": started,
+                "records": records.sync(),
+                "timings": timings.sync(),
+                "method": models.method.state_dict(),
+                "loops": [loop.state_dict() for loop in loops],
+            }
+
         for loop in loops:
             with closing(loop.run()) as images:
-                for done, _ in enumerate(images, start=done + 1):
+                for _ in images:
+                    done += 1
                     if asked.signum is not None or checkpoints.is_due(done):
-                        checkpoints.write(done, {
-                            "origin": {**origin, "segadapt": __version__},
-                            "started": started,
-                            "records": records.sync(),
-                            "timings": timings.sync(),
-                            "method": models.method.state_dict(),
-                            "loops": [each.state_dict() for each in loops],
-                        })  # fmt: skip
+                        checkpoints.write(done, whole_state())
                     if asked.signum is not None:
-                        raise Stopped(asked.signum, f"stopped by {asked.signum.name} after image {done} of {len(flat)}; "
-                                                    "the same command goes on")  # fmt: skip
-        found = [result for loop in loops for result in loop.results]
+                        where = f"after image {done} of {len(flat)}"
+                        raise Stopped(asked.signum, f"{asked.signum.name} {where}; the same command goes on from there")
         results = {
             "protocol": sentence,
             "method": method_of(settings),
             "started": started,
-            "tasks": [row_of(result, dataset.classes) for result in found],
-            "mean": {name: _mean(found, name) for name in MEANS},
+            **_scores([result for loop in loops for result in loop.results], dataset.classes),
             "seed": settings.experiment.seed,
             **origin,
-            "data_sha256": hashlib.sha256("".join(result.data_sha256 for result in found).encode()).hexdigest(),
             "peak_memory_gib": peak_memory_gib(),
             "versions": versions(models.method.device),
         }
         write_json(folder.path / "results.json", results)
         checkpoints.clear()
         mirror.summary({f"mean/{name}": value for name, value in results["mean"].items()})
-    if asked.signum is not None:  # it came after the last image
-        raise Stopped(asked.signum, f"{folder.path} is finished")
+    if asked.signum is not None:
+        raise Stopped(asked.signum, f"{asked.signum.name} after the last image; {folder.path} is finished")
     return results
 
 
 # --- what an earlier start left ---
-
 
 ANEW = "Restore it, choose another experiment.id, or start anew with experiment.restart=true"
 
@@ -247,6 +247,15 @@ def _all_entries(
     rounds = [[entry for of_task in entries for entry in of_task if entry.task.visit == visit + 1]
               for visit in range(data.rounds)]  # fmt: skip
     return [stream.mixed(one, seed=settings.experiment.seed, visit=visit + 1) for visit, one in enumerate(rounds)]
+
+
+def _scores(results: list[TaskResult], classes: tuple[str, ...]) -> dict[str, Any]:
+    """Of all tasks, their means, and the hash over what was read."""
+    return {
+        "tasks": [row_of(result, classes) for result in results],
+        "mean": {name: _mean(results, name) for name in MEANS},
+        "data_sha256": hashlib.sha256("".join(result.data_sha256 for result in results).encode()).hexdigest(),
+    }
 
 
 def _mean(results: list[TaskResult], name: str) -> float | None:

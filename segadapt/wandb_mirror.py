@@ -2,10 +2,10 @@
 
 Whatever goes wrong here (no package, no login, no network, an error in a call) costs one warning line; the run goes on.
 
-A run that goes on in another process keeps its W&B id, and no point of a step axis is given twice: the last step of each
-is noted in the run folder as soon as wandb has it. What a killed process gave to wandb and wandb had not sent is lost, as
-is at most the one image between its record and its copy. Offline, each start is a folder of its own, which
-`wandb sync --append` joins under that id.
+A run that goes on in another process keeps its W&B id, and no point of a step axis is given twice: the last step of
+each is noted in the run folder as soon as wandb has it. What is lost if the process is killed: points that wandb had
+not sent yet, and the point of one image whose record was written and whose copy was not. Offline, each start is a
+folder of its own; `wandb sync --append` joins them under the id.
 """
 
 import json
@@ -65,7 +65,7 @@ class Wandb:
     """Mirror around a wandb run; the first error is its last: one warning, then it behaves as NoWandb."""
 
     def __init__(self, run: Any, noted: Path):
-        """run: what `wandb.init` returns; noted: file of the last step on each axis, of this start or an earlier one."""
+        """run: what `wandb.init` returns; noted: file of the last step on each axis, also of earlier starts."""
         self._run, self._noted = run, noted
         self._earlier: dict[str, int] = json.loads(noted.read_text()) if noted.is_file() else {}
         self._steps = dict(self._earlier)
