@@ -199,9 +199,8 @@ class RunFolder:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S%z')}")
             file.flush()
-            for left in self.path.rglob(".*.tmp"):  # half-written files of processes that were killed
-                if re.fullmatch(r"\..+\.\d+\.tmp", left.name):
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            for left in filter(_is_half_written, list(self.path.rglob(".*.tmp"))):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             try:
                 yield earlier
             finally:
@@ -220,6 +219,11 @@ class RunFolder:
         write_bytes(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
 
 
+def _is_half_written(path: Path) -> bool:
+    """By a process that was killed."""
+    return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
+
+
 def settings_id(settings: Mapping[str, Any]) -> str:
     """First 10 hex digits of the SHA-256 of canonical JSON; the order of the keys does not matter."""
     text = json.dumps(plain(settings), sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -233,7 +237,7 @@ def _check_same_run(path: Path, settings: Mapping[str, Any]) -> None:
         raise UserError(f"{path} is a file; expected a run folder. {another}.")
     stored = path / "settings.json"
     if not stored.exists():
-        if any(path.iterdir()):
+        if not all(_is_half_written(left) for left in path.iterdir()):
             raise UserError(f"{path} holds files but no settings.json, so it is not a run folder. {another}.")
         return
     try:
