@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 from conftest import SETTINGS
 from interrupted_runs import assert_equal_folders, count_lines, folder_of, in_a_fork, signal_at_line
 
-from segadapt import checkpoint
+from segadapt import adapt, checkpoint
 from segadapt.datasets.toytown import CLASSES
 from segadapt.record import JsonLines
 
@@ -162,6 +163,36 @@ def test_a_run_asked_to_stop_goes_on_to_the_same_end(settings_of, whole, stream,
     assert_equal_folders(folder_of(settings), folder)
 
 
+def test_a_second_signal_stops_at_once(settings_of, whole):
+    folder, lines = whole("reset per task")
+    settings = settings_of("reset per task", "impatient")
+
+    def wait_long(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    def ask_twice():
+        checkpoint.Checkpoints.write = wait_long
+        signal_at_line(lines["task_loop.py"] // 8, signal.SIGTERM, ("task_loop.py",))()
+
+    began = time.monotonic()
+    assert in_a_fork(settings, ask_twice) == -signal.SIGTERM
+    assert time.monotonic() - began < 30
+    assert in_a_fork(settings) == 0
+    assert_equal_folders(folder_of(settings), folder)
+
+
+def test_the_lock_of_a_killed_process_is_taken_over_and_said(settings_of, capsys):
+    settings = settings_of("reset per task", "orphan")
+    assert in_a_fork(settings, lambda: setattr(checkpoint.Checkpoints, "write", kill)) == -signal.SIGKILL
+    lock = folder_of(settings) / ".lock"
+    owner = lock.read_text()
+    assert re.fullmatch(rf"process \d+ on {socket.gethostname()} since \S+ \S+", owner)
+    adapt.run(settings)
+    assert f"is taken over: {owner} is gone" in capsys.readouterr().out
+    assert lock.read_text() == ""
+
+
 # The command itself
 
 
@@ -191,8 +222,10 @@ def started(command, root):
 def test_the_command_stops_within_an_image_is_alone_on_its_folder_and_goes_on(command, tmp_path):
     """Ctrl-C reaches the whole group, also the process that reads ahead."""
     process = started(command, tmp_path)
+    os.killpg(process.pid, signal.SIGSTOP)  # or it might end before the second one has begun
     second = subprocess.run(command(tmp_path), capture_output=True, text=True, check=False, timeout=60)
     os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGCONT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGINT
     assert re.fullmatch(r"segadapt adapt: SIGINT after image \d+ of 80; the same command goes on from there\n", said)
@@ -204,15 +237,3 @@ def test_the_command_stops_within_an_image_is_alone_on_its_folder_and_goes_on(co
     assert "goes on after image" in again.stdout
     lines = [json.loads(line) for line in (tmp_path / "adapt/one/records.jsonl").read_text().splitlines()]
     assert [line["index"] for line in lines] == list(range(80))
-
-
-def test_a_second_signal_stops_at_once_and_a_lock_of_a_killed_process_is_taken_over(command, tmp_path):
-    process = started(command, tmp_path)
-    os.kill(process.pid, signal.SIGSTOP)  # so that both are there before it can finish its image
-    os.kill(process.pid, signal.SIGTERM)
-    os.kill(process.pid, signal.SIGCONT)
-    while not noted(process.pid):
-        time.sleep(0.0005)
-    os.kill(process.pid, signal.SIGTERM)
-    process.communicate(timeout=30)
-    assert process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
