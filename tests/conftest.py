@@ -4,6 +4,7 @@ import gc
 import importlib
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,7 @@ def attempts():
 
     def refuse(host: object) -> None:
         if str(host) not in ("localhost", "::1", "0.0.0.0", "") and not str(host).startswith("127."):
-            kept.append(str(host))
+            kept.append(f"{host}, from\n{''.join(traceback.format_stack(limit=12))}")
             raise OSError(f"tests do not connect to {host}")
 
     def connected(self, address):

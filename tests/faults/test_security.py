@@ -208,7 +208,8 @@ def test_no_secret_and_no_stray_file_is_left(tmp_path, root, overrides_of):
         (tmp_path / name).mkdir()
     before = files_below(tmp_path)
     names = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "DATABASE_URL")
-    environment = os.environ | dict.fromkeys(names, CANARY) | {
+    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment = own | dict.fromkeys(names, CANARY) | {
         "DATABASE_URL": f"postgres://user:{CANARY}@host/db", "HTTPS_PROXY": f"http://user:{CANARY}@127.0.0.1:9",
         "WANDB_BASE_URL": f"https://user:{CANARY}@wandb.example", "HOME": str(tmp_path / "home"),
         "TMPDIR": str(tmp_path / "temporary"), "WANDB_MODE": "offline",
@@ -260,12 +261,12 @@ def test_the_environment_cannot_be_read_into_a_setting(segadapt, root, overrides
     assert not (root.parent / "runs").exists()
 
 
-def test_a_secret_in_a_message_of_wandb_is_struck_out(monkeypatch, caplog):
+def test_a_secret_in_a_message_of_wandb_is_struck_out(tmp_path, monkeypatch, caplog):
     class Leaky:
         def finish(self):
             raise OSError(f"cannot reach https://user:{CANARY}@wandb.example with key {CANARY}")
 
     monkeypatch.setenv("WANDB_API_KEY", CANARY)
-    Wandb(Leaky(), lambda: None).finish()
+    Wandb(Leaky(), tmp_path / "noted.json", lambda: None).finish()
     assert CANARY not in caplog.text
     assert "copy lost" in caplog.text
