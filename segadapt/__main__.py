@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, type, str, str]] = {
     "diagnose": ("diagnose", config.DiagnoseConfig, "segadapt.diagnose:run",
                  "ask whether the teacher can teach; reads labels: never choose settings by it on a test split"),
     "check": ("check", config.CheckConfig, "segadapt.check:run", "read data and models before a run"),
+    "results": ("results", config.ResultsConfig, "segadapt.results:run", "run folders to tables: results FOLDER ..."),
     "demo": ("demo", config.AdaptConfig, "segadapt.demo:demo", "source against adapted on the bundled world"),
 }  # fmt: skip
 # Options of Hydra that are followed by a value.
@@ -62,6 +63,15 @@ def _explain(error: Exception, schema: type, arguments: list[str]) -> str:
             ends_alike = [f" Did you mean {name}?" for name in names if name.endswith(f".{key}")]
             return f"{key} is not a setting." + (ends_alike or [did_you_mean(key, [*names, *sections])])[0]
     return text
+
+
+def folders_as_runs(arguments: list[str]) -> list[str]:
+    """`results A B format=csv`: folders may stand by themselves, for the shell to complete; they become runs=[...]."""
+    options = [index for index, text in enumerate(arguments) if text in TAKE_VALUE]
+    folders = [text for index, text in enumerate(arguments)
+               if "=" not in text and not text.startswith("-") and index - 1 not in options]  # fmt: skip
+    quoted = ",".join("'" + folder.replace("'", "\\'") + "'" for folder in folders)
+    return [text for text in arguments if text not in folders] + ([f"runs=[{quoted}]"] if folders else [])
 
 
 def options_first(arguments: list[str]) -> list[str]:
@@ -105,7 +115,8 @@ def _start(verb: str, arguments: list[str]) -> None:
     """Hand over to Hydra; its errors about the command line become UserErrors."""
     primary, schema, path, _ = VERBS[verb]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing and exiting with 1
-    sys.argv = [f"segadapt {verb}", *options_first(methods_as_files(arguments))]
+    arguments = folders_as_runs(arguments) if verb == "results" else methods_as_files(arguments)
+    sys.argv = [f"segadapt {verb}", *options_first(arguments)]
 
     @hydra.main(version_base="1.3", config_path="pkg://segadapt.conf", config_name=primary)
     def job(composed: DictConfig) -> None:

@@ -390,6 +390,15 @@ class CorruptConfig:
     corrupt: CorruptSettings = setting("what is written")
 
 
+@dataclass
+class ResultsConfig:
+    runs: list[str] = setting("run folders, and folders of run folders")
+    against: str = setting("method whose row the gains are against")
+    format: str = setting("of the text", choices=("markdown", "csv", "latex", "json"))
+    resamples: int = setting("of the bootstrap of the gains; 0: no intervals", low=0)
+    output: str | None = setting("file; null: the terminal")
+
+
 def fields_of(schema: type, prefix: str = "") -> dict[str, dataclasses.Field]:
     """Every leaf setting of a schema by its dotted name."""
     out: dict[str, dataclasses.Field] = {}
