@@ -338,6 +338,27 @@ class DiagnoseSettings:
 
 
 @dataclass
+class GridSettings:
+    methods: list[str] = setting("of adaptation, tta.method of the cells")
+    streams: list[str] = setting(
+        "overrides of each stream, one text each, as 'data.severity=3 data.order=mixed'; empty: the one of the settings"
+    )
+    seeds: list[int] = setting("experiment.seed of the cells")
+    overrides: list[str] = setting("of every cell, as experiment=toytown_c; those of the command line come later")
+    of_method: dict[str, str] = setting("method: overrides of its cells, in one text")
+    engine: str = setting("processes of this machine, a Ray cluster, or only print the commands that are left",
+                          choices=("local", "ray", "print"))  # fmt: skip
+    gpus_per_cell: int = setting("GPUs that a cell sees; 0: none", low=0)
+    cells_per_gpu: int = setting("cells at a time on each GPU, or set of them; local without GPUs: in all", low=1)
+    threads: int = setting("CPU threads of each cell, the same with every engine", low=1)
+    ray_address: str | None = setting(
+        "of the cluster, 'auto' for the one of this machine; null: one is begun and ended"
+    )
+    retries: int = setting("ray: times that a cell begins again because its node died", low=0)
+    log_lines: int = setting("last lines of its log shown when a cell fails", low=1)
+
+
+@dataclass
 class EvaluateConfig:
     experiment: ExperimentSettings = setting("the run")
     data: DataSettings = setting("the images")
@@ -355,6 +376,11 @@ class AdaptConfig(EvaluateConfig):
 @dataclass
 class CheckConfig(AdaptConfig):
     check: CheckSettings = setting("how much to check")
+
+
+@dataclass
+class GridConfig(AdaptConfig):
+    grid: GridSettings = setting("which cells, and where they run")
 
 
 @dataclass

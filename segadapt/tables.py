@@ -94,7 +94,9 @@ def lines(tasks: Sequence[str], rows: Iterable[Row]) -> list[list[str]]:
         if row.gain_ST is not None:
             gain_T = mean_of(row.gain_ST)
             gains = [percent(gain, "+") for gain in gain_T]
-            worst = "-" if np.isnan(gain_T).any() else f"{percent(gain_T.min(), '+')} {short(tasks[gain_T.argmin()])}"
+            worst = (
+                "-" if np.isnan(gain_T).any() else f"{percent(gain_T.min(), '+')} {short(tasks[int(gain_T.argmin())])}"
+            )
             out.append(["gain", *gains, spread(whole(row.gain_ST), "+"), _ends(row.interval), worst, ""])
     return out
 
