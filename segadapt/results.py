@@ -63,9 +63,7 @@ def run_folders(given: Iterable[str]) -> list[Path]:
     unique = list(dict.fromkeys(folder.resolve() for folder in found))
     kept = [folder for folder in unique if not any(name.startswith(OTHER_VERBS) for name in _settings(folder))]
     if not kept:
-        raise UserError(
-            f"{', '.join(map(str, given))}: {len(unique)} run folders, none of adapt or evaluate. Name others."
-        )
+        raise UserError(f"{unique[0]}: a run of another verb; expected one of adapt or evaluate. Name other folders.")
     return kept
 
 
