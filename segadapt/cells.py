@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from segadapt.config import AdaptConfig, GridSettings
 from segadapt.errors import UserError, did_you_mean
-from segadapt.parse import methods_as_files, parse
+from segadapt.parse import explain, methods_as_files, parse
 from segadapt.record import plain, settings_id
 
 OURS = {  # settings of a run that the grid sets: where to say it
@@ -30,7 +30,7 @@ OURS = {  # settings of a run that the grid sets: where to say it
 class Cell:
     """One method on one stream with one seed."""
 
-    method: str
+    method: str  # with overrides of its own, as grid.methods has it
     stream: str  # 'fog/5', or 'fog/5 .. snow/5' where they are one stream
     seed: int
     arguments: tuple[str, ...]  # of segadapt
@@ -55,13 +55,12 @@ class Cell:
         return self.folder.parent / "logs" / f"{self.folder.name}.log"
 
 
-def plan(grid: GridSettings, given: Sequence[str], options: Sequence[str]) -> list[Cell]:
+def plan(grid: GridSettings, options: Sequence[str]) -> list[Cell]:
     """All cells, a seed after the other; Hydra must be initialised.
 
     With a reset before each task, every task is a stream of its own; continual, gradual, mixed and rounds are one.
 
     Args:
-        given: overrides of the command line; those of `grid` are passed over.
         options: of the command line, that each cell's has too, as --config-dir.
     Raises:
         UserError: no method, an unknown one, or two that are the same run; an override that is the grid's to set; cells
@@ -69,24 +68,20 @@ def plan(grid: GridSettings, given: Sequence[str], options: Sequence[str]) -> li
     """
     from segadapt.methods import METHODS  # which imports torch
 
-    for method in [*grid.methods, *grid.of_method]:
-        if method not in METHODS:
-            raise UserError(f"grid.methods: {method} is not a method.{did_you_mean(method, METHODS)}")
-    if unused := [method for method in grid.of_method if method not in grid.methods]:
-        raise UserError(f"grid.of_method has {unused[0]}, which is not among grid.methods={grid.methods}. Add it "
-                        "there, or remove it here.")  # fmt: skip
     for name in ("methods", "seeds"):
         if not getattr(grid, name) or len(set(getattr(grid, name))) < len(getattr(grid, name)):
             raise UserError(f"grid.{name}={getattr(grid, name)}: expected one or more, each once. Correct the list.")
-    own = [text for text in given if _key(text).partition(".")[0] != "grid"]
     cells: dict[Path, Cell] = {}
     for stream in grid.streams or [""]:
         for method in grid.methods:
-            of_method, of_stream = shlex.split(grid.of_method.get(method, "")), shlex.split(stream)
-            overrides = [*grid.overrides, *own, *of_method, *of_stream]
+            name, *of_method = shlex.split(method) or [""]
+            if name not in METHODS:
+                raise UserError(f"grid.methods: {name} is not a method.{did_you_mean(name, METHODS)}")
+            overrides = [*grid.overrides, *grid.given, *of_method, *shlex.split(stream)]
             for text in overrides:
                 _refuse_ours(text)
-            for cell in _cells_of(method, grid, overrides, options):
+            overrides += [f"tta.method={name}", f"runtime.threads={grid.threads}"]
+            for cell in _cells_of(method, grid.seeds, methods_as_files(overrides), options):
                 other = cells.setdefault(cell.folder, cell)
                 if other.method != method:
                     raise UserError(
@@ -96,7 +91,7 @@ def plan(grid: GridSettings, given: Sequence[str], options: Sequence[str]) -> li
     if len({folder.parent for folder in cells}) > 1:
         both = " and ".join(str(folder) for folder in sorted({folder.parent for folder in cells})[:2])
         raise UserError(f"grid: cells below {both}; expected one logging.root and experiment.name. Leave both out of "
-                        "grid.streams and grid.of_method.")  # fmt: skip
+                        "grid.methods and grid.streams.")  # fmt: skip
     return sorted(cells.values(), key=lambda cell: grid.seeds.index(cell.seed))
 
 
@@ -110,22 +105,18 @@ def _refuse_ours(override: str) -> None:
         raise UserError(f"{override}: the grid sets {_key(override)} itself, by {where}. Leave it out here.")
 
 
-def _cells_of(method: str, grid: GridSettings, overrides: list[str], options: Sequence[str]) -> list[Cell]:
-    """The cells of one method, with overrides of one stream or of tasks that are a stream each."""
+def _cells_of(method: str, seeds: Sequence[int], words: list[str], options: Sequence[str]) -> list[Cell]:
+    """The cells of one method, with these overrides: of one stream, or of tasks that are a stream each."""
     from segadapt.datasets.build import build_tasks  # which import torch
     from segadapt.protocol import identity
 
-    words = [*overrides, f"tta.method={method}", f"runtime.threads={grid.threads}"]
     try:
-        settings = parse(compose("adapt", methods_as_files(words)), AdaptConfig)
+        settings = parse(compose("adapt", words), AdaptConfig)
     except (HydraException, OmegaConfBaseException) as error:
-        text = " ".join(str(error).split())
-        raise UserError(
-            f"segadapt adapt {shlex.join(words)}: {text}. Correct grid.overrides, .of_method or .streams."
-        ) from error
+        raise UserError(explain(error, AdaptConfig, words)) from error
     cells = []
     for corruptions in _streams(settings):
-        for seed in grid.seeds:
+        for seed in seeds:
             own = copy.deepcopy(settings)
             own.experiment.seed, own.data.corruptions = seed, corruptions
             values = plain(identity(own))

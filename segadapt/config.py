@@ -339,13 +339,15 @@ class DiagnoseSettings:
 
 @dataclass
 class GridSettings:
-    methods: list[str] = setting("of adaptation, tta.method of the cells")
+    methods: list[str] = setting(
+        "tta.method of the cells, each with overrides of its own, as 'rotta tta.options.every=8'"
+    )
     streams: list[str] = setting(
         "overrides of each stream, one text each, as 'data.severity=3 data.order=mixed'; empty: the one of the settings"
     )
     seeds: list[int] = setting("experiment.seed of the cells")
-    overrides: list[str] = setting("of every cell, as experiment=toytown_c; those of the command line come later")
-    of_method: dict[str, str] = setting("method: overrides of its cells, in one text")
+    overrides: list[str] = setting("of every cell, as experiment=toytown_c")
+    given: list[str] = setting("more of them; those of the command line are put here, and win")
     engine: str = setting("processes of this machine, a Ray cluster, or only print the commands that are left",
                           choices=("local", "ray", "print"))  # fmt: skip
     gpus_per_cell: int = setting("GPUs that a cell sees; 0: none", low=0)
@@ -379,7 +381,7 @@ class CheckConfig(AdaptConfig):
 
 
 @dataclass
-class GridConfig(AdaptConfig):
+class GridConfig:
     grid: GridSettings = setting("which cells, and where they run")
 
 

@@ -31,9 +31,9 @@ def run(settings: GridConfig) -> None:
         SystemExit: 1, some cells failed; 128 + signal, after the cells have ended.
         UserError: see plan, and the engines.
     """
-    grid, hydra = settings.grid, HydraConfig.get()
-    folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    cells = plan(grid, hydra.overrides.task, [word for folder in folders for word in ("--config-dir", folder)])
+    grid, sources = settings.grid, HydraConfig.get().runtime.config_sources
+    folders = [source.path for source in sources if source.provider == "command-line"]
+    cells = plan(grid, [word for folder in folders for word in ("--config-dir", folder)])
     missing = [cell for cell in cells if not cell.is_done]
     if grid.engine == "print":
         sys.stdout.write("".join(f"{shlex.join(['segadapt', *cell.arguments])}\n" for cell in missing))

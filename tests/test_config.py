@@ -32,7 +32,7 @@ USED_BY = {  # groups of each primary config
     "adapt": GROUPS,
     "check": GROUPS,
     "demo": GROUPS,
-    "grid": (*GROUPS, "grid"),
+    "grid": ("grid",),
     "evaluate": ("data", "model/discriminative", "logging", "runtime"),
     "train": ("data", "model/discriminative", "logging", "runtime"),
     "train_generative": ("data", "model/generative", "logging", "runtime"),

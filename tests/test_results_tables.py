@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from run_folders import TASKS, confusions, write_run
 
 from segadapt import finished
-from segadapt.__main__ import folders_as_runs
+from segadapt.__main__ import GATHERED, gathered
 from segadapt.config import ResultsConfig
 from segadapt.errors import UserError
 from segadapt.parse import from_overrides
@@ -281,6 +281,6 @@ def test_the_verb_writes_the_file_that_is_asked_for_or_prints(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["outputs/a", "with space", "it's", "a,b", "[x]", "back\\slash", "ünïcode"])
 def test_folders_stand_by_themselves_whatever_their_name(name):
-    words = folders_as_runs(["--config-dir", "mine", name, "format=csv", "other"])
+    words = gathered(["--config-dir", "mine", name, "format=csv", "other"], *GATHERED["results"])
     assert words[:3] == ["--config-dir", "mine", "format=csv"]
     assert from_overrides("results", words[2:], ResultsConfig).runs == [name, "other"]
