@@ -141,16 +141,17 @@ def run_cell(arguments: Sequence[str], *, here: Path, folder: Path, log: Path, t
         folder: of the run.
         has_gpus: Ray has set CUDA_VISIBLE_DEVICES; else there are none.
     """
-    here.mkdir(parents=True, exist_ok=True)
-    process = start(arguments, log=log, threads=threads, gpus=None if has_gpus else "", folder=here)
-    try:
-        process.wait()
-    finally:
-        end([process])  # ray.cancel interrupts the wait
-    files = {
-        str(path.relative_to(folder)): path.read_bytes() for name in RETURNED for path in sorted(folder.glob(name))
-    }
-    return Outcome(process.returncode, log.read_text(errors="replace"), files if process.returncode == 0 else {})
+    status = 0
+    if not (folder / "results.json").is_file():  # else an earlier try ended just as its node died
+        here.mkdir(parents=True, exist_ok=True)
+        process = start(arguments, log=log, threads=threads, gpus=None if has_gpus else "", folder=here)
+        try:
+            status = process.wait()
+        finally:
+            end([process])  # ray.cancel interrupts the wait
+    paths = [path for name in RETURNED for path in sorted(folder.glob(name))] if status == 0 else []
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    return Outcome(status, log.read_text(errors="replace"), files)
 
 
 def ray_cluster(cells: Sequence["Cell"], grid: "GridSettings") -> Generator[Event, None, None]:
@@ -215,7 +216,7 @@ def _gpus_of_a_task(nodes: Sequence[dict[str, Any]], cells: Sequence["Cell"], gr
 
 
 def _fetched(task: Any, cell: "Cell") -> Outcome:
-    """The outcome of a task that has ended; what this machine cannot see of its run folder is written here."""
+    """The outcome of a task that has ended."""
     import ray
     from ray.exceptions import RayError
 
@@ -223,10 +224,15 @@ def _fetched(task: Any, cell: "Cell") -> Outcome:
         outcome: Outcome = ray.get(task)
     except RayError as error:  # its node died more often than grid.retries, or the worker
         return Outcome(-signal.SIGKILL, str(error))
-    if outcome.status == 0 and not cell.is_done:
-        for name, data in outcome.files.items():  # results.json last
-            write_bytes(cell.folder / name, data)
+    keep(outcome, cell)
     return outcome
+
+
+def keep(outcome: Outcome, cell: "Cell") -> None:
+    """Write here what a cell left where this machine cannot see it; results.json last."""
+    if outcome.status == 0 and not cell.is_done:
+        for name, data in outcome.files.items():
+            write_bytes(cell.folder / name, data)
 
 
 ENGINES: dict[str, Callable[[Sequence["Cell"], "GridSettings"], Generator[Event, None, None]]] = {

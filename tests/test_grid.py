@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,7 +142,8 @@ STAND_IN = """import json, os, pathlib, signal, sys, time
 folder, seconds, status = pathlib.Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
 def stop(*_):
     (folder.parent / f"{folder.name}.saved").touch()
-    sys.exit(143)
+    if status != 99:  # which goes on
+        sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
 print("begun", flush=True)
 (folder.parent / f"{folder.name}.begun").write_text(str(os.getpid()))
@@ -215,6 +217,45 @@ def test_cells_are_ended_and_awaited_when_the_engine_is_closed(stand_in):
     assert time.monotonic() - began < 30
     assert sorted(path.name for path in Path("out").glob("*.saved")) == ["c0.saved", "c1.saved"]
     assert not any(is_alive(int(path.read_text())) for path in Path("out").glob("*.begun"))
+
+
+def test_a_second_signal_ends_the_wait(stand_in):
+    cell = stand_in("c0", seconds=60, status=99)
+
+    def second(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, second)
+    try:
+        with pytest.raises(KeyboardInterrupt), closing(engines.local([cell], grid_settings(gpus_per_cell=0))) as events:
+            next(events)
+            wait_for(Path("out/c0.begun").exists)
+            wait_for(lambda: Path("out/c0.begun").read_text() != "")
+            signal.setitimer(signal.ITIMER_REAL, 1)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert Path("out/c0.saved").exists()
+    assert not is_alive(int(Path("out/c0.begun").read_text()))
+
+
+def test_results_of_a_node_without_the_drivers_disk_are_written_here(stand_in, tmp_path):
+    cell = stand_in("c0")
+    where = {"here": tmp_path, "folder": cell.folder, "log": cell.log, "threads": 1, "has_gpus": False}
+    outcome = engines.run_cell(cell.arguments, **where)
+    assert outcome.status == 0
+    assert engines.run_cell(cell.arguments, **where) == outcome  # as it is there, nothing runs
+    stored = (cell.folder / "results.json").read_bytes()
+    assert outcome.files == {"results.json": stored}
+    before = (cell.folder / "results.json").stat().st_mtime_ns
+    engines.keep(outcome, cell)
+    assert (cell.folder / "results.json").stat().st_mtime_ns == before
+    shutil.rmtree(cell.folder)
+    engines.keep(outcome, cell)
+    assert (cell.folder / "results.json").read_bytes() == stored
+    bad = stand_in("bad", status=3)
+    outcome = engines.run_cell(bad.arguments, **where | {"folder": bad.folder})
+    assert (outcome.status, outcome.files) == (3, {})
+    assert outcome.log.endswith("the cause is rain\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")
