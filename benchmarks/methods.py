@@ -11,13 +11,16 @@ python benchmarks/methods.py OUT camvid all --models SEGMENTER_FOLDER TEACHER_FO
     tables     of what is there, as Markdown and JSON
 
 Images under a corruption are the same for all seeds; a seed moves order and random draws. --full: all images, three
-seeds and the published number of augmentations everywhere. What is finished is not run again.
+seeds and the published number of augmentations everywhere. What is finished is not run again. `tables` writes what was
+chosen to OUT/WORLD-chosen.json; with --chosen FILE another OUT needs no search of those methods, nor `run` for `best`.
 """
 
 import argparse
 import itertools
+import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +36,13 @@ from segadapt.finished import read_json
 from segadapt.methods import METHODS
 from segadapt.methods.learner import Learner
 from segadapt.models.combined import Combined
+from segadapt.record import write_json
 from segadapt.tables import markdown
 from segadapt.terminal import percent
 
 RATES = (0.1, 1, 10, 100)
-SLOW_FIRST = ("memo", "cotta", "generative", "dusa-u", "rotta")  # so that no process works alone at the end
+# slow ones first, so that no process works alone at the end
+SLOW_FIRST = ("memo", "cotta", "generative", "generative-bn", "dusa-u", "rotta")
 VARIANTS = {  # beside the published constants, which were chosen for whole images of 1,000 classes
     "eata": ("tta.options.distance=1",),
     "rdumb": ("tta.options.distance=1",),
@@ -46,7 +51,7 @@ VARIANTS = {  # beside the published constants, which were chosen for whole imag
 NEEDED = {"rotta": "tta.options.every=8"}  # 64 images, as published, are more than a task has
 QUICK = {"memo": "tta.options.augmentations=8", "eata": "tta.options.fisher_images=100"}  # published: 32, 2000
 HELD_OUT = "data.split=validation data.corruptions=[speckle_noise,gaussian_blur,spatter,saturate]"
-CONTINUAL = ("source", "tent", "cotta", "generative")
+CONTINUAL = ("source", "tent", "cotta", "generative", "generative-bn")
 CONDITIONS = ("gaussian_noise", "defocus_blur", "snow", "contrast")  # one of each family
 ROUNDS = 10
 SEEDS = (0, 1, 2)
@@ -64,6 +69,7 @@ class World:
     severities: tuple[int, ...]  # of the search
     limit: int | None  # images a task of search and run
     is_full: bool
+    known: Mapping[str, Any]  # "chosen" and "best" of an earlier search and run; {}: none
 
     def job(self, kind: str, identity: str, *overrides: str, verb: str = "adapt") -> str:
         """One line for sweep.py."""
@@ -137,6 +143,8 @@ def searched(world: World, name: str) -> list[search.Tried]:
 
 def chosen(world: World, name: str) -> str:
     """Overrides of a method as it is tested."""
+    if name in world.known.get("chosen", {}):
+        return world.known["chosen"][name]
     points = grid(name)
     if not points:
         return world.method(name)
@@ -155,6 +163,8 @@ def tested_jobs(world: World, kind: str, names: list[str], seeds: tuple[int, ...
 
 def best(world: World) -> list[str]:
     """The generative method and the best three others of `run`, by mean mIoU."""
+    if "best" in world.known:
+        return world.known["best"]
     mean = {name: read(world.folder(f"run-{name}", "s0"))["mean"]["miou"] for name in world.methods}
     others = sorted((name for name in mean if name != "generative"), key=lambda name: -mean[name])
     return [name for name in ("generative", *others[:3]) if name in mean]
@@ -240,6 +250,17 @@ def tables(world: World) -> Iterator[str]:
             yield f"{what}: {error}"
 
 
+def choices(world: World) -> dict[str, Any]:
+    """What --chosen reads: of the methods whose search is finished, and the best where all have run."""
+    found: dict[str, Any] = {"chosen": {}}
+    for name in world.methods:
+        with suppress(UserError):
+            found["chosen"][name] = chosen(world, name)
+    with suppress(UserError):
+        found["best"] = best(world)
+    return found
+
+
 def severities_of(text: str) -> tuple[int, ...]:
     """'5,2'. ValueError, which argparse explains: not of 1..5."""
     severities = tuple(int(part) for part in text.split(","))
@@ -264,6 +285,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--common", default="", help="of every command, such as cannot change results")
     parser.add_argument("--methods", help="commas between; all")
     parser.add_argument("--severities", type=severities_of, default="5,2", help="of the search, commas between")
+    parser.add_argument("--chosen", type=argparse.FileType("r"), help="WORLD-chosen.json of an earlier OUT")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--jobs-per-gpu", type=int, default=1)
     parser.add_argument("--seconds-limit", type=float, default=float("inf"))
@@ -279,7 +301,8 @@ def main(arguments: list[str]) -> int:
         parser.error(f"no such method: {', '.join(unknown)}; choose from {', '.join([*SLOW_FIRST, *rest])}")
     models = tuple(a.models) if a.models else None
     limit = None if a.full else 40
-    world = World(a.world, a.out, a.overrides, models, tuple(asked), a.severities, limit, a.full)
+    known = json.load(a.chosen) if a.chosen else {}
+    world = World(a.world, a.out, a.overrides, models, tuple(asked), a.severities, limit, a.full, known)
     plans = {
         "search": [lambda: search_jobs(world)],
         "run": [lambda: tested_jobs(world, "run", ["source", *world.methods], SEEDS if a.full else (0,), world.images)],
@@ -294,6 +317,7 @@ def main(arguments: list[str]) -> int:
         if stage == "tables":
             text = "\n\n".join(tables(world))
             (a.out / f"{a.world}-methods.md").write_text(text + "\n")
+            write_json(a.out / f"{a.world}-chosen.json", choices(world))
             print(text)
     return 0
 

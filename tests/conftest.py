@@ -20,6 +20,7 @@ from segadapt.models.combined import Combined
 from segadapt.models.discriminative.segformer import Segformer, build_segformer
 from segadapt.models.generative.prompts import PromptEmbeddings, save_embeddings
 from segadapt.models.generative.sd3 import Sd3, save_generative
+from segadapt.parse import options_of
 from segadapt.wandb_mirror import NoWandb
 
 hypothesis.settings.register_profile("same every time", derandomize=True, deadline=None)
@@ -145,6 +146,7 @@ def build_combined(compose_settings, build_segmenter, build_teacher) -> Callable
             settings.tta.optimizer,
             seed=settings.experiment.seed,
             precision=precision,
+            options=options_of(settings.tta),
         )
 
     return build

@@ -21,7 +21,7 @@ def methods(script):
 @pytest.fixture
 def world(methods, tmp_path):
     """world(*names): these methods on ToyTown, searched at severities 5 and 2."""
-    return lambda *names: methods.World("toytown", tmp_path, "", None, names, (5, 2), 40, False)
+    return lambda *names: methods.World("toytown", tmp_path, "", None, names, (5, 2), 40, False, {})
 
 
 def settings_of(job: str) -> AdaptConfig:

@@ -13,7 +13,9 @@ from test_combined import watch
 from torch import nn
 from torch.nn import functional as F
 
+from segadapt.methods import METHODS
 from segadapt.methods.augmix import OPERATIONS, augmix, equalize, posterize, solarize
+from segadapt.methods.bn import mixed
 from segadapt.methods.build import build_method
 from segadapt.methods.deyo import move_patches
 from segadapt.methods.dusa_u import DusaU
@@ -110,6 +112,33 @@ def test_bn_is_batchnorm_in_training_mode_and_alpha_mixes(build):
     plain = (x - mean_C.view(shape)) / (var_C.view(shape) + norm.eps).sqrt()
     torch.testing.assert_close(own(x), plain * norm.weight.view(shape) + norm.bias.view(shape))
     assert torch.equal(own.running_mean, norm.running_mean)
+
+
+def test_gradient_through_own_statistics_is_that_of_training_mode(build):
+    norm = build("source").segmenter.net.decode_head.batch_norm.requires_grad_()
+    found = []
+    for forward in (mixed(norm, 1.0), norm.train().forward):
+        x = torch.randn(1, norm.num_features, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        x.requires_grad_()
+        (forward(x) * torch.arange(30.0).view(5, 6)).square().sum().backward()
+        found.append((x.grad, norm.weight.grad, norm.bias.grad))
+        norm.zero_grad()
+    torch.testing.assert_close(*found)
+
+
+def test_generative_bn_predicts_like_bn_and_without_own_statistics_learns_like_generative(build, build_combined):
+    names = ("generative-bn", "generative-bn", "generative")
+    alphas = (("tta.options.alpha=1",), ("tta.options.alpha=0",), ())
+    one, none, plain = (
+        build_combined(f"tta.method={name}", *alpha, kind=METHODS[name], dtype=torch.float64)
+        for name, alpha in zip(names, alphas, strict=True)
+    )
+    predicted, *alike = [
+        [each.step(image(seed), task="t", key=str(seed)).logits_Chw for seed in (1, 2)] for each in (one, none, plain)
+    ]
+    torch.testing.assert_close(predicted[0], build("bn").step(image(1), task="t", key="1").logits_Chw)
+    torch.testing.assert_close(*alike, rtol=1e-7, atol=1e-9)
+    assert (predicted[0] - alike[0][0]).abs().max() > 1e-3
 
 
 # -- Tent, pseudo-labels -----------------------------------------------------------------------------------------------

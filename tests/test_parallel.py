@@ -354,3 +354,45 @@ def test_overlapping_parts_on_gpus_equal_one_gpu(
         assert grads.keys() == wanted.keys()
         for name, grad in grads.items():
             torch.testing.assert_close(grad, wanted[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("placement", ["dispatch", "replicate"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.update.prompt_offset=true",),
+        ("model.generative.windows=entropy", "model.loss.window_weights=entropy"),
+        ("tta.method=generative-bn",),
+        ("tta.method=dusa-u",),
+        (
+            "model.loss.select=area",
+            "model.loss.topk=1",
+            "model.loss.area_threshold=2",
+            "model.loss.ignored_classes=[sky]",
+        ),
+    ],
+)
+def test_options_compiled_on_all_gpus_step_like_the_plain_form_on_one(
+    saved_models, compose_settings, monkeypatch, random_image, overrides, placement
+):
+    from segadapt.models import build as building
+
+    classes = ("sky", "road", "tree", "car", "person", "sign")
+    models, steps = saved_models(classes, num_layers=4), []
+    every = list(range(torch.cuda.device_count()))
+    for gpus, how in (([0], "runtime.compile=false"), (every, "runtime.compile=true")):
+        monkeypatch.setattr(building, "devices_of", lambda runtime, gpus=gpus: gpus)
+        given = [*models, "runtime=default", "runtime.precision=fp32", f"model.generative.placement={placement}", how]
+        combined = build_models(compose_settings(*given, *overrides), classes).method
+        steps.append([combined.step(random_image(seed=n % 3).cuda(), task="t", key=str(n)) for n in range(6)])
+        combined.flush()
+        offset_D = getattr(combined.generative, "offset_D", None)
+        assert offset_D is None or offset_D.abs().max() > 0
+    assert any(step.is_updated for step in steps[0])
+    for plain, found in zip(*steps, strict=True):
+        assert (found.candidates, found.is_guided) == (plain.candidates, plain.is_guided)
+        torch.testing.assert_close(found.logits_Chw, plain.logits_Chw, rtol=1e-3, atol=1e-3)
+        assert found.loss == pytest.approx(plain.loss, rel=1e-3)
+        assert found.grad_norm == pytest.approx(plain.grad_norm, rel=1e-2, abs=1e-6)

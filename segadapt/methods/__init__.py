@@ -1,6 +1,6 @@
 """Every method of test-time adaptation, by the name that `tta.method` takes; settings are in conf/tta/NAME.yaml."""
 
-from segadapt.methods.bn import Bn
+from segadapt.methods.bn import Bn, GenerativeBn
 from segadapt.methods.cotta import Cotta
 from segadapt.methods.deyo import Deyo
 from segadapt.methods.dusa_u import DusaU
@@ -30,5 +30,6 @@ METHODS: dict[str, type[Source]] = {
     "roid": Roid,
     "deyo": Deyo,
     "generative": Combined,
+    "generative-bn": GenerativeBn,
     "dusa-u": DusaU,
 }

@@ -1,4 +1,4 @@
-"""BN and BN-alpha: test-time statistics in BatchNorm. Nothing is learned."""
+"""BN and BN-alpha: test-time statistics in BatchNorm, where nothing is learned; and under the generative method."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from segadapt.config import setting
 from segadapt.errors import UserError
+from segadapt.models.combined import Combined
 from segadapt.models.discriminative import Segmenter
 from segadapt.models.recording import Memory
 from segadapt.models.source import Source
@@ -34,16 +34,19 @@ def own_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 def mixed(norm: nn.modules.batchnorm._BatchNorm, alpha: float) -> Callable[[Tensor], Tensor]:
     """Forward of a BatchNorm with (1 - alpha) of its source statistics and alpha of the batch's own.
 
-    The source's are never changed.
+    The source's are never changed. A gradient also flows through the batch's own, as in BatchNorm's training mode.
     """
 
     def forward(x: Tensor) -> Tensor:
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        var, mean = own_statistics(x)
-        mean, var = (own.to(source).lerp(source, 1 - alpha) for own, source in
-                     ((mean, norm.running_mean), (var, norm.running_var)))  # fmt: skip
-        return F.batch_norm(x, mean, var, norm.weight, norm.bias, training=False, eps=norm.eps)
+        var_C, mean_C = own_statistics(x)
+        mean_C, var_C = (own.to(source).lerp(source, 1 - alpha) for own, source in
+                         ((mean_C, norm.running_mean), (var_C, norm.running_var)))  # fmt: skip
+        scale_C = (var_C + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+        shift_C = (0 if norm.bias is None else norm.bias) - mean_C * scale_C
+        shape = (1, -1, *(1,) * (x.dim() - 2))
+        return torch.addcmul(shift_C.view(shape), x.to(scale_C), scale_C.view(shape)).to(x)
 
     return forward
 
@@ -69,3 +72,18 @@ class Bn(Source):
         for norm in batch_norms(segmenter):
             norm.forward = mixed(norm, options.alpha)  # pyright: ignore[reportAttributeAccessIssue]
         super().__init__(segmenter, seed=seed, precision=precision, memory=memory)
+
+
+class GenerativeBn(Combined):
+    """The generative method on a segmenter whose BatchNorm takes the image's own statistics, as in `bn`.
+
+    Not published; the two correct different things: statistics where the image's brightness, contrast and noise moved
+    what BatchNorm sees, the teacher where the segmenter decides wrongly. Per image, as both are.
+    """
+
+    Options = Bn.Options
+
+    def __init__(self, segmenter: Segmenter, *given: Any, options: Any, **settings: Any):
+        for norm in batch_norms(segmenter):
+            norm.forward = mixed(norm, options.alpha)  # pyright: ignore[reportAttributeAccessIssue]
+        super().__init__(segmenter, *given, options=options, **settings)

@@ -23,7 +23,7 @@ from segadapt.models.generative.sd3 import ENCODED_AT_ONCE, Sd3
 from segadapt.models.recording import Graphs
 from segadapt.models.set_up import count, devices_of, fingerprint, resolve, set_up
 from segadapt.models.source import Source
-from segadapt.parse import wants_teacher
+from segadapt.parse import options_of, wants_teacher
 
 
 @dataclass(frozen=True)
@@ -201,5 +201,6 @@ def build_models(
         precision=precision,
         memory=Graphs(main).memory() if can_record and compiled else None,
         ignored_C=ignored_C,
+        options=options_of(settings.tta),
     )
     return Models(combined, placements, fingerprints)

@@ -49,6 +49,7 @@ class Combined(Source):
         generative: the teacher.
         model, optimizer: settings.
         ignored_C: bool, the classes that are never asked about; None: none.
+        options: of a method built on this one, which has none itself.
     """
 
     has_teacher = learns = True
@@ -65,7 +66,9 @@ class Combined(Source):
         precision: str,
         memory: Memory | None = None,
         ignored_C: Tensor | None = None,
+        options: Any = None,
     ):
+        self.options = options
         norms, all_of_it, update = segmenter.norm_parameters, segmenter.parameters, model.update
         moving = (norms() if update.update_norm_only else all_of_it()) if update.discriminative else {}
         if update.discriminative and not moving:
