@@ -41,7 +41,7 @@ def check_versions(python: str) -> None:
             )
 
 
-def explain(error: BaseException) -> str | None:
+def fault_of(error: BaseException) -> str | None:
     """One line for what the machine did, or None: any other error is a bug of ours and keeps its traceback."""
     said = " ".join(str(error).split())
     if is_full(error):

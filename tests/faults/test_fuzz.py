@@ -16,12 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
 from segadapt import config
-from segadapt.__main__ import _explain
 from segadapt.datasets.decode import image_size, read_ids, read_image
 from segadapt.datasets.files import Template
 from segadapt.datasets.labels import id_table, map_ids
 from segadapt.errors import UserError
-from segadapt.parse import parse
+from segadapt.parse import explain, parse
 
 MOST_PX = 10_000
 KNOWN = sorted(config.fields_of(config.AdaptConfig))
@@ -68,7 +67,7 @@ def test_any_values_are_settings_or_one_line(whole, changes):
         try:
             composed = OmegaConf.create(changed)
         except OmegaConfBaseException as error:  # Hydra's, where a file holds it; __main__ puts it like this
-            raise UserError(_explain(error, config.AdaptConfig, [])) from error
+            raise UserError(explain(error, config.AdaptConfig, [])) from error
         parse(composed, config.AdaptConfig)
 
     said_of(read)
@@ -98,7 +97,7 @@ def test_any_argument_is_parsed_or_explained_in_one_line(text):
     try:
         OverridesParser.create().parse_overrides([text])
     except (HydraException, OmegaConfBaseException) as error:
-        said = _explain(error, config.AdaptConfig, [text])
+        said = explain(error, config.AdaptConfig, [text])
     assert "\n" not in said
 
 

@@ -125,7 +125,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_ends_as_if_nothing_had_bee
 def test_safetensors_says_a_full_disk_in_its_own_way(tmp_path):
     with disk_of(1000), pytest.raises(Exception, match="os error 27") as caught:
         save_file({"weight": torch.zeros(1000)}, tmp_path / "weights.safetensors")
-    said = machine.explain(caught.value)
+    said = machine.fault_of(caught.value)
     assert said is not None
     assert_says(said, where="a file of the run", got="File too large", expected="expected free space", cure="Make room")
 
@@ -135,7 +135,7 @@ def test_safetensors_says_a_full_disk_in_its_own_way(tmp_path):
     [OSError(errno.ENOENT, "no"), RuntimeError("shape"), PermissionError(errno.EACCES, "no"), ValueError("DataLoader")],
 )
 def test_other_errors_keep_their_traceback(error):
-    assert machine.explain(error) is None
+    assert machine.fault_of(error) is None
 
 
 # -- processes that die -----------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ class Dying:
 def test_a_killed_process_of_corrupt_is_explained_and_what_it_wrote_is_kept(tmp_path):
     with pytest.raises(RuntimeError) as caught:
         write_set(Dying(), [Task(0, "fog", 1)], tmp_path / "set", seed=0, workers=2, progress=False)
-    said = machine.explain(caught.value)
+    said = machine.fault_of(caught.value)
     assert said is not None
     assert_says(said, where="a process that reads images", got="terminated abruptly", expected="to live",
                 cure="lower data.workers")  # fmt: skip
@@ -277,7 +277,7 @@ def test_readers_that_live_are_not_blamed(overrides_of, compose_settings):
     """An error of ours in a process that reads ahead is not taken for a killed one."""
     with pytest.raises(ZeroDivisionError) as caught:
         list(stream.ahead(lambda item: 1 // item, [1, 0], workers=1))
-    assert machine.explain(caught.value) is None
+    assert machine.fault_of(caught.value) is None
     with pytest.raises(UserError, match="mine"):
         list(stream.ahead(refuse, [1, 0], workers=1))
 
