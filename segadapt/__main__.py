@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -11,13 +10,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads tha
 
 import hydra
 import yaml
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from segadapt import __version__, config
 from segadapt.errors import UserError, did_you_mean
-from segadapt.parse import methods_as_files, parse
+from segadapt.parse import explain, methods_as_files, parse
 from segadapt.signals import Stopped
 
 # verb: (primary config, schema, function as module:name, what it does)
@@ -42,27 +41,6 @@ def _function(path: str) -> Callable:
     """Import late: `--help` and `--cfg job` need no torch."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def _explain(error: Exception, schema: type, arguments: list[str]) -> str:
-    """One line for what Hydra found wrong with the command line, with the nearest right name."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read; expected key=value. Quote values with spaces: \"key='a b'\"."
-    found = re.search(r"Could not find '(.+)/(.+?)' Available options in '.+?':(.*?)(?:Config search path|$)", text)
-    if found:
-        group, wrong, options = found.groups()
-        choices = [option for option in options.split() if not option.startswith("_")]
-        return f"{group}={wrong} is not a choice.{did_you_mean(wrong, choices)}"
-    names = config.fields_of(schema)
-    sections = {name.rpartition(".")[0].replace(".", "/") for name in names}
-    for argument in arguments:
-        key = argument.split("=", 1)[0].lstrip("+~").split("@")[0]
-        is_known = key in names or key.replace(".", "/") in sections
-        if "=" in argument and not argument.startswith("-") and not is_known:
-            ends_alike = [f" Did you mean {name}?" for name in names if name.endswith(f".{key}")]
-            return f"{key} is not a setting." + (ends_alike or [did_you_mean(key, [*names, *sections])])[0]
-    return text
 
 
 def options_first(arguments: list[str]) -> list[str]:
@@ -127,7 +105,7 @@ def _start(verb: str, arguments: list[str]) -> None:
         place = f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise UserError(f"{place}{error.problem}. Correct the YAML.") from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error, schema, arguments)) from error
+        raise UserError(explain(error, schema, arguments)) from error
 
 
 if __name__ == "__main__":

@@ -2,10 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -17,10 +21,30 @@ METHOD = "tta.method="
 PLAIN_TEMPLATE = "a photo of a {}"  # what model.generative.prompts.template is unless it is set
 
 
-def from_overrides(primary: str, overrides: Sequence[str], schema: type[T]) -> T:
-    """Settings as the command line would give them, for scripts: from_overrides("adapt", ["data=toytown_c"], ...)."""
-    with initialize_config_module("segadapt.conf", version_base="1.3"):
-        return parse(compose(primary, methods_as_files(overrides)), schema)
+def from_overrides(
+    primary: str, overrides: Sequence[str], schema: type[T], *, where_missing: Mapping[str, Any] = MappingProxyType({})
+) -> T:
+    """Settings as the command line would give them, for scripts: from_overrides("adapt", ["data=toytown_c"], ...).
+
+    A Hydra that the calling program is in is left as it was.
+
+    Args:
+        where_missing: values, by dotted name, of settings that would otherwise have none.
+    Raises:
+        UserError: see `parse`; an override that cannot be read, or names no group, option or setting.
+    """
+    callers = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()  # there can be only one
+    try:
+        with initialize_config_module("segadapt.conf", version_base="1.3"):
+            composed = compose(primary, methods_as_files(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, schema, overrides)) from error
+    finally:
+        GlobalHydra.instance().hydra = callers
+    for name in OmegaConf.missing_keys(composed) & where_missing.keys():
+        OmegaConf.update(composed, name, where_missing[name])
+    return parse(composed, schema)
 
 
 def methods_as_files(overrides: Sequence[str]) -> list[str]:
@@ -28,6 +52,27 @@ def methods_as_files(overrides: Sequence[str]) -> list[str]:
     names = [given.lstrip("+") for given in overrides]
     return [f"tta={name.removeprefix(METHOD)}" if name.startswith(METHOD) else given
             for name, given in zip(names, overrides, strict=True)]  # fmt: skip
+
+
+def explain(error: Exception, schema: type, arguments: Sequence[str]) -> str:
+    """One line for what Hydra found wrong with the command line, with the nearest right name."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read; expected key=value. Quote values with spaces: \"key='a b'\"."
+    found = re.search(r"Could not find '(.+)/(.+?)' Available options in '.+?':(.*?)(?:Config search path|$)", text)
+    if found:
+        group, wrong, options = found.groups()
+        choices = [option for option in options.split() if not option.startswith("_")]
+        return f"{group}={wrong} is not a choice.{did_you_mean(wrong, choices)}"
+    names = fields_of(schema)
+    sections = {name.rpartition(".")[0].replace(".", "/") for name in names}
+    for argument in arguments:
+        key = argument.split("=", 1)[0].lstrip("+~").split("@")[0]
+        is_known = key in names or key.replace(".", "/") in sections
+        if "=" in argument and not argument.startswith("-") and not is_known:
+            ends_alike = [f" Did you mean {name}?" for name in names if name.endswith(f".{key}")]
+            return f"{key} is not a setting." + (ends_alike or [did_you_mean(key, [*names, *sections])])[0]
+    return text
 
 
 def _flat(config: dict, known: dict[str, dataclasses.Field], prefix: str = "") -> dict[str, Any]:
