@@ -171,7 +171,10 @@ def _adapt(
         }
         write_json(folder.path / "results.json", results)
         checkpoints.clear()
-        mirror.summary({f"mean/{name}": value for name, value in results["mean"].items()})
+        memory = {f"peak_memory_gib/cuda:{gpu}": gib for gpu, gib in enumerate(results["peak_memory_gib"])}
+        mirror.summary({f"mean/{name}": value for name, value in results["mean"].items()} | memory)
+        columns = ["task", "images", *MEANS, "seconds"]
+        mirror.table("tasks", columns, [[row[name] for name in columns] for row in results["tasks"]])
     if asked.signum is not None:
         raise Stopped(asked.signum, f"{asked.signum.name} after the last image; {folder.path} is finished")
     return results

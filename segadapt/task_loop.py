@@ -19,6 +19,7 @@ from segadapt.models.diagnostics import examine
 from segadapt.models.generative.guided import LEAST_BOXES
 from segadapt.models.out_of_memory import explain_out_of_memory
 from segadapt.models.source import Prediction
+from segadapt.pictures import picture_of
 from segadapt.protocol import peak_memory
 from segadapt.record import JsonLines, RunFolder, write_json, write_png_palette
 from segadapt.terminal import TaskProgress, Terminal
@@ -288,7 +289,13 @@ class TaskLoop:
         if diagnosis is not None:
             line |= {"diagnosis": diagnosis}
         self.shared.records.append(line)
-        shown = {name: line[name] for name in PLOTTED if line.get(name) is not None}
+        shown: dict[str, Any] = {name: line[name] for name in PLOTTED if line.get(name) is not None}
+        wandb = self.shared.settings.logging.wandb
+        if wandb.mode != "disabled" and tally.images < wandb.images:
+            shown["image"] = picture_of(
+                sample.image_3HW, prediction.logits_Chw, sample.label_HW, classes=self.shared.dataset.classes,
+                caption=sample.entry.key,
+            )  # fmt: skip
         self.shared.mirror.log({f"{tally.slug}/{name}": value for name, value in shown.items()}, step=tally.images)
 
 

@@ -165,7 +165,9 @@ def test_terminal_shows_the_whole_run_below_the_task_until_the_task_ends(width):
     shown = [line for line in drawn if line.startswith("run")]
     assert re.fullmatch(r"run .* 35/100 GPU 61\.7 GiB", shown[0])
     assert all(len(line) <= width for line in drawn)
-    assert re.fullmatch(r"2/3 fog/5 .* 10/20 mIoU 50\.00 % 2\.00 s/image 0:00:20 left", drawn[-1])  # the run's bar is gone
+    assert re.fullmatch(
+        r"2/3 fog/5 .* 10/20 mIoU 50\.00 % 2\.00 s/image 0:00:20 left", drawn[-1]
+    )  # the run's bar is gone
 
 
 # Rows of published tables
