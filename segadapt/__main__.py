@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -30,10 +31,17 @@ VERBS: dict[str, tuple[str, type, str, str]] = {
     "diagnose": ("diagnose", config.DiagnoseConfig, "segadapt.diagnose:run",
                  "ask whether the teacher can teach; reads labels: never choose settings by it on a test split"),
     "check": ("check", config.CheckConfig, "segadapt.check:run", "read data and models before a run"),
+    "grid": ("grid", config.GridConfig, "segadapt.grid:run", "adapt: methods x streams x seeds, on GPUs or a cluster"),
+    "results": ("results", config.ResultsConfig, "segadapt.results:run", "run folders to tables: results FOLDER ..."),
     "demo": ("demo", config.AdaptConfig, "segadapt.demo:demo", "source against adapted on the bundled world"),
 }  # fmt: skip
 # Options of Hydra that are followed by a value.
 TAKE_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
+# Verbs whose arguments may stand by themselves: the setting that they become, and which they are.
+GATHERED: dict[str, tuple[str, Callable[[str], bool]]] = {
+    "grid": ("grid.given", lambda text: is_of_a_cell(text)),
+    "results": ("runs", lambda text: "=" not in text),
+}
 USAGE = "usage: segadapt VERB [key=value ...]   (segadapt VERB --help; --cfg job; --multirun; --config-dir DIR)\n"
 
 
@@ -41,6 +49,21 @@ def _function(path: str) -> Callable:
     """Import late: `--help` and `--cfg job` need no torch."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def gathered(arguments: list[str], setting: str, belongs: Callable[[str], bool]) -> list[str]:
+    """`results A B format=csv`: the words that belong to a list setting stand by themselves; they become runs=[A,B]."""
+    values = {index + 1 for index, text in enumerate(arguments) if text in TAKE_VALUE}
+    words = [index for index, text in enumerate(arguments)
+             if index not in values and not text.startswith("-") and belongs(text)]  # fmt: skip
+    quoted = ",".join("'" + arguments[index].replace("'", "\\'") + "'" for index in words)
+    rest = [text for index, text in enumerate(arguments) if index not in words]
+    return rest + ([f"{setting}=[{quoted}]"] if words else [])
+
+
+def is_of_a_cell(override: str) -> bool:
+    """`grid experiment=mine grid.seeds=[0,1]`: what is not the grid's own is an override of its cells."""
+    return re.split(r"[.=/]", override.lstrip("+~"), maxsplit=1)[0] != "grid"
 
 
 def options_first(arguments: list[str]) -> list[str]:
@@ -84,7 +107,10 @@ def _start(verb: str, arguments: list[str]) -> None:
     """Hand over to Hydra; its errors about the command line become UserErrors."""
     primary, schema, path, _ = VERBS[verb]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing and exiting with 1
-    sys.argv = [f"segadapt {verb}", *options_first(methods_as_files(arguments))]
+    if verb in GATHERED:
+        arguments = gathered(arguments, *GATHERED[verb])
+    arguments = methods_as_files(arguments)
+    sys.argv = [f"segadapt {verb}", *options_first(arguments)]
 
     @hydra.main(version_base="1.3", config_path="pkg://segadapt.conf", config_name=primary)
     def job(composed: DictConfig) -> None:
