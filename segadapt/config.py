@@ -221,6 +221,8 @@ class WandbSettings:
     mode: str = setting("where the copy of the records goes", choices=("online", "offline", "disabled"))
     entity: str | None = setting("W&B user or team; null: the login's default")
     project: str = setting("W&B project")
+    images: int = setting("adapt, evaluate: the first n images of each task are shown with label and prediction",
+                          low=0, high=100)  # fmt: skip
 
 
 @dataclass
@@ -228,6 +230,10 @@ class LoggingSettings:
     root: str = setting("folder of all run folders")
     predictions: str = setting("palette PNGs of the predictions", choices=("none", "sample", "all"))
     sample_images: int = setting("predictions=sample: the first n images of each task", low=1)
+    terminal: str = setting(
+        "adapt, evaluate, demo: text, live on a terminal or in plain lines, only the result lines, or JSON lines",
+        choices=("auto", "rich", "plain", "quiet", "json"),
+    )
     wandb: WandbSettings = setting("Weights & Biases")
 
 

@@ -3,11 +3,13 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_module
-from hydra.errors import OverrideParseException
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,10 +22,30 @@ PASSWORD = r"://[^/@\s]+:[^/@\s]+@"
 PLAIN_TEMPLATE = "a photo of a {}"  # what model.generative.prompts.template is unless it is set
 
 
-def from_overrides(primary: str, overrides: Sequence[str], schema: type[T]) -> T:
-    """Settings as the command line would give them, for scripts: from_overrides("adapt", ["data=toytown_c"], ...)."""
-    with initialize_config_module("segadapt.conf", version_base="1.3"):
-        return parse(compose(primary, methods_as_files(overrides)), schema)
+def from_overrides(
+    primary: str, overrides: Sequence[str], schema: type[T], *, where_missing: Mapping[str, Any] = MappingProxyType({})
+) -> T:
+    """Settings as the command line would give them, for scripts: from_overrides("adapt", ["data=toytown_c"], ...).
+
+    A Hydra that the calling program is in is left as it was.
+
+    Args:
+        where_missing: values, by dotted name, of settings that would otherwise have none.
+    Raises:
+        UserError: see `parse`; an override that cannot be read, or names no group, option or setting.
+    """
+    callers = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()  # there can be only one
+    try:
+        with initialize_config_module("segadapt.conf", version_base="1.3"):
+            composed = compose(primary, methods_as_files(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, schema, overrides)) from error
+    finally:
+        GlobalHydra.instance().hydra = callers
+    for name in OmegaConf.missing_keys(composed) & where_missing.keys():
+        OmegaConf.update(composed, name, where_missing[name])
+    return parse(composed, schema)
 
 
 def methods_as_files(overrides: Sequence[str]) -> list[str]:

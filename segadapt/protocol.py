@@ -1,6 +1,7 @@
 """What was measured, in words and numbers: the run's identity, its protocol line, and the versions it ran on."""
 
 import platform
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -209,6 +210,18 @@ def versions(main: torch.device) -> dict[str, str]:
     count = torch.cuda.device_count() if main.type == "cuda" else torch.get_num_threads()
     packages = {name: version(name) for name in PACKAGES}
     return {"segadapt": __version__, "python": platform.python_version(), "device": f"{count} x {device}"} | packages
+
+
+def peak_memory() -> str:
+    """'GPU 61.7 GiB', of the fullest one, or 'RSS 1.2 GiB' of this process without GPUs; '' where nobody counts."""
+    if reserved_gib := peak_memory_gib():
+        return f"GPU {max(reserved_gib):.1f} GiB"
+    if sys.platform == "win32":
+        return ""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return f"RSS {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
 
 
 def peak_memory_gib() -> list[float]:

@@ -257,14 +257,16 @@ def _check_same_run(path: Path, settings: Mapping[str, Any]) -> None:
     refuse_changes(path, old, settings, cure=f"{another}, or restore the value")
 
 
-def refuse_changes(path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any], *, cure: str) -> None:
+def refuse_changes(
+    path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any], *, cure: str, what: str = "Run folder"
+) -> None:
     """UserError for the first value, by dotted name, that differs from the one a run folder was started with."""
     old, new = _flat(earlier), _flat(now)
     for name in [*new, *(name for name in old if name not in new)]:
         before, after = old.get(name, _ABSENT), new.get(name, _ABSENT)
         if before != after or type(before) is not type(after):
             raise UserError(
-                f"Run folder {path} was started with {_setting(name, before)}; now {_shown(after)}. A run is repeated "
+                f"{what} {path} was started with {_setting(name, before)}; now {_shown(after)}. A run is repeated "
                 f"only unchanged. {cure}."
             )
 

@@ -14,14 +14,17 @@ import netrc
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from segadapt.config import EvaluateConfig, TrainGenerativeConfig
+from segadapt.datasets.labels import IGNORE
 from segadapt.errors import UserError, did_you_mean
 from segadapt.record import RunFolder
 
@@ -34,11 +37,25 @@ FINISH_TIMEOUT_S = 60  # then the rest stays on disk for `wandb sync`
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Picture:
+    """An image with masks to lay over it."""
+
+    image_HW3: np.ndarray  # uint8 RGB
+    masks: Mapping[str, np.ndarray]  # by name, uint8 [H, W], index into classes, 255 = ignore
+    classes: Sequence[str]
+    caption: str
+
+
 class Mirror(Protocol):
     """Where numbers are copied to; no method raises or waits for the network without limit."""
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Copy values at a step; 'fog/miou' has the axis 'fog/step', so every prefix counts its own steps."""
+        """Copy numbers and Pictures at a step; 'fog/miou' has the axis 'fog/step': each prefix counts its own."""
+        ...
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Copy a table of texts and numbers, None where one is missing."""
         ...
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -54,6 +71,9 @@ class NoWandb:
     """Null object."""
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Do nothing."""
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Do nothing."""
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -96,7 +116,8 @@ class Wandb:
                 if key not in self._defined:
                     self._run.define_metric(key, step_metric=_axis(key))
                     self._defined.add(key)
-            self._run.log({**new, **axes})
+            shown = {key: _image(value) if isinstance(value, Picture) else value for key, value in new.items()}
+            self._run.log({**shown, **axes})
             self._note(axes)
 
         if new:
@@ -108,6 +129,16 @@ class Wandb:
         temporary = self._noted.with_name(f".{self._noted.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(self._steps))
         os.replace(temporary, self._noted)
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """See Mirror."""
+
+        def send() -> None:
+            import wandb
+
+            self._run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
+        self._attempt(send, self._call_timeout_s)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """See Mirror."""
@@ -229,6 +260,15 @@ def _within(timeout_s: float, action: Callable[[], Any]) -> Exception | None:
     if thread.is_alive():
         return TimeoutError(f"no answer in {timeout_s:g} s")
     return errors[0] if errors else None
+
+
+def _image(picture: Picture) -> Any:
+    """As W&B shows it: a JPEG, and masks whose pixels tell their class."""
+    import wandb
+
+    labels = dict(enumerate(picture.classes)) | {IGNORE: "ignore"}
+    masks = {name: {"mask_data": ids_HW, "class_labels": labels} for name, ids_HW in picture.masks.items()}
+    return wandb.Image(picture.image_HW3, caption=picture.caption, masks=masks, file_type="jpg")
 
 
 def _axis(key: str) -> str:

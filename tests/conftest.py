@@ -225,11 +225,14 @@ class Remembered(NoWandb):
     """A W&B copy that keeps what it is given."""
 
     def __init__(self) -> None:
-        self.names, self.logged, self.last, self.finished = set(), [], {}, 0
+        self.names, self.logged, self.tables, self.last, self.finished = set(), [], {}, {}, 0
 
     def log(self, values, step) -> None:
         self.names |= set(values)
         self.logged.append((step, dict(values)))
+
+    def table(self, name, columns, rows) -> None:
+        self.tables[name] = [dict(zip(columns, row, strict=True)) for row in rows]
 
     def summary(self, values) -> None:
         self.last |= dict(values)
