@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from segadapt import __version__, config
 from segadapt.errors import UserError, did_you_mean
 from segadapt.parse import methods_as_files, parse
+from segadapt.signals import Stopped
 
 # verb: (primary config, schema, function as module:name, what it does)
 VERBS: dict[str, tuple[str, type, str, str]] = {
@@ -82,7 +83,7 @@ def _refuse(verb: str, error: UserError) -> NoReturn:
 
 
 def main() -> None:
-    """Exit status 0; 2 for a user's mistake, in one line."""
+    """Exit status 0; 2 for a user's mistake, 128 + signal for a stop, each in one line."""
     verb, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if verb in ("--help", "-h", "help"):
         sys.stdout.write(USAGE + "".join(f"  {name:<17} {row[3]}\n" for name, row in VERBS.items()))
@@ -114,6 +115,9 @@ def _start(verb: str, arguments: list[str]) -> None:
             _function(path)(settings)
         except UserError as error:
             _refuse(verb, error)  # here: Hydra would put a line of its own in front
+        except Stopped as stopped:
+            sys.stderr.write(f"segadapt {verb}: {stopped}\n")
+            sys.exit(128 + stopped.signum)
         except (HydraException, OmegaConfBaseException) as error:
             raise RuntimeError("a run must not raise Hydra's errors") from error  # not the user's mistake
 

@@ -3,13 +3,16 @@
 import hashlib
 import json
 import time
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from segadapt import stream
+from segadapt import __version__, stream
+from segadapt.checkpoint import Checkpoints
 from segadapt.config import AdaptConfig, EvaluateConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks
@@ -18,7 +21,8 @@ from segadapt.models.build import Models, build_models
 from segadapt.models.discriminative import Segmenter
 from segadapt.models.generative import Teacher
 from segadapt.protocol import identity, method_of, peak_memory_gib, protocol, versions
-from segadapt.record import JsonLines, RunFolder, write_json
+from segadapt.record import JsonLines, RunFolder, refuse_changes, write_json
+from segadapt.signals import Stopped, noted_signals
 from segadapt.task_loop import MEANS, Run, TaskLoop, TaskResult, row_of
 from segadapt.terminal import copyable_line, results_table
 from segadapt.wandb_mirror import mirrored
@@ -47,45 +51,162 @@ def run(
     entries = _all_entries(settings, dataset, tasks, console)
     flat = [entry for stretch in entries for entry in stretch]
     stream.verify(dataset, flat, workers=settings.data.workers)
-    order_sha256 = stream.order_hash(flat)
     folder = RunFolder.open(
         settings.logging.root, settings.experiment.name, run_id=settings.experiment.id, settings=identity(settings)
     )
-    models = build_models(settings, dataset.classes, segmenter=segmenter, teacher=teacher)
-    _refuse_other_weights(folder, models)
-    folder.start_over(asdict(settings))
-    sentence = protocol(settings, order_sha256=order_sha256)
+    with folder.locked() as gone:
+        if gone is not None:
+            console.print(f"{folder.path} is taken over: {gone} is gone", highlight=False, soft_wrap=True, markup=False)
+        models = build_models(settings, dataset.classes, segmenter=segmenter, teacher=teacher)
+        origin = {
+            "order_sha256": stream.order_hash(flat),
+            "manifest_sha256": stream.manifest_hash(dataset, flat),
+            "weights_sha256": models.fingerprints,
+        }
+        results = None if settings.experiment.restart else _finished(folder, origin)
+        if results is None:
+            results = _adapt(settings, dataset, entries, models, folder, origin, console, num_tasks=len(tasks))
+        else:
+            Checkpoints(folder.path, seconds=None, images=None).clear()
+            console.print(f"{folder.path} is finished; experiment.restart=true would start anew", highlight=False,
+                          soft_wrap=True)  # fmt: skip
+    _print_results(console, results)
+    return results | {"folder": str(folder.path)}
+
+
+def _adapt(
+    settings: EvaluateConfig,
+    dataset: Dataset,
+    entries: list[list[stream.Entry]],
+    models: Models,
+    folder: RunFolder,
+    origin: Mapping[str, Any],
+    console: Console,
+    *,
+    num_tasks: int,
+) -> dict[str, Any]:
+    """The stream from its start, or from where an earlier start stopped; returns what results.json holds.
+
+    Raises:
+        Stopped: a signal came; the same command goes on.
+    """
+    runtime, flat = settings.runtime, [entry for stretch in entries for entry in stretch]
+    checkpoints = Checkpoints(folder.path, seconds=runtime.checkpoint_seconds, images=runtime.checkpoint_images)
+    state = None if settings.experiment.restart else _earlier(checkpoints, folder, settings, origin, console)
+    folder.start_over(asdict(settings), keep=state is not None)
+    sentence, done = protocol(settings, order_sha256=origin["order_sha256"]), checkpoints.newest
     console.print(f"run folder {folder.path}", f"protocol: {sentence}", sep="\n", highlight=False, soft_wrap=True)
     if models.placements:
         console.print("generative model on", *models.map_lines, sep="\n  ", highlight=False, soft_wrap=True)
-    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    results = []
-    samples = stream.read(dataset, flat, short_side_px=settings.data.short_side_px, workers=settings.data.workers)
-    with mirrored(settings, folder, job_type=method_of(settings), protocol=sentence) as mirror:
-        with JsonLines(folder.path / "records.jsonl") as records, JsonLines(folder.path / "timings.jsonl") as timings:
-            timings.append({"started": started})
-            shared = Run(
-                settings, dataset, models, folder, mirror, console, records, timings, samples, num_tasks=len(tasks)
-            )
-            for stretch in entries:
-                results += TaskLoop(shared, stretch).run()
-        summary = {
+    if state is not None:
+        console.print(f"goes on after image {done} of {len(flat)}", highlight=False)
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    started = now if state is None else state["started"]
+    data = settings.data
+    samples = stream.read(dataset, flat[done:], short_side_px=data.short_side_px, workers=data.workers)
+    with (
+        noted_signals() as asked,
+        mirrored(settings, folder, job_type=method_of(settings), protocol=sentence) as mirror,
+        JsonLines(folder.path / "records.jsonl", keep_bytes=state["records"] if state else 0) as records,
+        JsonLines(folder.path / "timings.jsonl", keep_bytes=state["timings"] if state else 0) as timings,
+    ):
+        timings.append({"started": now, "images": done, "segadapt": __version__})
+        shared = Run(settings, dataset, models, folder, mirror, console, records, timings, samples, num_tasks=num_tasks)
+        loops = [TaskLoop(shared, stretch) for stretch in entries]
+        if state is not None:
+            models.method.load_state_dict(state["method"])
+            for loop, its_state in zip(loops, state["loops"], strict=True):
+                loop.load_state_dict(its_state)
+
+        def whole_state() -> dict[str, Any]:
+            return {
+                "origin": {**origin, "segadapt": __version__},
+                "started": started,
+                "records": records.sync(),
+                "timings": timings.sync(),
+                "method": models.method.state_dict(),
+                "loops": [loop.state_dict() for loop in loops],
+            }
+
+        for loop in loops:
+            with closing(loop.run()) as images:
+                for _ in images:
+                    done += 1
+                    if asked.signum is not None or checkpoints.is_due(done):
+                        checkpoints.write(done, whole_state())
+                    if asked.signum is not None:
+                        where = f"after image {done} of {len(flat)}"
+                        raise Stopped(asked.signum, f"{asked.signum.name} {where}; the same command goes on from there")
+        results = {
             "protocol": sentence,
             "method": method_of(settings),
             "started": started,
-            "tasks": [row_of(result, dataset.classes) for result in results],
-            "mean": {name: _mean(results, name) for name in MEANS},
+            **_scores([result for loop in loops for result in loop.results], dataset.classes),
             "seed": settings.experiment.seed,
-            "order_sha256": order_sha256,
-            "data_sha256": hashlib.sha256("".join(result.data_sha256 for result in results).encode()).hexdigest(),
-            "weights_sha256": models.fingerprints,
+            **origin,
             "peak_memory_gib": peak_memory_gib(),
             "versions": versions(models.method.device),
         }
-        write_json(folder.path / "results.json", summary)
-        mirror.summary({f"mean/{name}": value for name, value in summary["mean"].items()})
-    _print_results(console, results, summary["mean"])
-    return summary | {"folder": str(folder.path)}
+        write_json(folder.path / "results.json", results)
+        checkpoints.clear()
+        mirror.summary({f"mean/{name}": value for name, value in results["mean"].items()})
+    if asked.signum is not None:
+        raise Stopped(asked.signum, f"{asked.signum.name} after the last image; {folder.path} is finished")
+    return results
+
+
+# --- what an earlier start left ---
+
+ANEW = "Restore it, choose another experiment.id, or start anew with experiment.restart=true"
+
+
+def _finished(folder: RunFolder, origin: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The results that are there; None: not finished.
+
+    UserError: they are of other weights, images or order.
+    """
+    path = folder.path / "results.json"
+    if not path.is_file():
+        return None
+    results = json.loads(path.read_text(encoding="utf-8"))
+    earlier = {name: results[name] for name in origin if name in results}
+    refuse_changes(folder.path, earlier, origin, cure=ANEW)
+    return results
+
+
+def _earlier(
+    checkpoints: Checkpoints,
+    folder: RunFolder,
+    settings: EvaluateConfig,
+    origin: Mapping[str, Any],
+    console: Console,
+) -> Any:
+    """The newest state that is whole and whose records are there; None, and said: from the first image.
+
+    UserError: it is of other weights, images or order, or of another version.
+    """
+
+    def records_are_there(state: Mapping[str, Any]) -> str | None:
+        for name in ("records", "timings"):
+            size = (folder.path / f"{name}.jsonl").stat().st_size
+            if size < state[name]:
+                return f"{name}.jsonl has {size} bytes, expected {state[name]} or more"
+        return None
+
+    state = checkpoints.read(records_are_there)
+    if state is None:
+        if (folder.path / "records.jsonl").exists():
+            console.print("an earlier start left no checkpoint: from the first image", highlight=False)
+        return None
+    version, earlier = __version__, dict(state["origin"])
+    if settings.experiment.any_version:
+        version = earlier["segadapt"]
+    cure = f"{ANEW}, or of another segadapt go on all the same with experiment.any_version=true"
+    refuse_changes(folder.path, earlier, {**origin, "segadapt": version}, cure=cure)
+    return state
+
+
+# --- before the run ---
 
 
 def _check_leaves_something(settings: EvaluateConfig) -> None:
@@ -103,19 +224,6 @@ def _check_can_diagnose(settings: EvaluateConfig) -> None:
     if isinstance(settings, AdaptConfig) and settings.tta.diagnose_every and is_unlabelled:
         raise UserError(f"tta.diagnose_every={settings.tta.diagnose_every} and data.label_path=null: diagnostics "
                         "compare with labels. Set data.label_path, or tta.diagnose_every=0.")  # fmt: skip
-
-
-def _refuse_other_weights(folder: RunFolder, models: Models) -> None:
-    """UserError: the folder holds finished results of other weights, which a new start would delete."""
-    path = folder.path / "results.json"
-    if not path.is_file():
-        return
-    for model, expected in json.loads(path.read_text())["weights_sha256"].items():
-        if (got := models.fingerprints.get(model)) != expected:
-            raise UserError(
-                f"Run folder {folder.path} holds results of other weights ({model}: {expected[:12]}; now "
-                f"{str(got)[:12]}). Choose another experiment.name or experiment.id, or move the folder away."
-            )
 
 
 def _all_entries(
@@ -141,22 +249,32 @@ def _all_entries(
     return [stream.mixed(one, seed=settings.experiment.seed, visit=visit + 1) for visit, one in enumerate(rounds)]
 
 
+def _scores(results: list[TaskResult], classes: tuple[str, ...]) -> dict[str, Any]:
+    """Of all tasks, their means, and the hash over what was read."""
+    return {
+        "tasks": [row_of(result, classes) for result in results],
+        "mean": {name: _mean(results, name) for name in MEANS},
+        "data_sha256": hashlib.sha256("".join(result.data_sha256 for result in results).encode()).hexdigest(),
+    }
+
+
 def _mean(results: list[TaskResult], name: str) -> float | None:
     """Unweighted mean over the tasks; None without labels."""
     values = [getattr(result.scores, name) for result in results if result.scores]
     return float(np.mean(values)) if values else None
 
 
-def _print_results(console: Console, results: list[TaskResult], mean: dict[str, Any]) -> None:
+def _print_results(console: Console, results: Mapping[str, Any]) -> None:
     """The final table and one copyable line of mIoU per task and mean, in percent."""
-    if not any(result.scores for result in results):
-        console.print(f"{sum(result.images for result in results)} unlabelled images: predictions only")
+    tasks, mean = results["tasks"], results["mean"]
+    if all(row["miou"] is None for row in tasks):
+        console.print(f"{sum(row['images'] for row in tasks)} unlabelled images: predictions only")
         return
     rows = [
-        [r.task.name, r.images, *(getattr(r.scores, name) for name in SHOWN), f"{r.seconds / r.images:.3f}"]
-        for r in results
+        [row["task"], row["images"], *(row[name] for name in SHOWN), f"{row['seconds'] / row['images']:.3f}"]
+        for row in tasks
     ]
-    rows.append(["mean", sum(r.images for r in results), *(mean[name] for name in SHOWN), ""])
+    rows.append(["mean", sum(row["images"] for row in tasks), *(mean[name] for name in SHOWN), ""])
     console.print(results_table(rows, ["task", "images", "mIoU", "mAcc", "aAcc", "mF1", "mPrec", "s/image"]))
-    line = copyable_line([*(r.scores.miou if r.scores else None for r in results), mean["miou"]])
+    line = copyable_line([*(row["miou"] for row in tasks), mean["miou"]])
     console.print(f"mIoU %: {line}", highlight=False, soft_wrap=True, markup=False)

@@ -4,11 +4,13 @@ C classes   H W image px
 """
 
 import hashlib
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from segadapt import stream
+from segadapt.checkpoint import KEPT, size_of
 from segadapt.config import CheckConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks
@@ -173,13 +176,30 @@ def check_models(settings: CheckConfig, dataset: Dataset, entry: stream.Entry, c
     with explain_out_of_memory(method, f"{entry.key} of {entry.task.name}"):
         step = method.step(image_3HW, task=entry.task.name, key=entry.key)
     is_finite = bool(step.logits_Chw.isfinite().all()) and step.is_step_finite
+    said, problems = check_disk(settings.logging.root, size_of(method.state_dict()))
+    console.print(said)
     method.reset()
     numbers = "" if step.loss is None else f"loss {step.loss:.6g}, gradient norm {step.grad_norm:.6g}, "
     console.print(f"one step on {entry.task.name} {entry.key}: {numbers}{time.perf_counter() - start:.2f} s")
     for index in range(torch.cuda.device_count()) if method.device.type == "cuda" else ():
         console.print(f"cuda:{index}: {torch.cuda.max_memory_reserved(index) / GIB:.1f} GiB at most")
     problem = f"{entry.key}: {numbers}expected finite numbers. Check the checkpoints, or set runtime.precision=fp32."
-    return [] if is_finite else [problem]
+    return problems if is_finite else [problem, *problems]
+
+
+def check_disk(root: str, state_bytes: int) -> tuple[str, list[str]]:
+    """What the checkpoints of a run need of the disk and what is free there; and that as a problem if it is too little.
+
+    Args:
+        root: logging.root, which need not exist.
+        state_bytes: of one checkpoint.
+    """
+    path = Path(root).expanduser().absolute()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    needed, free = (KEPT + 1) * state_bytes / GIB, shutil.disk_usage(there).free / GIB
+    line = f"checkpoints: {KEPT} are kept while one is written, {needed:.2f} GiB; free: {free:.2f} GiB"
+    cure = f"logging.root={root}: {line}. Make room, or choose another logging.root."
+    return line, [] if needed <= free else [cure]
 
 
 def describe(models: Models) -> list[str]:

@@ -24,6 +24,8 @@ class ExperimentSettings:
     name: str = setting("names the run folder and the W&B run")
     id: str | None = setting("second part of the run folder; null: a hash of all settings that can change results")
     seed: int = setting("all noise, sigma, class draws and orders are derived from it", low=0)
+    restart: bool = setting("start anew; false: go on where an earlier start of the same settings stopped")
+    any_version: bool = setting("adapt, evaluate: also go on from a checkpoint of another version of segadapt")
 
 
 @dataclass
@@ -231,6 +233,10 @@ class RuntimeSettings:
         "compiled teacher, both models as CUDA graphs: a minute at first, then faster; null: on GPUs, for a large one"
     )
     threads: int | None = setting("CPU threads of torch; null: its own choice", low=1)
+    checkpoint_seconds: float | None = setting(
+        "adapt, evaluate: time between checkpoints, s; more where they would take over 2 % of it; null: no such", low=0
+    )
+    checkpoint_images: int | None = setting("adapt, evaluate: images between checkpoints; null: no such", low=1)
 
 
 @dataclass
@@ -314,7 +320,6 @@ class TrainGenerativeSettings:
     validation_split: str = setting("split of the validation images")
     validation_images: int = setting("images of a validation", low=1)
     save_dtype: str = setting("of the saved weights; they are loaded as float32", choices=("float32", "bfloat16"))
-    resume: bool = setting("go on from the checkpoint that an interrupted start left; false: start anew")
 
 
 @dataclass

@@ -57,44 +57,45 @@ def run(
     folder = RunFolder.open(
         settings.logging.root, settings.experiment.name, run_id=settings.experiment.id, settings=identity_of(settings)
     )
-    models = build_models(frozen(settings), dataset.classes, segmenter=segmenter, teacher=teacher)
-    combined = models.method
-    assert isinstance(combined, Combined)
-    models.assert_placed()
-    folder.start_over(asdict(settings))
-    sentence = protocol(settings, order_sha256=stream.order_hash(flat))
-    console.print(f"run folder {folder.path}", f"protocol: {sentence}", sep="\n", highlight=False, soft_wrap=True)
-    if models.placements:
-        console.print("generative model on", *models.map_lines, sep="\n  ", highlight=False, soft_wrap=True)
-    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    with mirrored(settings, folder, job_type="diagnose", protocol=sentence) as mirror:
-        rows = []
-        for number, (task, of_task) in enumerate(zip(tasks, entries, strict=True), 1):
-            progress = TaskProgress(
-                task.name, task_number=number, num_tasks=len(tasks), num_images=len(of_task), console=console
-            )
-            rows.append(measure(settings, combined, dataset, task, of_task, progress))
-            write_json(folder.path / "tasks" / f"{number - 1:02d}_{task.name.replace('/', '-')}.json", rows[-1])
-        verdict = verdict_of(rows)
-        diagnosis = {
-            "protocol": sentence,
-            "method": "diagnose",
-            "started": started,
-            "tasks": rows,
-            "verdict": verdict,
-            "seed": seed,
-            "weights_sha256": models.fingerprints,
-            "peak_memory_gib": peak_memory_gib(),
-            "versions": versions(combined.device),
-        }
-        write_json(folder.path / "diagnosis.json", diagnosis)
-        title = f"teacher {settings.model.generative.checkpoint}, {images_of(rows)} images a task"
-        for kind in ("png", "svg"):
-            write_bytes(folder.path / f"diagnosis.{kind}", plot(rows, title=title, kind=kind))
-        mirror.summary({name: value for name, value in verdict.items() if not isinstance(value, str | list)})
-    console.print(table_of(rows))
-    console.print(f"plot {folder.path / 'diagnosis.png'}", *sentences(verdict), sep="\n", highlight=False, markup=False,
-                  soft_wrap=True)  # fmt: skip
+    with folder.locked():
+        models = build_models(frozen(settings), dataset.classes, segmenter=segmenter, teacher=teacher)
+        combined = models.method
+        assert isinstance(combined, Combined)
+        models.assert_placed()
+        folder.start_over(asdict(settings))
+        sentence = protocol(settings, order_sha256=stream.order_hash(flat))
+        console.print(f"run folder {folder.path}", f"protocol: {sentence}", sep="\n", highlight=False, soft_wrap=True)
+        if models.placements:
+            console.print("generative model on", *models.map_lines, sep="\n  ", highlight=False, soft_wrap=True)
+        started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        with mirrored(settings, folder, job_type="diagnose", protocol=sentence) as mirror:
+            rows = []
+            for number, (task, of_task) in enumerate(zip(tasks, entries, strict=True), 1):
+                progress = TaskProgress(
+                    task.name, task_number=number, num_tasks=len(tasks), num_images=len(of_task), console=console
+                )
+                rows.append(measure(settings, combined, dataset, task, of_task, progress))
+                write_json(folder.path / "tasks" / f"{number - 1:02d}_{task.name.replace('/', '-')}.json", rows[-1])
+            verdict = verdict_of(rows)
+            diagnosis = {
+                "protocol": sentence,
+                "method": "diagnose",
+                "started": started,
+                "tasks": rows,
+                "verdict": verdict,
+                "seed": seed,
+                "weights_sha256": models.fingerprints,
+                "peak_memory_gib": peak_memory_gib(),
+                "versions": versions(combined.device),
+            }
+            write_json(folder.path / "diagnosis.json", diagnosis)
+            title = f"teacher {settings.model.generative.checkpoint}, {images_of(rows)} images a task"
+            for kind in ("png", "svg"):
+                write_bytes(folder.path / f"diagnosis.{kind}", plot(rows, title=title, kind=kind))
+            mirror.summary({name: value for name, value in verdict.items() if not isinstance(value, str | list)})
+        console.print(table_of(rows))
+        said = (f"plot {folder.path / 'diagnosis.png'}", *sentences(verdict))
+        console.print(*said, sep="\n", highlight=False, markup=False, soft_wrap=True)
     return diagnosis | {"folder": str(folder.path)}
 
 

@@ -48,6 +48,10 @@ class ConfusionMatrix:
         assert counts_CC.dtype == torch.int64, counts_CC.dtype  # float32 would stop counting at 2**24 pixels
         return counts_CC.cpu().numpy().copy()
 
+    def restore(self, counts_CC: Tensor) -> None:
+        """Go on from counts, int64 [C label, C prediction] on any device."""
+        self._metric.confmat = counts_CC.to(self._metric.device, copy=True)
+
     def reset(self) -> None:
         """Forget all pixels."""
         self._metric.reset()

@@ -37,14 +37,17 @@ PACKAGES = (
 FREE = (
     "experiment.name",
     "experiment.id",
+    "experiment.restart",
+    "experiment.any_version",
     "logging",
     "data.workers",
     "data.cache",
     "data.max_pixels",
     "runtime.threads",
+    "runtime.checkpoint_seconds",
+    "runtime.checkpoint_images",
     "tta.diagnose_every",
     "model.generative.prompts.cache_dir",
-    "train.resume",
 )
 
 

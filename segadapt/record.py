@@ -3,11 +3,15 @@
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +25,8 @@ from segadapt.errors import UserError
 
 RESULTS = (
     "results.json",
+    "checkpoints",
+    "mirrored.json",
     "tasks",
     "predictions",
     "adapted",
@@ -33,6 +39,8 @@ RESULTS = (
     "diagnosis.svg",
 )  # of an earlier start of the same run
 _ABSENT = object()
+
+logger = logging.getLogger(__name__)
 
 
 def plain(value: Any) -> Any:
@@ -66,7 +74,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _fsync_folder(path.parent)
+    fsync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -89,12 +97,14 @@ def write_png_palette(path: Path, ids_HW: np.ndarray, palette_C3: np.ndarray) ->
 
 
 class JsonLines:
-    """One JSON value a line, in a file begun anew; a line is with the operating system as soon as `append` returns."""
+    """One JSON value a line; a line is with the operating system as soon as `append` returns."""
 
-    def __init__(self, path: Path, *, keep: Sequence[Any] = ()):
-        """keep: values of an earlier start, written first."""
+    def __init__(self, path: Path, *, keep: Sequence[Any] = (), keep_bytes: int = 0):
+        """keep: values of an earlier start, written first; keep_bytes: of an earlier start's file, the rest is cut."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        assert keep_bytes <= self._file.tell(), path
+        self._file.truncate(keep_bytes)
         for value in keep:
             self.append(value)
 
@@ -103,10 +113,15 @@ class JsonLines:
         self._file.write(json.dumps(plain(value), allow_nan=False, ensure_ascii=False) + "\n")
         self._file.flush()
 
+    def sync(self) -> int:
+        """Bring all lines to the disk; returns their bytes."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
     def close(self) -> None:
         """Bring all lines to the disk; a second call does nothing."""
         if not self._file.closed:
-            os.fsync(self._file.fileno())
+            self.sync()
             self._file.close()
 
     def __enter__(self) -> "JsonLines":
@@ -148,24 +163,65 @@ class RunFolder:
             if path.exists():
                 _check_same_run(path, settings)
             path.mkdir(parents=True, exist_ok=True)
-            write_json(path / "settings.json", settings)
+            if not (path / "settings.json").exists():
+                write_json(path / "settings.json", settings)
         except OSError as error:
             raise UserError(
                 f"logging.root={root}: {path} cannot be written ({error.strerror}). Choose a folder of your own."
             ) from error
         return cls(path=path, id=run_id)
 
-    def start_over(self, config: Mapping[str, Any], *, resume: str | None = None) -> None:
+    @contextmanager
+    def locked(self) -> Iterator[str | None]:
+        """Inside, this process alone works on the folder. Yields who did and went without a word; None: nobody.
+
+        The lock is the operating system's and ends with the process, whatever ends it; `.lock` only says whose it is.
+        Children do not inherit it. Windows has no such call, nor have some network file systems, which costs a warning:
+        two processes at once are then not noticed.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        path = self.path / ".lock"
+        with path.open("a+", encoding="utf-8") as file:
+            try:
+                _lock(file.fileno())
+            except BlockingIOError as error:
+                file.seek(0)
+                raise UserError(
+                    f"Run folder {self.path} is at work: {file.read() or 'its owner is not told'}. Wait for it or stop "
+                    "it; another experiment.id is another run."
+                ) from error
+            except OSError as error:
+                logger.warning("%s cannot be locked (%s): start no second process on it", self.path, error.strerror)
+            file.seek(0)
+            earlier = file.read() or None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S%z')}")
+            file.flush()
+            for left in filter(_is_half_written, list(self.path.rglob(".*.tmp"))):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            try:
+                yield earlier
+            finally:
+                file.truncate(0)
+
+    def start_over(self, config: Mapping[str, Any], *, keep: bool = False) -> None:
         """Remove what an earlier start of the same run left, and write config.yaml; call it once nothing can fail.
 
-        resume: file name of a checkpoint; where it lies in the folder, nothing is removed.
+        keep: nothing is removed, as this start goes on where that one stopped.
         """
-        for result in () if resume and (self.path / resume).is_file() else RESULTS:
+        for result in () if keep else RESULTS:
             if (self.path / result).is_dir():
                 shutil.rmtree(self.path / result)
             else:
                 (self.path / result).unlink(missing_ok=True)
         write_bytes(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode())
+
+
+def _is_half_written(path: Path) -> bool:
+    """By a process that was killed."""
+    return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
 
 
 def settings_id(settings: Mapping[str, Any]) -> str:
@@ -181,20 +237,25 @@ def _check_same_run(path: Path, settings: Mapping[str, Any]) -> None:
         raise UserError(f"{path} is a file; expected a run folder. {another}.")
     stored = path / "settings.json"
     if not stored.exists():
-        if any(path.iterdir()):
+        if not all(_is_half_written(left) for left in path.iterdir()):
             raise UserError(f"{path} holds files but no settings.json, so it is not a run folder. {another}.")
         return
     try:
-        old = _flat(json.loads(stored.read_text(encoding="utf-8")))
+        old = json.loads(stored.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{stored}: not JSON ({error}). {another}, or remove the folder.") from error
-    new = _flat(settings)
+    refuse_changes(path, old, settings, cure=f"{another}, or restore the value")
+
+
+def refuse_changes(path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any], *, cure: str) -> None:
+    """UserError for the first value, by dotted name, that differs from the one a run folder was started with."""
+    old, new = _flat(earlier), _flat(now)
     for name in [*new, *(name for name in old if name not in new)]:
-        before, now = old.get(name, _ABSENT), new.get(name, _ABSENT)
-        if before != now or type(before) is not type(now):
+        before, after = old.get(name, _ABSENT), new.get(name, _ABSENT)
+        if before != after or type(before) is not type(after):
             raise UserError(
-                f"Run folder {path} was started with {_setting(name, before)}; now {_shown(now)}. A run is repeated "
-                f"only unchanged. {another}, or restore the value."
+                f"Run folder {path} was started with {_setting(name, before)}; now {_shown(after)}. A run is repeated "
+                f"only unchanged. {cure}."
             )
 
 
@@ -217,7 +278,18 @@ def _shown(value: Any) -> str:
     return "absent" if value is _ABSENT else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _fsync_folder(folder: Path) -> None:
+def _lock(descriptor: int) -> None:
+    """BlockingIOError: another process holds the lock; OSError: there are no locks here."""
+    if os.name == "posix":
+        import fcntl
+
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would be inherited by the data workers
+        except PermissionError as error:  # EACCES, as some systems say it
+            raise BlockingIOError(*error.args) from error
+
+
+def fsync_folder(folder: Path) -> None:
     """Make a rename last; Windows has no such call."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)

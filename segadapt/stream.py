@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -59,6 +60,19 @@ def mixed(entries: Sequence[Entry], *, seed: int, visit: int) -> list[Entry]:
 def order_hash(entries: Sequence[Entry]) -> str:
     """SHA-256 over the (task, key) pairs of a stream, in order."""
     return hashlib.sha256("\n".join(f"{entry.task.name}\t{entry.key}" for entry in entries).encode()).hexdigest()
+
+
+def manifest_hash(dataset: Dataset, entries: Sequence[Entry]) -> str:
+    """SHA-256 over key and bytes of image and label of each file of a stream, in order; the bytes are not read."""
+    sizes: dict[Source, str] = {}
+    lines = []
+    for entry in entries:
+        source = dataset.source(entry.task, entry.key)
+        if source not in sizes:
+            paths = [path for path in (source.image, source.label) if source.is_file and path is not None]
+            sizes[source] = "\t".join(str(os.stat(path).st_size) for path in paths)
+        lines.append(f"{entry.task.name}\t{entry.key}\t{sizes[source]}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def read(dataset: Dataset, entries: Sequence[Entry], *, short_side_px: int, workers: int) -> Iterator[Prepared]:

@@ -2,11 +2,12 @@
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from segadapt import metrics, stream
@@ -57,39 +58,81 @@ class Run:
     num_tasks: int
 
 
+TALLIED = ("images", "labelled", "skipped", "refused", "broken", "unguided", "seconds", "digests")
+
+
 class TaskTally:
     """What a task has come to: its confusion matrix, what it has read, and how many steps were skipped."""
 
     def __init__(self, run: Run, task: Task):
         self.task, self.slug = task, slug_of(task)
         self.matrix = metrics.ConfusionMatrix(len(run.dataset.classes), run.models.method.device)
-        self.data = hashlib.sha256()
         self.counts_CC = self.matrix.counts()
         self.images = self.labelled = self.skipped = self.refused = self.broken = self.unguided = 0
         self.seconds = 0.0
+        self.digests: list[str] = []  # of its images and labels, in stream order
 
     def result(self) -> TaskResult:
         """As it is now."""
         scores = metrics.scores(self.counts_CC) if self.labelled else None
+        data_sha256 = hashlib.sha256("".join(self.digests).encode()).hexdigest()
         return TaskResult(
-            self.task, self.images, self.seconds, scores, self.counts_CC, self.data.hexdigest(), self.skipped,
-            self.refused, self.broken,
+            self.task, self.images, self.seconds, scores, self.counts_CC, data_sha256, self.skipped, self.refused,
+            self.broken,
         )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as `checkpoint.encode` takes it."""
+        return {name: getattr(self, name) for name in TALLIED} | {"counts_CC": torch.from_numpy(self.counts_CC)}
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """As it was when `state_dict` gave these values."""
+        for name in TALLIED:
+            setattr(self, name, values[name])
+        self.counts_CC = values["counts_CC"].numpy()
+        self.matrix.restore(values["counts_CC"])
 
 
 class TaskLoop:
-    """What lies between two resets: one task, or several interleaved."""
+    """What lies between two resets: one task, or several interleaved.
+
+    Attributes:
+        images: of it, that are done.
+        is_finished: what follows its last image is done too.
+    """
 
     def __init__(self, run: Run, entries: Sequence[stream.Entry]):
         self.shared, self.entries = run, entries
         tasks = sorted({entry.task for entry in entries}, key=lambda task: task.index)
         self.tallies = {task: TaskTally(run, task) for task in tasks}
+        self.images, self.is_finished = 0, False
 
-    def run(self) -> list[TaskResult]:
-        """Reset unless continual, then predict, score, adapt and record each image."""
+    def state_dict(self) -> dict[str, Any]:
+        """How far it is and what it has come to; the method's own state is apart."""
+        tallies = [tally.state_dict() for tally in self.tallies.values()]
+        return {"images": self.images, "is_finished": self.is_finished, "tallies": tallies}
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """As it was when `state_dict` gave these values."""
+        self.images, self.is_finished = values["images"], values["is_finished"]
+        for tally, state in zip(self.tallies.values(), values["tallies"], strict=True):
+            tally.load_state_dict(state)
+
+    @property
+    def results(self) -> list[TaskResult]:
+        """Of its tasks, as they are now."""
+        return [tally.result() for tally in self.tallies.values()]
+
+    def run(self) -> Generator[None, None, None]:
+        """Reset unless continual, then predict, score, adapt and record each image; yields after each one.
+
+        Goes on after the images that are done.
+        """
+        if self.is_finished:
+            return
         shared, method = self.shared, self.shared.models.method
         tta = shared.settings.tta if isinstance(shared.settings, AdaptConfig) else None
-        if tta is None or not tta.continual:
+        if not self.images and (tta is None or not tta.continual):
             method.reset()
         shared.models.assert_placed()
         names = [task.name for task in self.tallies]
@@ -98,10 +141,11 @@ class TaskLoop:
             task_number=next(iter(self.tallies)).index + 1,
             num_tasks=shared.num_tasks,
             num_images=len(self.entries),
+            num_done=self.images,
             console=shared.console,
         )
         with progress:
-            for entry in self.entries:
+            for entry in self.entries[self.images :]:
                 task, tally = entry.task, self.tallies[entry.task]
                 began = time.perf_counter()
                 sample = next(shared.samples)
@@ -113,7 +157,7 @@ class TaskLoop:
                     diagnosis = self._diagnose(tally, sample)  # before the step: of the weights that it starts from
                     prediction = method.step(sample.image_3HW, task=task.name, key=entry.key)
                 miou, classes = self._score_and_save(tally, sample, prediction)
-                tally.data.update(sample.digest.encode())
+                tally.digests.append(sample.digest)
                 self._record(tally, sample, prediction, miou, classes, diagnosis)
                 done = time.perf_counter()
                 tally.images += 1
@@ -121,11 +165,15 @@ class TaskLoop:
                 shared.timings.append({"task": task.name, "key": entry.key, "seconds": round(done - ready, 6),
                                      "waited_for_data": round(ready - began, 6)})  # fmt: skip
                 progress.advance(float("nan") if miou is None else miou)
+                self.images += 1
+                yield
         with explain_out_of_memory(method, f"end of {names[-1]}"):
             method.flush()
-        return [self._finish(tally) for tally in self.tallies.values()]
+        for tally in self.tallies.values():
+            self._finish(tally)
+        self.is_finished = True
 
-    def _finish(self, tally: TaskTally) -> TaskResult:
+    def _finish(self, tally: TaskTally) -> None:
         """Write and say what a task came to."""
         shared, result = self.shared, tally.result()
         row = row_of(result, shared.dataset.classes)
@@ -149,7 +197,6 @@ class TaskLoop:
                 f"{tally.task.name}: {tally.refused} steps refused, teacher and segmenter agreed on more than "
                 "model.trust.max_agreement of the pixels"
             )
-        return result
 
     def _score_and_save(
         self, tally: TaskTally, sample: stream.Prepared, prediction: Prediction

@@ -82,12 +82,14 @@ class TaskProgress:
         task_number: int,
         num_tasks: int,
         num_images: int,
+        num_done: int = 0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """task_number: 1..num_tasks; clock: seconds."""
+        """task_number: 1..num_tasks; num_done: images of an earlier start; clock: seconds."""
         self._task = f"task {task_number}/{num_tasks} {task_name}"
-        self._num_images, self._done, self._miou = num_images, 0, math.nan
+        self._num_images, self._done, self._miou = num_images, num_done, math.nan
+        self._num_before = num_done
         self._console, self._clock, self._start_s = console or Console(), clock, 0.0
         self._bar: Progress | None = None
 
@@ -95,7 +97,7 @@ class TaskProgress:
         self._start_s = self._clock()
         if self._console.is_terminal:
             self._bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(), console=self._console)
-            self._bar.add_task(self._line(), total=self._num_images)
+            self._bar.add_task(self._line(), total=self._num_images, completed=self._done)
             self._bar.start()
         return self
 
@@ -115,8 +117,8 @@ class TaskProgress:
     def _line(self) -> str:
         """'task 10/15 fog/5: image 200/2000, mIoU 43.21 %, 0.51 s/image, 0:15:18 left'."""
         text = f"{self._task}: image {self._done}/{self._num_images}, mIoU {percent(self._miou)} %"
-        if not self._done:
+        if self._done == self._num_before:
             return text
-        seconds = (self._clock() - self._start_s) / self._done
+        seconds = (self._clock() - self._start_s) / (self._done - self._num_before)
         left_s = round(seconds * (self._num_images - self._done))
         return f"{text}, {seconds:.2f} s/image, {left_s // 3600}:{left_s // 60 % 60:02}:{left_s % 60:02} left"

@@ -6,6 +6,8 @@ B images of a batch   C classes   s crop px   h w logits, ceil(px / 4)
 import copy
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -128,10 +130,11 @@ def check_settings(settings: TrainConfig | TrainGenerativeConfig) -> None:
                         f"{t.broad.grain_max_px}: expected the smallest and the largest cell. Swap them.")  # fmt: skip
 
 
-def open_folder(settings: TrainConfig | TrainGenerativeConfig, *, resume: str | None = None) -> RunFolder:
-    """The run's folder, cleared of what an earlier start left unless its checkpoint `resume` is there.
+@contextmanager
+def open_folder(settings: TrainConfig | TrainGenerativeConfig, *, checkpoint: str | None = None) -> Iterator[RunFolder]:
+    """The run's folder, locked, and cleared of what an earlier start left unless its `checkpoint` is there.
 
-    UserError: it is another run's.
+    UserError: it is another run's, or another process's.
     """
     folder = RunFolder.open(
         settings.logging.root,
@@ -139,8 +142,10 @@ def open_folder(settings: TrainConfig | TrainGenerativeConfig, *, resume: str | 
         run_id=settings.experiment.id,
         settings=without(asdict(settings), FREE),
     )
-    folder.start_over(asdict(settings), resume=resume)
-    return folder
+    with folder.locked():
+        goes_on = checkpoint is not None and not settings.experiment.restart and (folder.path / checkpoint).is_file()
+        folder.start_over(asdict(settings), keep=goes_on)
+        yield folder
 
 
 def build(settings: TrainConfig, classes: tuple[str, ...], main: torch.device) -> Segformer:
@@ -169,9 +174,8 @@ def run(settings: TrainConfig) -> dict[str, Any]:
     dataset, held_out = labelled_split(settings, settings.data.split), labelled_split(settings, t.validation_split)
     entries = stream.order(held_out, Task(0), seed=settings.experiment.seed, shuffle=True, limit=t.validation_images)
     segmenter = build(settings, dataset.classes, main)
-    folder = open_folder(settings)
     began = time.perf_counter()
-    with mirrored(settings, folder, job_type="train") as mirror:
+    with open_folder(settings) as folder, mirrored(settings, folder, job_type="train") as mirror:
         with JsonLines(folder.path / "records.jsonl") as records:
             scores = fit(segmenter, cached(dataset, settings), held_out, entries, settings, records, mirror, console)
         segmenter.eval()

@@ -106,7 +106,7 @@ def _check_checkpoint(settings: TrainGenerativeConfig) -> None:
 def run(settings: TrainGenerativeConfig) -> dict[str, Any]:
     """Train and save `model/` (transformer, vae, embeddings) in the run folder; returns results.json's content.
 
-    An interrupted run goes on from its last validation, to the same weights, unless train.resume=false.
+    An interrupted run goes on from its last validation, to the same weights, unless experiment.restart=true.
 
     Raises:
         UserError: no labels, settings that contradict each other or have no effect, an unknown one of the architecture,
@@ -129,10 +129,12 @@ def run(settings: TrainGenerativeConfig) -> dict[str, Any]:
     if given is not None:
         check_shapes(transformer, given, tokens.frozen(), window_px=g.window_px)
     align = Alignment(transformer, t.align, seed=settings.experiment.seed).to(main) if t.align.weight else None
-    folder = open_folder(settings, resume=CHECKPOINT if t.resume else None)
     began = time.perf_counter()
-    dataset = cached(dataset, settings)
-    with mirrored(settings, folder, job_type="train-generative") as mirror:
+    with (
+        open_folder(settings, checkpoint=CHECKPOINT) as folder,
+        mirrored(settings, folder, job_type="train-generative") as mirror,
+    ):
+        dataset = cached(dataset, settings)
         with JsonLines(folder.path / "records.jsonl", keep=_earlier_records(folder)) as records:
             vae = given or _own_autoencoder(folder.path / "model" / "vae", dataset, settings, main, records, console)
             teacher = Sd3(transformer, vae, tokens.frozen(), device=main, precision=settings.runtime.precision)

@@ -1,8 +1,14 @@
 """A copy of the numbers for Weights & Biases. The files on disk are the record of truth; this copy may be lost.
 
 Whatever goes wrong here (no package, no login, no network, an error in a call) costs one warning line; the run goes on.
+
+A run that goes on in another process keeps its W&B id, and no point of a step axis is given twice: the last step of
+each is noted in the run folder as soon as wandb has it. What is lost if the process is killed: points that wandb had
+not sent yet, and the point of one image whose record was written and whose copy was not. Offline, each start is a
+folder of its own; `wandb sync --append` joins them under the id.
 """
 
+import json
 import logging
 import netrc
 import os
@@ -20,6 +26,7 @@ from segadapt.record import RunFolder
 
 MODES = ("online", "offline", "disabled")
 INIT_TIMEOUT_S = 30
+NOTED = "mirrored.json"  # in the run folder: the last step copied, by axis
 FINISH_TIMEOUT_S = 60  # then the rest stays on disk for `wandb sync`
 
 logger = logging.getLogger(__name__)
@@ -57,24 +64,36 @@ class NoWandb:
 class Wandb:
     """Mirror around a wandb run; the first error is its last: one warning, then it behaves as NoWandb."""
 
-    def __init__(self, run: Any):
-        """run: what `wandb.init` returns."""
-        self._run = run
-        self._axes: set[str] = set()
+    def __init__(self, run: Any, noted: Path):
+        """run: what `wandb.init` returns; noted: file of the last step on each axis, also of earlier starts."""
+        self._run, self._noted = run, noted
+        self._earlier: dict[str, int] = json.loads(noted.read_text()) if noted.is_file() else {}
+        self._steps = dict(self._earlier)
+        self._defined: set[str] = set()
         self._is_lost = False
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """See Mirror."""
+        """See Mirror; what an earlier start has copied is not copied again."""
+        new = {key: value for key, value in values.items() if self._earlier.get(_axis(key), -1) < step}
 
         def send() -> None:
-            axes = {_axis(key): step for key in values}
-            for key in values:
-                if key not in self._axes:
+            axes = {_axis(key): step for key in new}
+            for key in new:
+                if key not in self._defined:
                     self._run.define_metric(key, step_metric=_axis(key))
-                    self._axes.add(key)
-            self._run.log({**values, **axes})
+                    self._defined.add(key)
+            self._run.log({**new, **axes})
+            self._note(axes)
 
-        self._attempt(send)
+        if new:
+            self._attempt(send)
+
+    def _note(self, axes: Mapping[str, int]) -> None:
+        """Whole or not at all, but without waiting for the disk: it need outlive the process, not the machine."""
+        self._steps |= axes
+        temporary = self._noted.with_name(f".{self._noted.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(self._steps))
+        os.replace(temporary, self._noted)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """See Mirror."""
@@ -110,8 +129,9 @@ def open_mirror(
     Args:
         mode: one of MODES; online without a stored login becomes offline, with a warning.
         entity: W&B user or team; None: the login's default.
+        name: of the run, also its id: of two starts under one name the second goes on, or replaces the first.
         config: settings to show; must hold no secret.
-        folder: wandb writes into folder/wandb.
+        folder: wandb writes into folder/wandb; where the NOTED of an earlier start lies, this one goes on.
     Raises:
         UserError: unknown mode.
     """
@@ -132,6 +152,8 @@ def open_mirror(
             entity=entity,
             project=project,
             name=name,
+            id=name[:128],  # the most that W&B takes
+            resume="allow" if mode == "online" and (folder / NOTED).is_file() else None,
             group=group,
             job_type=job_type,
             config=dict(config),
@@ -150,7 +172,7 @@ def open_mirror(
     except Exception as error:
         _warn_lost(error)
         return NoWandb()
-    return Wandb(run)
+    return Wandb(run, folder / NOTED)
 
 
 @contextmanager

@@ -1,12 +1,15 @@
 """`segadapt check`: counts against an oracle, all problems at once, and the models as adapt would load them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from segadapt import check, config, stream
+from segadapt.checkpoint import Checkpoints
 from segadapt.datasets import Task
 from segadapt.datasets.build import build_dataset
 from segadapt.errors import UserError
@@ -178,6 +181,34 @@ def test_models_are_loaded_described_and_take_one_step(settings_of, saved_models
     assert "gradient norm" in out
     assert "no problem found" in out
     assert sorted(tmp_path.rglob("*")) == before  # nothing is written
+
+
+def test_too_little_disk_for_checkpoints_is_a_problem(settings_of, saved_models, tmp_path, monkeypatch, capsys):
+    free = [3 * 2**30]
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    assert check.check_disk(str(tmp_path / "new/folder"), 2**30) == (
+        "checkpoints: 2 are kept while one is written, 3.00 GiB; free: 3.00 GiB", []
+    )  # fmt: skip
+    free[0] -= 1
+    assert len(check.check_disk(str(tmp_path), 2**30)[1]) == 1
+    free[0] = 0
+    with pytest.raises(UserError, match=r"^problems found: 1"):
+        check.run(settings_of(*saved_models(CLASSES), "logging.root=runs", load_models=True))
+    assert "problem: logging.root=runs: checkpoints: 2 are kept" in capsys.readouterr().out
+
+
+def test_disk_that_is_told_is_what_a_checkpoint_takes(settings_of, saved_models, tmp_path, monkeypatch):
+    """Both models and their two moments, and some KB for the rest."""
+    told, real = [], check.check_disk
+    monkeypatch.setattr(check, "check_disk", lambda root, size: (told.append(size), real(root, size))[1])
+    settings = settings_of(*saved_models(CLASSES), load_models=True)
+    check.run(settings)
+    method = check.build_models(settings, CLASSES).method
+    method.step(torch.rand(3, 32, 64), task="t", key="k")
+    Checkpoints(tmp_path / "run", seconds=None, images=None).write(1, method.state_dict())
+    taken = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
+    parameters = sum(parameter.numel() for parameter in method.parameters().values())
+    assert 12 * parameters <= told[0] <= taken <= told[0] + 2**18
 
 
 def test_a_model_that_cannot_be_loaded_is_a_problem(settings_of, capsys):

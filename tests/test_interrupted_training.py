@@ -70,22 +70,22 @@ def test_a_line_cut_short_is_dropped(tmp_path, run_whole, monkeypatch):
     assert lines_of(train_generative.run(settings)["folder"]) == lines_of(whole["folder"])
 
 
-def test_without_resume_a_run_starts_anew(tmp_path, run_whole, monkeypatch, mirror):
+def test_where_it_is_asked_a_run_starts_anew(tmp_path, run_whole, monkeypatch, mirror):
     whole, settings = run_whole(), generative_training(tmp_path, *LONG)
     folder = interrupt(monkeypatch, settings, after=5)
     mirror.logged.clear()
-    anew = generative_training(tmp_path, *LONG, "train.resume=false")
+    anew = generative_training(tmp_path, *LONG, "experiment.restart=true")
     assert train_generative.run(anew)["folder"] == str(folder)
     assert min(step for step, _ in mirror.logged) == 1
     assert files_of(folder) == files_of(whole["folder"])
     assert lines_of(folder) == lines_of(whole["folder"])
 
 
-@pytest.mark.parametrize("resume", [True, False])
-def test_a_finished_run_started_again_trains_its_autoencoder_too(tmp_path, monkeypatch, resume):
+@pytest.mark.parametrize("restart", [True, False])
+def test_a_finished_run_started_again_trains_its_autoencoder_too(tmp_path, monkeypatch, restart):
     """It once took the one of the earlier start, and its losses were missing from the records."""
     monkeypatch.setattr(train_autoencoder, "LOG_EVERY", 2)
-    settings = generative_training(tmp_path, *LONG, f"train.resume={str(resume).lower()}")
+    settings = generative_training(tmp_path, *LONG, f"experiment.restart={str(restart).lower()}")
     first = train_generative.run(settings)
     kept, lines = files_of(first["folder"]), lines_of(first["folder"])
     assert [line["step"] for line in lines if line["stage"] == "autoencoder"] == [2, 4]

@@ -158,16 +158,13 @@ def test_same_settings_start_over_without_the_earlier_results(tmp_path):
     assert files_in(run.path) == ["config.yaml", "notes.txt", "settings.json"]
 
 
-def test_where_the_checkpoint_lies_nothing_is_removed_and_else_the_model_too(tmp_path):
+def test_a_start_that_goes_on_removes_nothing_and_another_one_the_model_and_the_checkpoints_too(tmp_path):
     run = RunFolder.open(tmp_path, "n", run_id=None, settings=SETTINGS)
-    left = ["checkpoint.safetensors", "model/vae/config.json", "records.jsonl"]
+    left = ["checkpoint.safetensors", "checkpoints/00000001/state.json", "model/vae/config.json", "records.jsonl"]
     for name in left:
         write_bytes(run.path / name, b"{}")
-    run.start_over({"seed": 0}, resume="checkpoint.safetensors")
+    run.start_over({"seed": 0}, keep=True)
     assert files_in(run.path) == sorted(["config.yaml", "settings.json", *left])
-    run.start_over({"seed": 0}, resume="another.safetensors")
-    assert files_in(run.path) == ["config.yaml", "settings.json"]
-    write_bytes(run.path / "checkpoint.safetensors", b"{}")
     run.start_over({"seed": 0})
     assert files_in(run.path) == ["config.yaml", "settings.json"]
 
@@ -236,9 +233,9 @@ def opened(mode: str, folder: Path) -> Wandb | NoWandb:
     return mirror
 
 
-def test_every_prefix_has_its_own_step_axis_defined_once():
+def test_every_prefix_has_its_own_step_axis_defined_once(tmp_path):
     run = FakeRun()
-    mirror = Wandb(run)
+    mirror = Wandb(run, tmp_path / "noted.json")
     mirror.log({"a/fog/miou": 0.5, "loss": 1.0}, step=3)
     mirror.log({"a/fog/miou": 0.6}, step=4)
     mirror.summary({"miou": 0.6})
@@ -254,10 +251,10 @@ def test_every_prefix_has_its_own_step_axis_defined_once():
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3, 4])
-def test_failing_client_costs_one_warning_line_without_secrets(caplog, monkeypatch, fails_at):
+def test_failing_client_costs_one_warning_line_without_secrets(tmp_path, caplog, monkeypatch, fails_at):
     monkeypatch.setenv("WANDB_API_KEY", "SECRET-KEY")
     run = FakeRun(fails_at=fails_at)
-    mirror = Wandb(run)
+    mirror = Wandb(run, tmp_path / "noted.json")
     mirror.log({"miou": 0.5}, step=0)
     mirror.summary({"miou": 0.5})
     mirror.log({"miou": 0.5}, step=1)

@@ -41,6 +41,7 @@ class Source:
 
     image: str  # path, or the key of a drawn image
     label: str | None  # None: unlabelled
+    is_file: bool = False  # both are paths
 
 
 class Dataset(Protocol):

@@ -163,7 +163,7 @@ class Files:
     def source(self, task: Task, key: str) -> Source:
         """The two paths, from the listing alone. UserError: the key is not listed."""
         label = str(self._path(self._label, task, key=key)) if self._label else None
-        return Source(str(self._path(self._image, task, key=key)), label)
+        return Source(str(self._path(self._image, task, key=key)), label, is_file=True)
 
     def verify(self, task: Task, key: str, *, label: bool) -> None:
         """See Dataset and `decode.image_size`."""

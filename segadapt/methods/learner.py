@@ -3,7 +3,6 @@
 B images (1)   C classes   3 RGB   H W image px   h w logits, ceil(px / 4)
 """
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -132,17 +131,27 @@ class Learner(Source):
         self._updates.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next image depends on; copies."""
-        values = {"parameters": dict(self.moving), "updates": self._updates.state_dict(), "state": self.state}
-        return copy.deepcopy(values)
+        """See Source."""
+        return {"parameters": dict(self.moving), "updates": self._updates.state_dict(), "state": self.state}
 
     @torch.no_grad()
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """As it was when `state_dict` gave these values."""
         assert values["parameters"].keys() == self.moving.keys()
         for name, parameter in self.moving.items():
             parameter.copy_(values["parameters"][name])
             parameter.grad = None
         self._updates = self._new_updates()
         self._updates.load_state_dict(values["updates"])
-        self.state = copy.deepcopy(values["state"])
+        self.state = _copied(values["state"], self.device)
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    """Nested state with its tensors anew, on one device."""
+    match value:
+        case Tensor():
+            return value.detach().to(device, copy=True)
+        case dict():
+            return {key: _copied(item, device) for key, item in value.items()}
+        case list() | tuple():
+            return type(value)(_copied(item, device) for item in value)
+    return value

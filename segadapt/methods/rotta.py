@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,17 @@ class Rotta(Learner):
     def after_step(self, *, task: str, key: str) -> None:
         for name, parameter in self.moving.items():
             self.state["teacher"][name].lerp_(parameter, self.options.nu)
+
+    def state_dict(self) -> dict[str, Any]:
+        values = super().state_dict()
+        return values | {"state": self.state | {"memory": [dict(vars(kept)) for kept in self.state["memory"]]}}
+
+    @torch.no_grad()
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        super().load_state_dict(values)
+        self.state["memory"] = [
+            Kept(**(kept | {"image_3HW": kept["image_3HW"].cpu()})) for kept in self.state["memory"]
+        ]
 
     def save(self, folder: str | Path) -> None:
         """The averaging teacher and the statistics it predicts with, as they are what is scored."""

@@ -4,7 +4,6 @@ B images (1)   K windows   D noise draws   R = K * D rows (window, draw), draws 
 P (row, class) pairs   3 RGB   H W image px   h w logits, ceil(px / 4)   z y x latent channels and grid, px / 8
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -135,7 +134,7 @@ class Combined(Source):
 
     def state_dict(self) -> dict[str, Any]:
         """See Source: both models' parameters that move, and the optimizer."""
-        return copy.deepcopy({"parameters": dict(self.parameters()), "updates": self._updates.state_dict()})
+        return {"parameters": dict(self.parameters()), "updates": self._updates.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, values: Mapping[str, Any]) -> None:

@@ -121,11 +121,11 @@ class Source:
         """What still waits for an update; for the end of a task."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next image depends on beside the source weights; copies."""
+        """All that the next image depends on beside the source weights: what `checkpoint.encode` takes, not copied."""
         return {}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """As it was when `state_dict` gave these values."""
+        """As it was when `state_dict` gave these values, whose tensors are copied and may be on any device."""
 
     def save(self, folder: str | Path) -> None:
         """The segmenter as it predicts now, as a folder that its loader reads."""

@@ -1,6 +1,5 @@
 """From the gradients of images to optimizer steps: rates, clipping, accumulation."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,11 +89,13 @@ class Updates:
         return {"optimizer": self.optimizer.state_dict(), "steps": self._steps, "waiting": self.waiting, "sums": sums}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """Into a new one of the same parameters and settings."""
-        self.optimizer.load_state_dict(copy.deepcopy(values["optimizer"]))  # which keeps the tensors it is given
+        """Into a new one of the same parameters and settings; the tensors are copied and may be on any device."""
+        self.optimizer.load_state_dict(values["optimizer"])
+        for state in self.optimizer.state.values():  # one at a time; torch keeps those that were in their place already
+            state.update({key: value.clone() for key, value in state.items() if isinstance(value, Tensor)})
         self._steps, self.waiting = values["steps"], values["waiting"]
         pairs = zip(self._parameters(), values["sums"], strict=True)
-        self._sums = {parameter: total.clone() for parameter, total in pairs if total is not None}
+        self._sums = {p: total.to(p.device, copy=True) for p, total in pairs if total is not None}
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

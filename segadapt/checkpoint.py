@@ -1,0 +1,229 @@
+"""Checkpoints of a run: nested state as safetensors and JSON, in a folder that is there whole or not at all."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from segadapt.errors import UserError
+from segadapt.record import fsync_folder
+
+FOLDER = "checkpoints"  # in the run folder
+STATE = "state.json"
+KEPT = 2  # the newest ones
+SHARD_BYTES = 2**30  # of tensors in one file; twice as much host memory is needed to write it
+MOST_SHARE = 0.02  # of the time that checkpoints by the clock may take
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """{run folder}/checkpoints/00000123: what the rest of a run depends on after that many images.
+
+    Args:
+        path: the run folder.
+        seconds: from one checkpoint to the next, or more where one takes long (see MOST_SHARE); None: not by the clock.
+        images: from one checkpoint to the next; None: not by their number.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        seconds: float | None,
+        images: int | None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.folder, self._seconds, self._images, self._clock = path / FOLDER, seconds, images, clock
+        self.newest = 0  # images; 0: there is none
+        self._since, self._cost_s = clock(), 0.0
+
+    def is_due(self, images: int) -> bool:
+        """After so many images of the stream."""
+        if self._images is not None and images - self.newest >= self._images:
+            return True
+        wait_s = math.inf if self._seconds is None else max(self._seconds, self._cost_s / MOST_SHARE)
+        return self._clock() - self._since >= wait_s
+
+    def path_of(self, images: int) -> Path:
+        """Where the checkpoint after so many images lies."""
+        return self.folder / f"{images:08d}"
+
+    def write(self, images: int, state: Mapping[str, Any]) -> None:
+        """Save nested state after so many images, see `encode`; it and the one before are kept.
+
+        Raises:
+            UserError: the disk is full or fails; the earlier checkpoints stay.
+        """
+        if images == self.newest:
+            return
+        began, path = self._clock(), self.path_of(images)
+        temporary = self.folder / f".{path.name}.{os.getpid()}.tmp"
+        try:
+            temporary.mkdir(parents=True)
+            _write(temporary, state)
+            if path.exists():  # passed over as damaged by this start
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+            fsync_folder(self.folder)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            needs = f"{(KEPT + 1) * size_of(state) / 2**30:.2f} GiB for {KEPT + 1} of them"
+            raise UserError(
+                f"{path}: the checkpoint cannot be written ({error.strerror}); expected room of {needs}. Earlier ones "
+                "are intact: make room, and the same command goes on."
+            ) from error
+        for other in self.folder.iterdir():
+            if other.name not in (path.name, self.path_of(self.newest).name):
+                shutil.rmtree(other)
+        self.newest, self._since = images, self._clock()
+        self._cost_s = self._since - began
+
+    def read(self, is_usable: Callable[[Mapping[str, Any]], str | None]) -> Any:
+        """The newest state that is whole; None: there is none. The tensors are on the CPU, read when they are used.
+
+        What is passed over is named in one warning.
+
+        Args:
+            is_usable: what is wrong with a state for this run, in words; None: nothing.
+        """
+        for path in sorted(self.folder.glob("[0-9]*"), reverse=True):
+            try:
+                state = _read(path)
+                fault = is_usable(state)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever bytes may turn into
+                fault = " ".join(f"{type(error).__name__}: {error}".split())
+            else:
+                if fault is None:
+                    self.newest = int(path.name)
+                    return state
+            logger.warning("%s is damaged and passed over (%s)", path, fault)
+        return None
+
+    def clear(self) -> None:
+        """Remove all, as nothing is left to do."""
+        if self.folder.is_dir():
+            shutil.rmtree(self.folder)
+
+
+# --- files ---
+
+
+def size_of(state: Any) -> int:
+    """Bytes of the tensors of nested state."""
+    tensors: dict[str, Tensor] = {}
+    encode(state, tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _write(folder: Path, state: Mapping[str, Any]) -> None:
+    """state.json last, with the SHA-256 of the others and of itself."""
+    tensors: dict[str, Tensor] = {}
+    content = encode(state, tensors)
+    files = {}
+    for number, names in enumerate(_shards(tensors)):
+        data = save({name: tensors[name].detach().to("cpu", copy=True).contiguous() for name in names})
+        file = f"{number:05d}.safetensors"
+        files[file] = hashlib.sha256(data).hexdigest()
+        _write_file(folder / file, data)
+    body = {"files": files, "state": content}
+    _write_file(folder / STATE, json.dumps({"sha256": _digest(body), **body}, allow_nan=False).encode())
+    fsync_folder(folder)
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(folder: Path) -> Any:
+    """What `_write` wrote. ValueError: damaged."""
+    whole = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    body = {name: whole[name] for name in ("files", "state")}
+    if whole["sha256"] != _digest(body):
+        raise ValueError(f"{STATE} has another SHA-256")
+    tensors = {}
+    for name, expected in body["files"].items():
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                raise ValueError(f"{name} has another SHA-256")
+        with safe_open(folder / name, "pt") as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return decode(body["state"], tensors)
+
+
+def _shards(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Names by file, each of SHARD_BYTES at most unless one tensor alone has more."""
+    names, size = [], 0
+    for name, tensor in tensors.items():
+        bytes_ = tensor.numel() * tensor.element_size()
+        if names and size + bytes_ > SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += bytes_
+    if names:
+        yield names
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, allow_nan=False).encode()).hexdigest()
+
+
+# --- nested state ---
+
+
+def encode(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
+    """Nested state as JSON values; its tensors, not copied, enter `tensors` under the path that leads to them.
+
+    Args:
+        value: dicts (with str or int keys), lists, tuples, tensors, None, bool, int, float, str.
+    Raises:
+        TypeError: a value of another type.
+    """
+    match value:
+        case Tensor():
+            assert name not in tensors, name
+            tensors[name] = value
+            return {"tensor": name}
+        case dict():
+            assert all(type(key) in (str, int) for key in value), name
+            return {"dict": [[key, encode(item, tensors, f"{name}/{key}")] for key, item in value.items()]}
+        case list():
+            return [encode(item, tensors, f"{name}/{index}") for index, item in enumerate(value)]
+        case tuple():
+            return {"tuple": encode(list(value), tensors, name)}
+        case float() if not math.isfinite(value):
+            return {"float": repr(value)}
+        case None | bool() | int() | float() | str():
+            return value
+    raise TypeError(f"{name} is a {type(value).__name__}, which a checkpoint does not hold")
+
+
+def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `encode` was given."""
+    match value:
+        case {"tensor": name}:
+            return tensors[name]
+        case {"dict": items}:
+            return {key: decode(item, tensors) for key, item in items}
+        case {"tuple": items}:
+            return tuple(decode(items, tensors))
+        case {"float": text}:
+            return float(text)
+        case list():
+            return [decode(item, tensors) for item in value]
+    return value
