@@ -36,12 +36,9 @@ from segadapt.finished import read_json
 from segadapt.methods import METHODS
 from segadapt.methods.learner import Learner
 from segadapt.models.combined import Combined
-<<<<<<< HEAD
 from segadapt.record import write_json
-=======
 from segadapt.tables import markdown
 from segadapt.terminal import percent
->>>>>>> grid
 
 RATES = (0.1, 1, 10, 100)
 # slow ones first, so that no process works alone at the end

@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from segadapt import stream
+from segadapt import samples, stream
 from segadapt.checkpoint import MOST_SHARE, Checkpoints, size_of
 from segadapt.config import AdaptConfig
 from segadapt.datasets.build import build_dataset, build_tasks
@@ -51,12 +51,13 @@ def measure(settings: AdaptConfig, folder: Path, *, images: int, saves: int) -> 
     dataset, task = build_dataset(settings.data), build_tasks(settings.data)[0]
     entries = stream.order(dataset, task, seed=settings.experiment.seed, shuffle=True, limit=images + 2)
     models, data = build_models(settings, dataset.classes), settings.data
-    samples = stream.read(dataset, entries, short_side_px=data.short_side_px, workers=data.workers)
+    prepared = stream.read(dataset, entries, short_side_px=data.short_side_px, workers=data.workers)
+    shown = samples.choose(entries, seed=settings.experiment.seed, count=settings.logging.samples)
     spent: dict[bool, list[float]] = {True: [], False: []}
     inside = []
     with JsonLines(folder / "records.jsonl") as records, JsonLines(folder / "timings.jsonl") as timings:
         run = Run(settings, dataset, models, RunFolder(folder, "overhead"), NoWandb(), Console(quiet=True), records,
-                  timings, samples, num_tasks=1)  # fmt: skip
+                  timings, prepared, shown, num_tasks=1)  # fmt: skip
         loop = TaskLoop(run, entries)
         calls = [Timed(loop._record), Timed(timings.append)]
         loop._record, timings.append = calls  # type: ignore[method-assign]

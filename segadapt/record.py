@@ -29,6 +29,8 @@ RESULTS = (
     "mirrored.json",
     "tasks",
     "predictions",
+    "samples",
+    "report.html",
     "adapted",
     "model",
     "records.jsonl",
