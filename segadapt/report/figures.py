@@ -40,12 +40,17 @@ def plain(figure: go.Figure) -> dict[str, Any]:
 def _figure(traces: Sequence[Any], *, height: int, **layout: Any) -> dict[str, Any]:
     figure = go.Figure(list(traces))
     figure.update_layout(
-        height=height, showlegend=False, dragmode=False, margin={"l": 44, "r": 12, "t": 8, "b": 36}, bargap=0.25,
+        height=height, showlegend=False, dragmode=False, margin={"l": 36, "r": 12, "t": 8, "b": 36}, bargap=0.25,
         hoverlabel={"align": "left"}, **layout,
     )  # fmt: skip
-    figure.update_xaxes(fixedrange=True)
-    figure.update_yaxes(fixedrange=True)
+    figure.update_xaxes(fixedrange=True, automargin=True)
+    figure.update_yaxes(fixedrange=True, automargin=True, title_standoff=8)
     return plain(figure)
+
+
+def signed(points: float, digits: int = 2) -> str:
+    """With a sign as wide as a digit, so that columns stand straight."""
+    return f"{points:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _rounded(values: Iterable[float], digits: int = 2) -> list[float | None]:
@@ -83,14 +88,14 @@ def class_changes(report: Report, method: Method, tasks: Sequence[str]) -> dict[
     names = [html.escape(report.classes[c]) for c in order]
     colour = [BETTER if shown_C[c] >= 0 else WORSE for c in order]
     unit = "IoU, %" if report.source is None else "change of IoU, points"
-    text = [f"{shown_C[c]:.1f}" if report.source is None else f"{shown_C[c]:+.1f}" for c in order]
+    text = [f"{shown_C[c]:.1f}" if report.source is None else signed(shown_C[c], 1) for c in order]
     hover = [f"{name}: {own_C[c]:.1f} %" if report.source is None else f"{name}: {other_C[c]:.1f} to {own_C[c]:.1f} %"
              for name, c in zip(names, order, strict=True)]  # fmt: skip
     bars = go.Bar(x=_rounded(shown_C[order]), y=list(range(len(order))), orientation="h", marker={"color": colour},
                   text=text, textposition="outside", cliponaxis=False, hovertext=hover, hoverinfo="text")  # fmt: skip
     low, high = (float(edge) for edge in (min(0, *shown_C[order]), max(0, *shown_C[order])))
     room = 0.14 * (high - low or 1)
-    ticks = {"tickvals": list(range(len(order))), "ticktext": names, "automargin": True, "showgrid": False}
+    ticks = {"tickvals": list(range(len(order))), "ticktext": names, "showgrid": False}
     span = [low - room * (low < 0), high + room * (high > 0)]
     return _figure([bars], height=64 + 24 * len(order), xaxis={"title": {"text": unit}, "range": span}, yaxis=ticks)
 
@@ -103,7 +108,7 @@ def confusion(report: Report, method: Method) -> dict[str, Any]:
     share_CC = np.divide(100 * counts_CC, label_C1, out=np.zeros(counts_CC.shape), where=label_C1 > 0)
     share_CC = share_CC[np.ix_(shown, shown)]
     names = [html.escape(report.classes[c]) for c in shown]
-    place = {"tickvals": list(range(len(shown))), "ticktext": names, "automargin": True, "showgrid": False,
+    place = {"tickvals": list(range(len(shown))), "ticktext": names, "showgrid": False,
              "zeroline": False}  # fmt: skip
     hover = [[f"{label}: {share:.1f} % as {name}" for name, share in zip(names, row, strict=True)]
              for label, row in zip(names, share_CC, strict=True)]  # fmt: skip
@@ -155,11 +160,10 @@ DIAGNOSTICS = {
 
 def diagnostics(method: Method, name: str) -> dict[str, Any] | None:
     """One of DIAGNOSTICS over the whole stream of the first seed, with the tasks' borders; None: not recorded."""
-    values, borders = [], []
-    for task in method.first.tasks:
-        borders.append((len(values), html.escape(task)))
-        values += [_diagnostic(record, name) for record in data.records(method.first, task)]
-    series = np.array(values, float)
+    tasks = [html.escape(task) for task in method.first.tasks]
+    values = [[_diagnostic(record, name) for record in data.records(method.first, task)] for task in method.first.tasks]
+    ends = np.cumsum([len(of_task) for of_task in values]).tolist()
+    series = np.array([value for of_task in values for value in of_task], float)
     if np.isnan(series).all():
         return None
     size = -(-len(series) // MOST_POINTS)
@@ -168,10 +172,11 @@ def diagnostics(method: Method, name: str) -> dict[str, Any] | None:
     line = go.Scatter(x=[1 + size * index + (size - 1) / 2 for index in range(len(means))], y=_rounded(means, 4),
                       mode="lines", line={"color": COLOURS[0], "width": 1.5}, hovertemplate="image %{x}: %{y}<extra></extra>")  # fmt: skip
     shapes = [{"type": "line", "xref": "x", "yref": "paper", "x0": at + 0.5, "x1": at + 0.5, "y0": 0, "y1": 1,
-               "line": {"color": GREY, "width": 1, "dash": "dot"}} for at, _ in borders[1:]]  # fmt: skip
-    ticks = {"tickvals": [at + 1 for at, _ in borders], "ticktext": [task for _, task in borders], "automargin": True,
-             "tickangle": 30, "showgrid": False}  # fmt: skip
-    return _figure([line], height=210, shapes=shapes, xaxis=ticks, yaxis={"rangemode": "tozero", "nticks": 5})
+               "line": {"color": GREY, "width": 1, "dash": "dot"}} for at in ends[:-1]]  # fmt: skip
+    middles = [(begin + end + 1) / 2 for begin, end in zip([0, *ends], ends, strict=False)]
+    span = {"range": [0, 100]} if name == "masked" else {"rangemode": "tozero"}
+    return _figure([line], height=200, shapes=shapes, yaxis=span | {"nticks": 5},
+                   xaxis={"tickvals": middles, "ticktext": tasks, "showgrid": False})  # fmt: skip
 
 
 def _diagnostic(record: dict[str, Any], name: str) -> float:

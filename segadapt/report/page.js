@@ -16,6 +16,7 @@ function colour(name) {
 function template() {
   const axis = { gridcolor: colour("--grid"), linecolor: colour("--line"), zerolinecolor: colour("--line"), ticks: "" };
   return {
+    data: { heatmap: [{ textfont: { color: colour("--ink") } }] },
     layout: {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", xaxis: axis, yaxis: axis,
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("--soft") },
@@ -73,7 +74,8 @@ one("#task").addEventListener("change", (event) => {
 
 all("#table thead button").forEach((button, column) => button.addEventListener("click", () => {
   const heading = button.closest("th"), body = one("#table tbody");
-  const isDown = heading.getAttribute("aria-sort") === (column ? "none" : "ascending") || (column > 0 && heading.getAttribute("aria-sort") === "ascending");
+  const isFirst = heading.getAttribute("aria-sort") === "none";
+  const isDown = isFirst ? column > 0 : heading.getAttribute("aria-sort") === "ascending"; // scores: best first
   all("#table thead th").forEach((other) => other.setAttribute("aria-sort", "none"));
   heading.setAttribute("aria-sort", isDown ? "descending" : "ascending");
   const value = (row) => column ? Number(row.children[column].dataset.value || -1) : row.children[0].textContent;
@@ -83,7 +85,7 @@ all("#table thead button").forEach((button, column) => button.addEventListener("
 
 // --- the gallery ---
 
-const percent = (value) => value === undefined || value === null ? "-" : (100 * value).toFixed(1);
+const percent = (value) => value === undefined || value === null ? "-" : (100 * value).toFixed(1).replace("-", "\u2212");
 
 function fill(element, item, name) {
   const picture = pictures[item.pictures[name]];
@@ -101,7 +103,7 @@ function showItem(thumb) {
   stage.style.aspectRatio = item.size.join("/");
   stage.style.maxWidth = `calc(74vh * ${item.size[0] / item.size[1]})`;
   one("#stage .photo").src = pictures[item.pictures.image];
-  const scores = item.source === null ? `${percent(item.adapted)} %` : `${percent(item.source)} to ${percent(item.adapted)} %`;
+  const scores = item.source === null ? `${percent(item.adapted)}\u00a0%` : `${percent(item.source)} to ${percent(item.adapted)}\u00a0%`;
   one("#caption").textContent = `${item.task}, ${item.key}: mIoU ${scores}`;
   one("#legend").replaceChildren(...item.legend.map((row) => {
     const line = document.createElement("tr"), name = document.createElement("td"), swatch = document.createElement("i");

@@ -54,7 +54,7 @@ def render(report: Report, *, title: str) -> str:
     files = resources.files(__package__)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    environment.filters |= {"percent": percent, "signed": lambda value: percent(value, "+")}
+    environment.filters |= {"percent": percent, "signed": lambda value: figures.signed(100 * value)}
     pairs_of, alone_of = _pairs(report)
     pictures = gallery.build(report, pairs_of)
     drawn = _figures(report, pairs_of)
