@@ -436,7 +436,6 @@ class ResultsConfig:
 @dataclass
 class ReportConfig:
     runs: list[str] = setting("run folders, and folders of run folders")
-    against: str = setting("method whose row the gains are against")
     resamples: int = setting("of the bootstrap of the gains; 0: no intervals", low=0)
 
 

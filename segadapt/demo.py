@@ -33,3 +33,5 @@ def demo(settings: AdaptConfig) -> None:
     write_json(path, {"tasks": tasks, "mean": mean})
     console.print(comparison_table(tasks, mean))
     console.print(f"summary {path}", highlight=False)
+    folders = " ".join(modes[mode]["folder"] for mode in ("tta", "discriminative_only"))
+    console.print(f"to look at it: segadapt report {folders}", highlight=False, soft_wrap=True, markup=False)

@@ -6,16 +6,18 @@ T tasks   n images of a task   C classes   3 correct, label, predicted px
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from segadapt.errors import UserError
-from segadapt.finished import Run, differing, miou, read_json, read_lines
+from segadapt.finished import Run, differing, load, miou, read_json, read_lines
 from segadapt.results import build_tables, by_protocol, columns, rows_of
 from segadapt.tables import Table, mean_of
+
+SOURCE = "source"  # the method that the others are compared with
 
 Seed = tuple[Any, ...]  # of the run, of its corruptions
 
@@ -65,25 +67,29 @@ class Report:
         return self.table.tasks
 
     @property
+    def is_compared(self) -> bool:
+        """There is a source, and something beside it."""
+        return self.source is not None and len(self.methods) > 1
+
+    @property
     def compared(self) -> list[int]:
         """Methods that have a source beside them; without one all of them."""
         return [index for index in range(len(self.methods)) if index != self.source] or list(range(len(self.methods)))
 
 
-def gather(runs: Sequence[Run], *, against: str, resamples: int) -> Report:
-    """Join the runs.
+def gather(folders: Sequence[Path], *, resamples: int) -> Report:
+    """Read and join the runs of these folders; those that have not finished are left out, and named.
 
     Args:
-        runs: as `results.read` gives them; those that have not finished are left out, and named.
-        against, resamples: see `results.build_tables`.
+        resamples: of the bootstrap of the gains; 0: no intervals.
     Raises:
         UserError: none has finished; more than one protocol; see `results.build_tables`.
     """
-    unfinished = [one.folder if one.folders else Path() for one in runs if not one.tasks]
-    finished = [one for one in runs if one.tasks]
+    unfinished = [folder for folder in folders if not (folder / "results.json").is_file()]
+    finished = [load(folder) for folder in folders if folder not in unfinished]
     if not finished:
-        raise UserError("none of these runs has finished; expected one or more with results.json. Run the same command "
-                        "again, it goes on where it stopped.")  # fmt: skip
+        raise UserError(f"{folders[0]} has not finished; expected a run with results.json. Give its command again, it "
+                        "goes on where it stopped.")  # fmt: skip
     groups = by_protocol(finished)
     if len(groups) > 1:
         protocols = [protocol for protocol, _ in groups]
@@ -92,10 +98,10 @@ def gather(runs: Sequence[Run], *, against: str, resamples: int) -> Report:
         raise UserError(f"{len(groups)} protocols in one report ({shown}); expected runs that may be compared. Name "
                         "the folders of one of them.")  # fmt: skip
     ((protocol, group),) = groups
-    (table,) = build_tables(finished, against=against, resamples=resamples, is_timed=True)
-    methods = [Method(name, by_seed) for name, by_seed in rows_of(protocol, group, columns(group), against=against)]
+    (table,) = build_tables(finished, against=SOURCE, resamples=resamples, is_timed=True)
+    methods = [Method(name, by_seed) for name, by_seed in rows_of(protocol, group, columns(group), against=SOURCE)]
     assert [method.name for method in methods] == [row.name for row in table.rows]
-    source = next((index for index, one in enumerate(methods) if one.first.settings["method"] == against), None)
+    source = next((index for index, one in enumerate(methods) if one.first.settings["method"] == SOURCE), None)
     classes = tuple(task_file(methods[0].first, methods[0].first.tasks[0])["per_class"])
     return Report(table, methods, classes, source, unfinished)
 
@@ -107,7 +113,7 @@ def _folder(one: Run, task: str) -> Path:
     return one.folders[one.tasks.index(task)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _task_files(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
     """Name of a task -> name of its file without suffix, and what it holds."""
     values = {path.stem: read_json(path) for path in sorted((folder / "tasks").glob("*.json"))}
@@ -162,8 +168,8 @@ def class_ious(method: Method, tasks: Iterable[str]) -> np.ndarray:
 
 def confusion(method: Method) -> np.ndarray:
     """int64 [C label, C prediction], pixels of all tasks and seeds."""
-    return np.sum([task_file(one, task)["confusion_matrix"] for one in method.runs.values() for task in one.tasks],
-                  axis=0, dtype=np.int64)  # fmt: skip
+    found = [task_file(one, task)["confusion_matrix"] for one in method.runs.values() for task in one.tasks]
+    return np.array(found, np.int64).sum(axis=0)
 
 
 def image_counts(one: Run, task: str) -> dict[str, np.ndarray]:

@@ -15,7 +15,15 @@ from segadapt.report import data
 from segadapt.report.data import Method, Pair, Report
 
 GREY = "#8a8f98"  # the source
-COLOURS = ("#2f80c8", "#e08a00", "#1f9e7a", "#c05a9d", "#7d6bd6", "#a8761c", "#3aa6b9")  # told apart by the colour-blind
+COLOURS = (
+    "#2f80c8",
+    "#e08a00",
+    "#1f9e7a",
+    "#c05a9d",
+    "#7d6bd6",
+    "#a8761c",
+    "#3aa6b9",
+)  # told apart by the colour-blind
 BETTER, WORSE = "#2f80c8", "#d9661f"
 BLUES = [[0, "rgba(47,128,200,0)"], [0.02, "rgba(47,128,200,0.10)"], [1, "rgba(47,128,200,1)"]]
 MOST_POINTS = 400  # of a line
@@ -32,7 +40,9 @@ def colours(report: Report) -> list[str]:
 
 def plain(figure: go.Figure) -> dict[str, Any]:
     """As the page draws it."""
-    values = json.loads(figure.to_json())
+    text = figure.to_json()
+    assert text is not None
+    values = json.loads(text)
     values["layout"].pop("template", None)
     return {"data": values["data"], "layout": values["layout"]}
 
@@ -81,15 +91,15 @@ def class_changes(report: Report, method: Method, tasks: Sequence[str]) -> dict[
     """Change of each class's IoU against the source, the largest on top; without a source the IoU itself."""
     own_C = 100 * data.class_ious(method, tasks)
     other_C = np.full_like(own_C, np.nan)
-    if report.source is not None:
+    if report.source is not None and report.is_compared:
         other_C = 100 * data.class_ious(report.methods[report.source], tasks)
-    shown_C = own_C if report.source is None else own_C - other_C
+    shown_C = own_C if not report.is_compared else own_C - other_C
     order = [c for c in np.argsort(np.nan_to_num(shown_C), kind="stable") if not np.isnan(shown_C[c])]
     names = [html.escape(report.classes[c]) for c in order]
     colour = [BETTER if shown_C[c] >= 0 else WORSE for c in order]
-    unit = "IoU, %" if report.source is None else "change of IoU, points"
-    text = [f"{shown_C[c]:.1f}" if report.source is None else signed(shown_C[c], 1) for c in order]
-    hover = [f"{name}: {own_C[c]:.1f} %" if report.source is None else f"{name}: {other_C[c]:.1f} to {own_C[c]:.1f} %"
+    unit = "IoU, %" if not report.is_compared else "change of IoU, points"
+    text = [f"{shown_C[c]:.1f}" if not report.is_compared else signed(float(shown_C[c]), 1) for c in order]
+    hover = [f"{name}: {own_C[c]:.1f} %" if not report.is_compared else f"{name}: {other_C[c]:.1f} to {own_C[c]:.1f} %"
              for name, c in zip(names, order, strict=True)]  # fmt: skip
     bars = go.Bar(x=_rounded(shown_C[order]), y=list(range(len(order))), orientation="h", marker={"color": colour},
                   text=text, textposition="outside", cliponaxis=False, hovertext=hover, hoverinfo="text")  # fmt: skip
@@ -169,8 +179,9 @@ def diagnostics(method: Method, name: str) -> dict[str, Any] | None:
     size = -(-len(series) // MOST_POINTS)
     means = [float(np.mean(part[~np.isnan(part)])) if (~np.isnan(part)).any() else np.nan
              for part in np.split(series, range(size, len(series), size))]  # fmt: skip
-    line = go.Scatter(x=[1 + size * index + (size - 1) / 2 for index in range(len(means))], y=_rounded(means, 4),
-                      mode="lines", line={"color": COLOURS[0], "width": 1.5}, hovertemplate="image %{x}: %{y}<extra></extra>")  # fmt: skip
+    places = [1 + size * index + (size - 1) / 2 for index in range(len(means))]
+    line = go.Scatter(x=places, y=_rounded(means, 4), mode="lines", line={"color": COLOURS[0], "width": 1.5},
+                      hovertemplate="image %{x}: %{y}<extra></extra>")  # fmt: skip
     shapes = [{"type": "line", "xref": "x", "yref": "paper", "x0": at + 0.5, "x1": at + 0.5, "y0": 0, "y1": 1,
                "line": {"color": GREY, "width": 1, "dash": "dot"}} for at in ends[:-1]]  # fmt: skip
     middles = [(begin + end + 1) / 2 for begin, end in zip([0, *ends], ends, strict=False)]

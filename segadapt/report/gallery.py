@@ -103,16 +103,16 @@ def _groups(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
 def _item(report: Report, index: int, pair: Pair, mine: Kept, pictures: Pictures) -> dict[str, Any]:
     """One image with its pictures by name, and each of its classes with both IoUs."""
     name = f"{pair.task}/{pair.key}/{pair.seed}"
-    theirs = None if report.source is None else _kept(report.methods[report.source], pair)
+    theirs = None if report.source is None or np.isnan(pair.source) else _kept(report.methods[report.source], pair)
     photo, label = mine.image, mine.ids("label")
-    shown = {"image": pictures.add(f"image {name}", photo, kind="webp", quality=78), "label": _ids(pictures, f"label {name}", label),
+    shown = {"image": _photo(pictures, pair, photo), "label": _ids(pictures, f"label {name}", label),
              "adapted": _ids(pictures, f"{index} {name}", mine.ids("prediction"))}  # fmt: skip
     if theirs is not None:
         shown["source"] = _ids(pictures, f"source {name}", theirs.ids("prediction"))
     counts = {"adapted": data.image_counts(report.methods[index].runs[pair.seed], pair.task)[pair.key]}
-    if report.source is not None and not np.isnan(pair.source):
+    if report.source is not None and theirs is not None:
         counts["source"] = data.image_counts(report.methods[report.source].runs[pair.seed], pair.task)[pair.key]
-    present = np.flatnonzero(np.sum([each_C3[:, 1:].sum(axis=1) for each_C3 in counts.values()], axis=0))
+    present = np.flatnonzero(np.sum([each_C3[:, 1:].sum(axis=1) for each_C3 in counts.values()], axis=0)).tolist()
     colours = _palette(label)
     labelled_C = counts["adapted"][:, 1]
     legend = [
@@ -120,8 +120,9 @@ def _item(report: Report, index: int, pair: Pair, mine: Kept, pictures: Pictures
         | {of: _number(miou(each_C3[c : c + 1])) for of, each_C3 in counts.items()}
         for c in sorted(present, key=lambda c: -labelled_C[c])
     ]
-    return {"method": index, "task": pair.task, "key": pair.key, "seed": pair.seed[0], "size": photo.size,
-            "source": _number(pair.source), "adapted": _number(pair.adapted), "pictures": shown, "legend": legend}  # fmt: skip
+    scores = {"source": _number(pair.source), "adapted": _number(pair.adapted)}
+    place = {"method": index, "task": pair.task, "key": pair.key, "seed": pair.seed[0], "size": photo.size}
+    return place | scores | {"pictures": shown, "legend": legend}
 
 
 def _heat(report: Report, index: int, pair: Pair, mine: Kept, maps: Maps, pictures: Pictures) -> dict[str, Any]:
@@ -133,16 +134,23 @@ def _heat(report: Report, index: int, pair: Pair, mine: Kept, maps: Maps, pictur
     means = np.nanmean(weight_NYX, axis=(1, 2))
     decision = Image.fromarray(maps.decision_YX.numpy())
     decision.putpalette(mine.ids("label").getpalette() or [])
-    panels = [
-        {"title": "velocity error", "range": f"0 to {top:.3g}", "picture": _scaled(pictures, f"error {name}", error_YX / (top or 1))},
-        {"title": "teacher's decision", "range": "", "picture": _ids(pictures, f"decision {name}", decision)},
-    ]  # fmt: skip
+    panels = []
+    for title, span, picture in (
+        ("velocity error", f"0 to {top:.3g}", _scaled(pictures, f"error {name}", error_YX / (top or 1))),
+        ("teacher's decision", "", _ids(pictures, f"decision {name}", decision)),
+    ):
+        panels.append({"title": title, "range": span, "picture": picture})
     for n in np.argsort(-means)[:MOST_WEIGHTS]:
         picture = _scaled(pictures, f"weight {n} {name}", weight_NYX[n])
         panels.append({"title": f"weight of {classes[n]}", "range": f"mean {means[n]:.2f}", "picture": picture})
-    photo = pictures.add(f"image {pair.task}/{pair.key}/{pair.seed}", mine.image, kind="webp", quality=78)
+    photo = _photo(pictures, pair, mine.image)
     return {"method": index, "task": pair.task, "key": pair.key, "gain": _number(pair.adapted - pair.source),
             "asked": len(classes), "image": photo, "panels": panels}  # fmt: skip
+
+
+def _photo(pictures: Pictures, pair: Pair, photo: Image.Image) -> str:
+    """The test image, the same under all methods."""
+    return pictures.add(f"image {pair.task}/{pair.key}/{pair.seed}", photo, kind="webp", quality=78)
 
 
 def _ids(pictures: Pictures, name: str, ids: Image.Image) -> str:

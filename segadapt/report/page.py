@@ -8,13 +8,12 @@ import numpy as np
 from rich.console import Console
 
 from segadapt.config import ReportConfig
-from segadapt.errors import UserError, did_you_mean
+from segadapt.errors import UserError
 from segadapt.finished import LEVEL, read_json
-from segadapt.methods import METHODS
 from segadapt.record import write_bytes
 from segadapt.report import data
-from segadapt.report.data import Method, Pair, Report
-from segadapt.results import read, run_folders
+from segadapt.report.data import Pair, Report
+from segadapt.results import run_folders
 from segadapt.tables import mean_of, whole
 from segadapt.terminal import percent
 
@@ -27,19 +26,17 @@ def run(settings: ReportConfig) -> None:
     Raises:
         UserError: no run folder, or no packages to draw with; see `data.gather`.
     """
-    if settings.against not in METHODS:
-        raise UserError(f"against={settings.against} is not a method.{did_you_mean(settings.against, METHODS)}")
     try:
         import jinja2  # noqa: F401
         import plotly  # noqa: F401
     except ImportError as error:
-        raise UserError(f"report needs {error.name}, which is not installed. Run: pip install 'segadapt[report]'") from error  # fmt: skip
-    runs = [read(folder) for folder in run_folders(settings.runs)]
-    report = data.gather(runs, against=settings.against, resamples=settings.resamples)
-    text = render(report, title=Path(settings.runs[0]).expanduser().resolve().name)
-    path = Path(settings.runs[0]).expanduser() / NAME
-    write_bytes(path, text.encode())
-    Console().print(f"report {path} ({len(text.encode()) / 1e6:.1f} MB); open it in a browser", highlight=False,
+        cure = "Run pip install 'segadapt[report]'."
+        raise UserError(f"report needs {error.name}, which is not installed. {cure}") from error
+    report = data.gather(run_folders(settings.runs), resamples=settings.resamples)
+    first = Path(settings.runs[0]).expanduser()
+    page = render(report, title=first.resolve().name).encode()
+    write_bytes(first / NAME, page)
+    Console().print(f"report {first / NAME} ({len(page) / 1e6:.1f} MB); open it in a browser", highlight=False,
                     soft_wrap=True, markup=False)  # fmt: skip
 
 
@@ -51,8 +48,10 @@ def render(report: Report, *, title: str) -> str:
 
     from segadapt.report import figures, gallery
 
-    files = resources.files(__package__)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    files = resources.files("segadapt.report")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters |= {"percent": percent, "signed": lambda value: figures.signed(100 * value)}
     pairs_of, alone_of = _pairs(report)
