@@ -170,6 +170,15 @@ def test_thinned_lines_keep_their_end(count):
     np.testing.assert_array_equal(values, (places - 1) / 7)
 
 
+def test_of_many_classes_the_most_changed_are_shown(report, monkeypatch):
+    whole = figures.class_changes(report, report.methods[1], TASKS)["data"][0]["x"]
+    monkeypatch.setattr(figures, "MOST_CLASSES", 4)
+    shown = figures.class_changes(report, report.methods[1], TASKS)["data"][0]["x"]
+    assert len(whole) > 4
+    assert shown == [*whole[:2], *whole[-2:]]
+    assert len(figures.confusion(report, report.methods[1])["data"][0]["z"]) == 4
+
+
 # --- what is not trusted ---
 
 

@@ -28,7 +28,7 @@ BETTER, WORSE = "#2f80c8", "#d9661f"
 BLUES = [[0, "rgba(47,128,200,0)"], [0.02, "rgba(47,128,200,0.10)"], [1, "rgba(47,128,200,1)"]]
 MOST_POINTS = 400  # of a line
 MOST_DOTS = 1500  # of a scatter
-MOST_CLASSES = 40  # of a confusion matrix
+MOST_CLASSES = 40  # of a confusion matrix, and of the changes: half of them the largest gains, half the losses
 
 
 def colours(report: Report) -> list[str]:
@@ -95,6 +95,8 @@ def class_changes(report: Report, method: Method, tasks: Sequence[str]) -> dict[
         other_C = 100 * data.class_ious(report.methods[report.source], tasks)
     shown_C = own_C if not report.is_compared else own_C - other_C
     order = [c for c in np.argsort(np.nan_to_num(shown_C), kind="stable") if not np.isnan(shown_C[c])]
+    if len(order) > MOST_CLASSES:
+        order = order[: MOST_CLASSES // 2] + order[-MOST_CLASSES // 2 :]
     names = [html.escape(report.classes[c]) for c in order]
     colour = [BETTER if shown_C[c] >= 0 else WORSE for c in order]
     unit = "IoU, %" if not report.is_compared else "change of IoU, points"

@@ -18,7 +18,7 @@ from segadapt.datasets.labels import IGNORE
 from segadapt.finished import miou
 from segadapt.models.generative.witness import Maps
 from segadapt.report import data
-from segadapt.report.data import Method, Pair, Report
+from segadapt.report.data import Method, Pair, Report, Seed
 from segadapt.samples import Kept
 
 MOST_SHOWN = 8  # improved, and as many harmed, of each method
@@ -65,28 +65,35 @@ def build(report: Report, pairs_of: dict[int, list[Pair]]) -> Gallery:
         pairs_of: of each compared method; without a source the images alone, whose `source` is NaN.
     """
     pictures, items, heats, left_out = Pictures(), [], [], 0
+    theirs = {} if report.source is None else _kept(report.methods[report.source])
     for index, pairs in pairs_of.items():
-        method = report.methods[index]
-        kept = {(pair.task, pair.key, pair.seed): found for pair in pairs if (found := _kept(method, pair))}
-        own = [pair for pair in pairs if (pair.task, pair.key, pair.seed) in kept]
-        groups = _groups(own)
-        for group, chosen in groups.items():
+        mine = _kept(report.methods[index])
+        for group, chosen in _groups(pair for pair in pairs if _name(pair) in mine).items():
             for place, pair in enumerate(chosen):
                 if pictures.is_full:
                     left_out += len(chosen) - place
                     break
-                mine = kept[pair.task, pair.key, pair.seed]
-                items.append(_item(report, index, pair, mine, pictures) | {"group": group})
-                maps = mine.maps() if place < MOST_HEATS else None
+                found = mine[_name(pair)]
+                other = None if np.isnan(pair.source) else theirs.get(_name(pair))
+                items.append(_item(report, index, pair, found, other, pictures) | {"group": group})
+                maps = found.maps() if place < MOST_HEATS else None
                 if maps is not None:
-                    heats.append(_heat(report, index, pair, mine, maps, pictures) | {"group": group})
+                    heats.append(_heat(report, index, pair, found, maps, pictures) | {"group": group})
     return Gallery(pictures, items, heats, left_out)
 
 
-def _kept(method: Method, pair: Pair) -> Kept | None:
-    one = method.runs[pair.seed]
-    folder = one.folders[one.tasks.index(pair.task)]
-    return samples.kept(folder, data.slug(one, pair.task)).get(pair.key)
+def _kept(method: Method) -> dict[tuple[str, str, Seed], Kept]:
+    """All samples of a method."""
+    return {
+        (task, key, seed): found
+        for seed, one in method.runs.items()
+        for task, folder in zip(one.tasks, one.folders, strict=True)
+        for key, found in samples.kept(folder, data.slug(one, task)).items()
+    }
+
+
+def _name(pair: Pair) -> tuple[str, str, Seed]:
+    return pair.task, pair.key, pair.seed
 
 
 def _groups(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
@@ -100,10 +107,11 @@ def _groups(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
     return {name: chosen[:MOST_SHOWN] for name, chosen in groups.items()}
 
 
-def _item(report: Report, index: int, pair: Pair, mine: Kept, pictures: Pictures) -> dict[str, Any]:
+def _item(
+    report: Report, index: int, pair: Pair, mine: Kept, theirs: Kept | None, pictures: Pictures
+) -> dict[str, Any]:
     """One image with its pictures by name, and each of its classes with both IoUs."""
     name = f"{pair.task}/{pair.key}/{pair.seed}"
-    theirs = None if report.source is None or np.isnan(pair.source) else _kept(report.methods[report.source], pair)
     photo, label = mine.image, mine.ids("label")
     shown = {"image": _photo(pictures, pair, photo), "label": _ids(pictures, f"label {name}", label),
              "adapted": _ids(pictures, f"{index} {name}", mine.ids("prediction"))}  # fmt: skip

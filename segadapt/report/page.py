@@ -70,6 +70,7 @@ def render(report: Report, *, title: str) -> str:
         table=_table(report),
         figures=drawn,
         diagnostics=figures.DIAGNOSTICS,
+        most_classes=figures.MOST_CLASSES,
         pairs={index: _counted(pairs, alone_of[index]) for index, pairs in pairs_of.items()},
         gallery=pictures,
         speeds=[data.speed(method) for method in report.methods],
