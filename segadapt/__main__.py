@@ -101,7 +101,7 @@ def main() -> None:
     except UserError as error:
         _refuse(verb, error)
     except KeyboardInterrupt:
-        sys.stderr.write(f"segadapt {verb}: interrupted; the same command starts again\n")
+        sys.stderr.write(f"segadapt {verb}: interrupted; give the same command again\n")
         sys.exit(130)
 
 

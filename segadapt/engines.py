@@ -146,9 +146,11 @@ def run_cell(arguments: Sequence[str], *, here: Path, folder: Path, log: Path, t
         here.mkdir(parents=True, exist_ok=True)
         process = start(arguments, log=log, threads=threads, gpus=None if has_gpus else "", folder=here)
         try:
-            status = process.wait()
+            while process.poll() is None:  # ray.cancel is an exception here, but does not wake up a wait()
+                time.sleep(0.1)
         finally:
-            end([process])  # ray.cancel interrupts the wait
+            end([process])
+        status = process.returncode
     paths = [path for name in RETURNED for path in sorted(folder.glob(name))] if status == 0 else []
     files = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
     return Outcome(status, log.read_text(errors="replace"), files)
@@ -186,7 +188,8 @@ def ray_cluster(cells: Sequence["Cell"], grid: "GridSettings") -> Generator[Even
             waiting[task] = cell
         not_begun = {cell.folder: cell for cell in cells}
         while waiting:
-            ready, _ = ray.wait(list(waiting), timeout=0.5)
+            time.sleep(0.2)  # not in ray.wait, which turns a signal's exit status into 1
+            ready, _ = ray.wait(list(waiting), timeout=0)
             for cell in [cell for cell in not_begun.values() if cell.log.exists()]:
                 yield not_begun.pop(cell.folder), None
             for task in ready:

@@ -120,6 +120,12 @@ def check_settings(settings: TrainConfig | TrainGenerativeConfig) -> None:
     if settings.logging.predictions != "none":
         raise UserError(f"logging.predictions={settings.logging.predictions}: training writes no predictions. Set "
                         "logging.predictions=none, and `evaluate` the trained model.")  # fmt: skip
+    if settings.runtime.checkpoint_images is not None:
+        raise UserError(f"runtime.checkpoint_images={settings.runtime.checkpoint_images}: training saves at its "
+                        "validations, if at all. Set runtime.checkpoint_images=null.")  # fmt: skip
+    if settings.experiment.any_version:
+        raise UserError("experiment.any_version=true: training asks for no version, so it would have no effect. Set "
+                        "experiment.any_version=false.")  # fmt: skip
     for name in ("scale", "sigma"):
         low, high = getattr(t, f"{name}_low", 0), getattr(t, f"{name}_high", 0)  # `train` has no sigma
         if low > high:

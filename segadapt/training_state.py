@@ -80,7 +80,9 @@ class TrainingState:
             names = set(file.keys())
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names if name.startswith("weight/")}
             if shapes != {f"weight/{name}": tuple(p.shape) for name, p in self.parameters.items()}:
-                raise UserError(f"{path}: other weights than this run trains. Set experiment.restart=true.")
+                raise UserError(
+                    f"{path}: other weights than this run trains. Remove the file, or set experiment.restart=true."
+                )
             for index, (name, parameter) in enumerate(self.parameters.items()):
                 parameter.copy_(file.get_tensor(f"weight/{name}"))
                 self._average[index].copy_(file.get_tensor(f"average/{name}"))

@@ -221,17 +221,19 @@ def test_cells_are_ended_and_awaited_when_the_engine_is_closed(stand_in):
 
 def test_a_second_signal_ends_the_wait(stand_in):
     cell = stand_in("c0", seconds=60, status=99)
+    events = engines.local([cell], grid_settings(gpus_per_cell=0))
+    next(events)
+    wait_for(Path("out/c0.begun").exists)
+    wait_for(lambda: Path("out/c0.begun").read_text() != "")
 
     def second(*_):
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, second)
+    signal.setitimer(signal.ITIMER_REAL, 1)
     try:
-        with pytest.raises(KeyboardInterrupt), closing(engines.local([cell], grid_settings(gpus_per_cell=0))) as events:
-            next(events)
-            wait_for(Path("out/c0.begun").exists)
-            wait_for(lambda: Path("out/c0.begun").read_text() != "")
-            signal.setitimer(signal.ITIMER_REAL, 1)
+        with pytest.raises(KeyboardInterrupt):
+            events.close()
     finally:
         signal.signal(signal.SIGALRM, before)
     assert Path("out/c0.saved").exists()

@@ -26,6 +26,14 @@ STREAMS = {
     "mixed": ("data.order=mixed", "tta.method=sar"),
     "accumulating": ("tta.optimizer.accumulate=2", "tta.continual=true"),
     "episodic": ("tta.episodic=true", "tta.method=deyo"),
+    "adapters": (
+        "tta.continual=true",
+        "model.update.lora_rank=2",
+        "model.update.prompt_offset=true",
+        "tta.optimizer.warmup=4",
+        "tta.optimizer.name=sgd",
+        "tta.optimizer.momentum=0.9",
+    ),
     "source": ("tta.method=source",),
 }
 

@@ -112,6 +112,14 @@ def test_a_witness_sees_what_each_window_says_at_its_place():
     np.testing.assert_array_equal(maps.decision_YX, [[0, 0, 2, NOT_ASKED]] * 2)
 
 
+def test_answers_that_are_not_finite_give_no_maps():
+    witness = Witness(draws=1)
+    witness.place(torch.tensor([[0, 0, 16]]), (16, 16))
+    nothing = torch.full((1, 3, 2, 2), torch.nan)
+    witness.see(slice(0, 1), nothing, nothing, nothing[:, 0])
+    assert witness.maps() is None
+
+
 def test_maps_come_back_as_they_were(tmp_path):
     maps = Maps(torch.tensor([1, 4], dtype=torch.uint8), torch.rand(3, 4).half(), torch.rand(2, 3, 4).half(),
                 torch.zeros(3, 4, dtype=torch.uint8))  # fmt: skip

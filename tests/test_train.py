@@ -33,6 +33,8 @@ BOTH = pytest.mark.parametrize(
     ("override", "said"),
     [
         ("data.corruptions=[fog]", r"data\.corruptions=\['fog'\].*no effect.*data\.corruptions=\[\]"),
+        ("runtime.checkpoint_images=5", r"runtime\.checkpoint_images=5.*validations.*null"),
+        ("experiment.any_version=true", r"experiment\.any_version=true.*no effect.*false"),
         ("data.limit=2", r"data\.limit=2.*no effect.*data\.limit=null"),
         ("logging.predictions=all", r"logging\.predictions=all.*logging\.predictions=none"),
         ("train.scale_low=9", r"train\.scale_low=9\.0 is above train\.scale_high=1\.5"),
@@ -58,10 +60,11 @@ def test_what_cannot_change_weights_is_no_other_run(tmp_path, verb, prepared):
 
 @BOTH
 def test_a_default_id_does_not_depend_on_the_name_or_the_workers(tmp_path, verb, prepared):
-    plain = train.open_folder(prepared(tmp_path))
-    renamed = train.open_folder(prepared(tmp_path, "experiment.name=other", "data.workers=1"))
-    assert (plain.id, plain.path) != (renamed.id, renamed.path)
-    assert plain.id == renamed.id
+    other = prepared(tmp_path, "experiment.name=other", "data.workers=1")
+    with train.open_folder(prepared(tmp_path)) as plain, train.open_folder(other) as renamed:
+        assert (plain.id, plain.path) != (renamed.id, renamed.path)
+        assert plain.id == renamed.id
+        assert (plain.path / ".lock").read_text().startswith("process ")
 
 
 @BOTH

@@ -104,7 +104,8 @@ function showItem(thumb) {
   stage.style.maxWidth = `calc(74vh * ${item.size[0] / item.size[1]})`;
   one("#stage .photo").src = pictures[item.pictures.image];
   const scores = item.source === null ? `${percent(item.adapted)}\u00a0%` : `${percent(item.source)} to ${percent(item.adapted)}\u00a0%`;
-  one("#caption").textContent = `${item.task}, ${item.key}: mIoU ${scores}`;
+  const seeds = new Set(items.map((other) => other.seed)).size > 1 ? `, seed ${item.seed}` : "";
+  one("#caption").textContent = `${item.task}, ${item.key}${seeds}: mIoU ${scores}`;
   one("#legend").replaceChildren(...item.legend.map((row) => {
     const line = document.createElement("tr"), name = document.createElement("td"), swatch = document.createElement("i");
     swatch.className = "swatch";

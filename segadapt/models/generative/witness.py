@@ -46,7 +46,7 @@ class Witness:
         self._seen.append((of_rows, weights_RCyx.detach(), error_RCyx.detach(), squared_Ryx.detach()))
 
     def maps(self) -> Maps | None:
-        """The windows put together; None: nothing was asked."""
+        """The windows put together; None: nothing was asked, or no answer was finite."""
         if not self._seen:
             return None
         size, classes = self._size_YX, self._seen[0][1].shape[1]
@@ -67,6 +67,8 @@ class Witness:
                 self._add(weight_CYX, box, own_Cyx)
                 self._add(error_CYX, box, torch.where(is_asked_C[:, None, None], each_Cyx, 0))
                 self._add(asked_CYX, box, is_asked_C[:, None, None].float().expand_as(each_Cyx))
+        if not covered_1YX.any():
+            return None
         mean_CYX = torch.where(asked_CYX > 0, error_CYX / asked_CYX, torch.inf)
         decision_YX = torch.where(mean_CYX.isinf().all(dim=0), NOT_ASKED, mean_CYX.argmin(dim=0))
         classes_N = asked_CYX.flatten(1).any(dim=1).nonzero()[:, 0]
