@@ -152,8 +152,9 @@ def _heat(report: Report, index: int, pair: Pair, mine: Kept, maps: Maps, pictur
         picture = _scaled(pictures, f"weight {n} {name}", weight_NYX[n])
         panels.append({"title": f"weight of {classes[n]}", "range": f"mean {means[n]:.2f}", "picture": picture})
     photo = _photo(pictures, pair, mine.image)
-    return {"method": index, "task": pair.task, "key": pair.key, "seed": pair.seed[0], "gain": _number(pair.adapted - pair.source),
-            "asked": len(classes), "image": photo, "panels": panels}  # fmt: skip
+    place = {"method": index, "task": pair.task, "key": pair.key, "seed": pair.seed[0]}
+    gain = {"gain": _number(pair.adapted - pair.source)}
+    return place | gain | {"asked": len(classes), "image": photo, "panels": panels}
 
 
 def _photo(pictures: Pictures, pair: Pair, photo: Image.Image) -> str:
