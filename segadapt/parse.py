@@ -100,7 +100,9 @@ def parse(config: DictConfig, schema: type[T], *, prefix: str = "") -> T:
     given = _flat(_resolved(config, prefix), known)
     for name in given:
         if name not in known:
-            raise UserError(f"{prefix}{name} is not a setting.{did_you_mean(name, known)}")
+            shown = f"{prefix}{name}"
+            shown = shown if shown.isprintable() else repr(shown)
+            raise UserError(f"{shown} is not a setting.{did_you_mean(name, known)}")
         if re.search(PASSWORD, str(given[name])):
             raise UserError(f"{prefix}{name} holds an address with a password; expected none, as settings are written "
                             "to records. Keep keys in the environment, and remove it.")  # fmt: skip

@@ -115,7 +115,7 @@ DATA = {
     ),
     "a class twice": (
         lambda root: (root / "names.txt").write_text("sky\nsky\nroad"), (),
-        ("data.classes", "3 names, 2 different", "each once", "Correct the file"),
+        ("data.classes", "3 names, 2 different", "each once", "Correct the list"),
     ),
     "class names that are no text": (
         lambda root: (root / "names.txt").write_bytes(b"sky\n\xff\xfe\nroad"), (),
@@ -123,7 +123,7 @@ DATA = {
     ),
     "no class": (
         lambda root: (root / "names.txt").write_text("\n \n"), (),
-        ("data.classes", "0 names", "expected one name a line", "Correct the file"),
+        ("data.classes", "0 names", "expected one name a class", "Correct the list"),
     ),
     "a class more than the head has": (
         lambda root: (root / "names.txt").write_text("sky\ntree\nroad\ncar"), (),
