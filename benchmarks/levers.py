@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from results import markdown
 from sweep import run
 
 import segadapt
+from segadapt.tables import markdown
 
 AUTOENCODER = Path(segadapt.__file__).parent / "weights/toytown/sd3/vae"
 BASE = "train.flow_mask=true train.comparing_weight=0.3 train.sigma_low=0.1 train.sigma_high=0.9"

@@ -32,10 +32,13 @@ from omegaconf import OmegaConf
 
 import segadapt
 from segadapt.errors import UserError
+from segadapt.finished import read_json
 from segadapt.methods import METHODS
 from segadapt.methods.learner import Learner
 from segadapt.models.combined import Combined
 from segadapt.record import write_json
+from segadapt.tables import markdown
+from segadapt.terminal import percent
 
 RATES = (0.1, 1, 10, 100)
 # slow ones first, so that no process works alone at the end
@@ -198,7 +201,7 @@ def after_rounds(folder: Path) -> list[Path]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    return results.read_json(folder / "results.json")
+    return read_json(folder / "results.json")
 
 
 def continual_table(world: World) -> str:
@@ -212,8 +215,8 @@ def continual_table(world: World) -> str:
         after = [read(world.folder("clean", f"{name}-{number}"))["mean"]["miou"] if name != "source" else clean
                  for number in range(1, ROUNDS + 1)]  # fmt: skip
         for what, values in ((name, rounds), (f"{name}: clean after it", after)):
-            lines.append([what, *map(results.percent, values), results.percent(sum(values) / len(values))])
-    return results.markdown(["", *(f"round {number}" for number in range(1, ROUNDS + 1)), "mean"], lines)
+            lines.append([what, *map(percent, values), percent(sum(values) / len(values))])
+    return markdown(["", *(f"round {number}" for number in range(1, ROUNDS + 1)), "mean"], lines)
 
 
 def rates_table(world: World) -> str:
@@ -221,9 +224,9 @@ def rates_table(world: World) -> str:
     lines = []
     for name in (name for name in world.methods if grid(name)):
         source, first, *_ = searched(world, name)
-        scores = [results.percent(one.results["mean"]["miou"]) for one in (source, first)]
+        scores = [percent(one.results["mean"]["miou"]) for one in (source, first)]
         lines.append([name, chosen(world, name).partition(" ")[2], *scores, f"{100 * first.worst(source):+.2f}"])
-    return results.markdown(["method", "chosen", "source, validation", "chosen, validation", "worst task"], lines)
+    return markdown(["method", "chosen", "source, validation", "chosen, validation", "worst task"], lines)
 
 
 def gains_table(world: World, kind: str, names: Iterable[str]) -> str:

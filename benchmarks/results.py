@@ -5,119 +5,28 @@ python benchmarks/results.py --source 'OUT/source/s*' --row 'adapted=OUT/adapted
 The folders of a glob are the seeds of one method. A row's runs are paired with the source runs of the same data and the
 same segmenter, a control's (another segmenter, say) with those of the same data in the first source group.
 
-T tasks   n images of a task   C classes   3 correct, label, predicted px   S runs of a row   U images in all
-R resamples
+T tasks   S runs of a row
 """
 
 import argparse
 import glob
-import json
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from segadapt.errors import UserError
+from segadapt.finished import Run, bootstrap, differing, flat, load, read_json
 from segadapt.record import write_json
-from segadapt.seeds import numpy_generator
+from segadapt.results import SEEDS
+from segadapt.tables import Row, header, lines, markdown
+from segadapt.terminal import percent
 
-SHORT = {"gaussian_noise": "gauss", "shot_noise": "shot", "impulse_noise": "impul", "defocus_blur": "defoc",
-         "glass_blur": "glass", "motion_blur": "motion", "zoom_blur": "zoom", "snow": "snow", "frost": "frost",
-         "fog": "fog", "brightness": "brit", "contrast": "contr", "elastic_transform": "elast", "pixelate": "pixel",
-         "jpeg_compression": "jpeg"}  # fmt: skip
-SEEDS = ("experiment.seed", "data.corruption_seed")
 VARIED = (*SEEDS, "model.discriminative.checkpoint", "model.generative.checkpoint")  # within a row: training seeds too
-RESAMPLES = 2000
-LEVEL = 95  # %, of the interval
-
-
-@dataclass(frozen=True)
-class Run:
-    """One finished run."""
-
-    folder: Path
-    settings: dict[str, Any]  # dotted names
-    tasks: tuple[str, ...]
-    miou_T: np.ndarray
-    keys: list[list[str]]  # T, n
-    counts: list[np.ndarray]  # T, float64 [n, C, 3]
-    data: tuple[str, str]  # order_sha256, data_sha256
-    segmenter: str  # SHA-256 of its source weights
-    seconds: list[float]  # an image
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method over its seeds; fractions."""
-
-    name: str
-    miou_ST: np.ndarray
-    seconds: float  # an image, median
-    gain_ST: np.ndarray | None = None  # None: a source row
-    interval: tuple[float, float] | None = None  # of the gain in mean mIoU; None: too few images
 
 
 # --- runs ---
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} to {'a.b': 1}."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    items = [(f"{prefix}.{key}" if prefix else key, item) for key, item in value.items()]
-    return {name: leaf for key, item in items for name, leaf in flat(item, key).items()}
-
-
-def read_json(path: Path) -> Any:
-    """UserError: the run has not finished."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing; expected the folder of a finished run. Run it, or correct the glob.")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A .jsonl file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def miou(counts_C3: np.ndarray) -> np.ndarray:
-    """[..., C, 3] to [...]: mean IoU of the classes present or predicted, as metrics.scores; NaN without any."""
-    correct_C, label_C, predicted_C = np.moveaxis(counts_C3, -1, 0)
-    union_C = label_C + predicted_C - correct_C
-    is_defined_C = union_C > 0
-    iou_C = np.divide(correct_C, union_C, out=np.zeros_like(union_C), where=is_defined_C)
-    num_defined = is_defined_C.sum(axis=-1).astype(float)
-    return np.divide(iou_C.sum(axis=-1), num_defined, out=np.full(num_defined.shape, np.nan), where=num_defined > 0)
-
-
-@cache
-def load(folder: Path) -> Run:
-    """Read a run; its images' counts must give its mIoU. UserError: unfinished, unlabelled or without counts."""
-    results, settings = read_json(folder / "results.json"), flat(read_json(folder / "settings.json"))
-    tasks, records = results["tasks"], read_lines(folder / "records.jsonl")
-    if any("classes" not in record for record in records) or any(task["miou"] is None for task in tasks):
-        raise UserError(f"{folder}: records without the column classes (pixel counts); expected labelled images and a "
-                        "run of this version. Run it again.")  # fmt: skip
-    keys, counts = [], []
-    for task in tasks:
-        own = [record for record in records if record["task"] == task["task"]]
-        counts_nC3 = np.zeros((len(own), len(task["per_class"]), 3))
-        for index, record in enumerate(own):
-            for number, counts_3 in record["classes"].items():
-                counts_nC3[index, int(number)] = counts_3
-        error = abs(float(miou(counts_nC3.sum(axis=0))) - task["miou"])
-        assert error < 1e-9, f"{folder}, {task['task']}: records.jsonl and results.json differ by {error} in mIoU"
-        keys.append([record["key"] for record in own])
-        counts.append(counts_nC3)
-    seconds = [line["seconds"] for line in read_lines(folder / "timings.jsonl") if "seconds" in line]
-    names, values = tuple(task["task"] for task in tasks), np.array([task["miou"] for task in tasks])
-    data = results["order_sha256"], results["data_sha256"]
-    weights = results["weights_sha256"]["discriminative"]
-    return Run(folder, settings, names, values, keys, counts, data, weights, seconds)
 
 
 def load_group(pattern: str) -> list[Run]:
@@ -133,12 +42,6 @@ def load_group(pattern: str) -> list[Run]:
     if len({(run.data, run.segmenter) for run in runs}) < len(runs):
         raise UserError(f"{pattern}: two runs of the same data and segmenter; expected one a seed. Narrow the glob.")
     return runs
-
-
-def differing(settings: list[dict[str, Any]]) -> list[str]:
-    """Names of the settings in which they are not all equal."""
-    names = dict.fromkeys(name for one in settings for name in one)
-    return [name for name in names if any(one.get(name) != settings[0].get(name) for one in settings)]
 
 
 # --- rows ---
@@ -170,35 +73,10 @@ def protocol_differences(run: Run, source: Run) -> list[str]:
     return [n for n in names if n == "runtime.precision" or (n.startswith("data.") and n != "data.data_root")]
 
 
-def bootstrap(pairs: list[tuple[Run, Run]]) -> tuple[float, float] | None:
-    """Percentile interval of the gain in mean mIoU, over images drawn with replacement (paired bootstrap, Efron 1979).
-
-    One draw of images serves both runs of a pair, all tasks and all seeds, as the same image may be in several of them.
-    None: too few images, some resample left a task empty.
-    """
-    images = sorted({key for run, _ in pairs for keys in run.keys for key in keys})
-    column_of = {key: column for column, key in enumerate(images)}
-    draws_RU = numpy_generator(0, "bootstrap").multinomial(
-        len(images), np.full(len(images), 1 / len(images)), RESAMPLES
-    )
-    gain_R = np.zeros(RESAMPLES)
-    for run, source in pairs:
-        for task, keys in enumerate(run.keys):
-            assert keys == source.keys[task], (run.folder, source.folder)
-            weights_Rn = draws_RU[:, [column_of[key] for key in keys]].astype(float)
-            for sign, counts_nC3 in ((1, run.counts[task]), (-1, source.counts[task])):
-                resampled_RC3 = (weights_Rn @ counts_nC3.reshape(len(keys), -1)).reshape(RESAMPLES, -1, 3)
-                gain_R += sign * miou(resampled_RC3) / len(run.tasks) / len(pairs)
-    if np.isnan(gain_R).any():
-        return None
-    low, high = np.percentile(gain_R, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
-    return float(low), float(high)
-
-
 def row_of(name: str, runs: list[Run], sources: list[Run] | None, *, is_control: bool = False) -> Row:
     """Scores of all runs; with sources also the gains."""
     miou_ST = np.array([run.miou_T for run in runs])
-    seconds = float(np.median([seconds for run in runs for seconds in run.seconds]))
+    seconds = float(np.median([seconds for run in runs for seconds in run.seconds_an_image()]))
     if sources is None:
         return Row(name, miou_ST, seconds)
     pairs = [pair(run, sources, is_control=is_control) for run in runs]
@@ -229,46 +107,12 @@ def named_glob(text: str) -> tuple[str, str]:
 # --- tables ---
 
 
-def short(task: str) -> str:
-    """'gaussian_noise/5' to 'gauss'; any other task keeps its name."""
-    name, _, severity = task.partition("/")
-    return SHORT.get(name, task) if severity == "5" else task
-
-
-def percent(value: float, sign: str = "") -> str:
-    return f"{100 * value:{sign}.2f}"
-
-
-def spread(values_S: np.ndarray, sign: str = "") -> str:
-    """Mean, and over several runs their standard deviation (n - 1)."""
-    deviation = f" \N{PLUS-MINUS SIGN} {percent(values_S.std(ddof=1))}" if len(values_S) > 1 else ""
-    return percent(values_S.mean(), sign) + deviation
-
-
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table."""
-    header = list(header)
-    lines = [header, ["---"] * len(header), *map(list, rows)]
-    assert len({len(line) for line in lines}) == 1, lines
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def results_table(tasks: tuple[str, ...], rows: list[Row], diagnoses: list[str]) -> str:
     """Each method's row, and below it its gain; then the diagnoses (texts `NAME=FILE`)."""
-    lines = []
-    for row in rows:
-        values = [percent(value) for value in row.miou_ST.mean(axis=0)]
-        lines.append([row.name, *values, spread(row.miou_ST.mean(axis=1)), "", "", f"{row.seconds:.3f}"])
-        if row.gain_ST is not None:
-            gain_T = row.gain_ST.mean(axis=0)
-            interval = " to ".join(percent(end, "+") for end in row.interval) if row.interval else "too few images"
-            worst = int(gain_T.argmin())
-            lines.append(["gain", *(percent(gain, "+") for gain in gain_T), spread(row.gain_ST.mean(axis=1), "+"),
-                          interval,
-                          f"{percent(gain_T[worst], '+')} {short(tasks[worst])}", ""])  # fmt: skip
+    out = lines(tasks, rows)
     for text in diagnoses:
-        lines += [line for line in diagnosis_lines(text, tasks) if line not in lines]  # the segmenter's only once
-    return markdown(["", *map(short, tasks), "mean", f"{LEVEL} % interval", "worst", "s/image"], lines)
+        out += [line for line in diagnosis_lines(text, tasks) if line not in out]  # the segmenter's only once
+    return markdown(header(tasks), out)
 
 
 def diagnosis_lines(text: str, tasks: tuple[str, ...]) -> list[list[str]]:
@@ -284,7 +128,7 @@ def diagnosis_lines(text: str, tasks: tuple[str, ...]) -> list[list[str]]:
     rows = [diagnosed[task] for task in tasks]
     levels = [min(row["levels"], key=lambda level: abs(level["sigma"] - sigma)) for row in rows]
     at = f"{name or 'teacher'}, sigma {levels[0]['sigma']:g}: "
-    lines = {
+    values_of = {
         "segmenter, pixel accuracy on the latent grid": [row["segmenter"]["accuracy"] for row in rows],
         f"{at}pixel accuracy among the candidates": [level["candidates"]["accuracy"] for level in levels],
         f"{at}pixel accuracy among all classes": [level["teacher"]["accuracy"] for level in levels],
@@ -292,7 +136,7 @@ def diagnosis_lines(text: str, tasks: tuple[str, ...]) -> list[list[str]]:
         f"{at}gradient cosine": [level["cosine"] for level in levels],
     }
     out = []
-    for label, values in lines.items():
+    for label, values in values_of.items():
         show = "{:+.3f}".format if label.endswith("cosine") else percent
         known = [value for value in values if value is not None]
         mean = show(sum(known) / len(known)) if len(known) == len(values) else "-"

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from results import differing, flat, markdown, percent, read_json, short
-
 from segadapt.errors import UserError
+from segadapt.finished import differing, flat, read_json
+from segadapt.tables import markdown, short
+from segadapt.terminal import percent
 
 
 @dataclass(frozen=True)

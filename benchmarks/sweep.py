@@ -17,15 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-import torch
+from segadapt.engines import visible_gpus
 
 FINISHED = "sweep: finished"  # begins the last line of a log
-
-
-def visible_gpus() -> list[str]:
-    """As CUDA_VISIBLE_DEVICES names them; [""] without a GPU."""
-    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (visible.split(",") if visible else [str(gpu) for gpu in range(count)])[:count] or [""]
 
 
 def is_done(job: str, log: Path, folder: Path) -> bool:
@@ -44,7 +38,7 @@ def run(
     folder_of = {j: Path(g["logging.root"], g["experiment.name"], g["experiment.id"]) for j, g in given.items()}
     assert len(set(log_of.values())) == len(log_of), "two jobs of one experiment.name and experiment.id"
     pending = [job for job in given if not is_done(job, log_of[job], folder_of[job])]
-    free, began, is_well = visible_gpus() * jobs_per_gpu, time.monotonic(), True
+    free, began, is_well = (visible_gpus() or [""]) * jobs_per_gpu, time.monotonic(), True
     threads = str(max(1, len(os.sched_getaffinity(0)) // len(free)))
     print(f"{len(pending)} of {len(given)} jobs to run, {len(free)} at a time", flush=True)
     logs.mkdir(parents=True, exist_ok=True)

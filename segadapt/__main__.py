@@ -11,13 +11,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads tha
 
 import hydra
 import yaml
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from segadapt import __version__, config
 from segadapt.errors import UserError, did_you_mean
-from segadapt.parse import methods_as_files, parse
+from segadapt.parse import explain, methods_as_files, parse
 from segadapt.signals import Stopped
 
 # verb: (primary config, schema, function as module:name, what it does)
@@ -31,10 +31,17 @@ VERBS: dict[str, tuple[str, type, str, str]] = {
     "diagnose": ("diagnose", config.DiagnoseConfig, "segadapt.diagnose:run",
                  "ask whether the teacher can teach; reads labels: never choose settings by it on a test split"),
     "check": ("check", config.CheckConfig, "segadapt.check:run", "read data and models before a run"),
+    "grid": ("grid", config.GridConfig, "segadapt.grid:run", "adapt: methods x streams x seeds, on GPUs or a cluster"),
+    "results": ("results", config.ResultsConfig, "segadapt.results:run", "run folders to tables: results FOLDER ..."),
     "demo": ("demo", config.AdaptConfig, "segadapt.demo:demo", "source against adapted on the bundled world"),
 }  # fmt: skip
 # Options of Hydra that are followed by a value.
 TAKE_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
+# Verbs whose arguments may stand by themselves: the setting that they become, and which they are.
+GATHERED: dict[str, tuple[str, Callable[[str], bool]]] = {
+    "grid": ("grid.given", lambda text: is_of_a_cell(text)),
+    "results": ("runs", lambda text: "=" not in text),
+}
 USAGE = "usage: segadapt VERB [key=value ...]   (segadapt VERB --help; --cfg job; --multirun; --config-dir DIR)\n"
 
 
@@ -44,25 +51,19 @@ def _function(path: str) -> Callable:
     return getattr(importlib.import_module(module), name)
 
 
-def _explain(error: Exception, schema: type, arguments: list[str]) -> str:
-    """One line for what Hydra found wrong with the command line, with the nearest right name."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read; expected key=value. Quote values with spaces: \"key='a b'\"."
-    found = re.search(r"Could not find '(.+)/(.+?)' Available options in '.+?':(.*?)(?:Config search path|$)", text)
-    if found:
-        group, wrong, options = found.groups()
-        choices = [option for option in options.split() if not option.startswith("_")]
-        return f"{group}={wrong} is not a choice.{did_you_mean(wrong, choices)}"
-    names = config.fields_of(schema)
-    sections = {name.rpartition(".")[0].replace(".", "/") for name in names}
-    for argument in arguments:
-        key = argument.split("=", 1)[0].lstrip("+~").split("@")[0]
-        is_known = key in names or key.replace(".", "/") in sections
-        if "=" in argument and not argument.startswith("-") and not is_known:
-            ends_alike = [f" Did you mean {name}?" for name in names if name.endswith(f".{key}")]
-            return f"{key} is not a setting." + (ends_alike or [did_you_mean(key, [*names, *sections])])[0]
-    return text
+def gathered(arguments: list[str], setting: str, belongs: Callable[[str], bool]) -> list[str]:
+    """`results A B format=csv`: the words that belong to a list setting stand by themselves; they become runs=[A,B]."""
+    values = {index + 1 for index, text in enumerate(arguments) if text in TAKE_VALUE}
+    words = [index for index, text in enumerate(arguments)
+             if index not in values and not text.startswith("-") and belongs(text)]  # fmt: skip
+    quoted = ",".join("'" + arguments[index].replace("'", "\\'") + "'" for index in words)
+    rest = [text for index, text in enumerate(arguments) if index not in words]
+    return rest + ([f"{setting}=[{quoted}]"] if words else [])
+
+
+def is_of_a_cell(override: str) -> bool:
+    """`grid experiment=mine grid.seeds=[0,1]`: what is not the grid's own is an override of its cells."""
+    return re.split(r"[.=/]", override.lstrip("+~"), maxsplit=1)[0] != "grid"
 
 
 def options_first(arguments: list[str]) -> list[str]:
@@ -106,7 +107,10 @@ def _start(verb: str, arguments: list[str]) -> None:
     """Hand over to Hydra; its errors about the command line become UserErrors."""
     primary, schema, path, _ = VERBS[verb]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing and exiting with 1
-    sys.argv = [f"segadapt {verb}", *options_first(methods_as_files(arguments))]
+    if verb in GATHERED:
+        arguments = gathered(arguments, *GATHERED[verb])
+    arguments = methods_as_files(arguments)
+    sys.argv = [f"segadapt {verb}", *options_first(arguments)]
 
     @hydra.main(version_base="1.3", config_path="pkg://segadapt.conf", config_name=primary)
     def job(composed: DictConfig) -> None:
@@ -127,7 +131,7 @@ def _start(verb: str, arguments: list[str]) -> None:
         place = f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise UserError(f"{place}{error.problem}. Correct the YAML.") from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error, schema, arguments)) from error
+        raise UserError(explain(error, schema, arguments)) from error
 
 
 if __name__ == "__main__":

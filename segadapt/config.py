@@ -348,6 +348,29 @@ class DiagnoseSettings:
 
 
 @dataclass
+class GridSettings:
+    methods: list[str] = setting(
+        "tta.method of the cells, each with overrides of its own, as 'rotta tta.options.every=8'"
+    )
+    streams: list[str] = setting(
+        "overrides of each stream, one text each, as 'data.severity=3 data.order=mixed'; empty: the one of the settings"
+    )
+    seeds: list[int] = setting("experiment.seed of the cells")
+    overrides: list[str] = setting("of every cell, as experiment=toytown_c")
+    given: list[str] = setting("more of them; those of the command line are put here, and win")
+    engine: str = setting("processes of this machine, a Ray cluster, or only print the commands that are left",
+                          choices=("local", "ray", "print"))  # fmt: skip
+    gpus_per_cell: int = setting("GPUs that a cell sees; 0: none", low=0)
+    cells_per_gpu: int = setting("cells at a time on each GPU, or set of them; local without GPUs: in all", low=1)
+    threads: int = setting("CPU threads of each cell, the same with every engine", low=1)
+    ray_address: str | None = setting(
+        "of the cluster, 'auto' for the one of this machine; null: one is begun and ended"
+    )
+    retries: int = setting("ray: times that a cell begins again because its node died", low=0)
+    log_lines: int = setting("last lines of its log shown when a cell fails", low=1)
+
+
+@dataclass
 class EvaluateConfig:
     experiment: ExperimentSettings = setting("the run")
     data: DataSettings = setting("the images")
@@ -365,6 +388,11 @@ class AdaptConfig(EvaluateConfig):
 @dataclass
 class CheckConfig(AdaptConfig):
     check: CheckSettings = setting("how much to check")
+
+
+@dataclass
+class GridConfig:
+    grid: GridSettings = setting("which cells, and where they run")
 
 
 @dataclass
@@ -398,6 +426,15 @@ class CorruptConfig:
         "the clean set; corruptions and severity say what is made, limit takes the first sorted keys"
     )
     corrupt: CorruptSettings = setting("what is written")
+
+
+@dataclass
+class ResultsConfig:
+    runs: list[str] = setting("run folders, and folders of run folders")
+    against: str = setting("method whose row the gains are against")
+    format: str = setting("of the text", choices=("markdown", "csv", "latex", "json"))
+    resamples: int = setting("of the bootstrap of the gains; 0: no intervals", low=0)
+    output: str | None = setting("file; null: the terminal")
 
 
 def fields_of(schema: type, prefix: str = "") -> dict[str, dataclasses.Field]:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_module
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,6 +30,27 @@ def methods_as_files(overrides: Sequence[str]) -> list[str]:
     names = [given.lstrip("+") for given in overrides]
     return [f"tta={name.removeprefix(METHOD)}" if name.startswith(METHOD) else given
             for name, given in zip(names, overrides, strict=True)]  # fmt: skip
+
+
+def explain(error: Exception, schema: type, arguments: Sequence[str]) -> str:
+    """One line for what Hydra found wrong with the command line, with the nearest right name."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read; expected key=value. Quote values with spaces: \"key='a b'\"."
+    found = re.search(r"Could not find '(.+)/(.+?)' Available options in '.+?':(.*?)(?:Config search path|$)", text)
+    if found:
+        group, wrong, options = found.groups()
+        choices = [option for option in options.split() if not option.startswith("_")]
+        return f"{group}={wrong} is not a choice.{did_you_mean(wrong, choices)}"
+    names = fields_of(schema)
+    sections = {name.rpartition(".")[0].replace(".", "/") for name in names}
+    for argument in arguments:
+        key = argument.split("=", 1)[0].lstrip("+~").split("@")[0]
+        is_known = key in names or key.replace(".", "/") in sections
+        if "=" in argument and not argument.startswith("-") and not is_known:
+            ends_alike = [f" Did you mean {name}?" for name in names if name.endswith(f".{key}")]
+            return f"{key} is not a setting." + (ends_alike or [did_you_mean(key, [*names, *sections])])[0]
+    return text
 
 
 def _flat(config: dict, known: dict[str, dataclasses.Field], prefix: str = "") -> dict[str, Any]:

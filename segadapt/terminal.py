@@ -13,9 +13,9 @@ from rich.table import Table
 Cell = str | int | float | None
 
 
-def percent(value: float | None) -> str:
-    """0.43214 -> '43.21'; NaN and None, an absent score, -> '-'."""
-    return "-" if value is None or math.isnan(value) else f"{100 * value:.2f}"
+def percent(value: float | None, sign: str = "") -> str:
+    """0.43214 -> '43.21', with sign '+' '+43.21'; NaN and None, an absent score, -> '-'."""
+    return "-" if value is None or math.isnan(value) else f"{100 * value:{sign}.2f}"
 
 
 def copyable_line(values: Iterable[float | None], separator: str = " & ") -> str:

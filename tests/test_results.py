@@ -6,93 +6,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from run_folders import TASKS, confusions, write_pairs, write_run
 
-from segadapt import metrics
+from segadapt import finished, metrics
 from segadapt.errors import UserError
-
-TASKS = ("fog/5", "contrast/5")
-
-
-def confusions(rng: np.random.Generator, images: int, *, right: float, num_classes: int = 4) -> np.ndarray:
-    """[n, C, C] of random images of 60 px; the last class is never there, and seldom predicted."""
-    out = np.zeros((images, num_classes, num_classes), np.int64)
-    for image_CC in out:
-        label = rng.choice(rng.integers(0, num_classes - 1, 2), 60)
-        guess = rng.choice(num_classes, 60, p=[0.4, 0.3, 0.29, 0.01])
-        np.add.at(image_CC, (label, np.where(rng.random(60) < right, label, guess)), 1)
-    return out
-
-
-def columns(image_CC: np.ndarray) -> dict[str, list[int]]:
-    """As records.jsonl holds an image's counts: the classes that are there or predicted."""
-    label_C, predicted_C = image_CC.sum(axis=1), image_CC.sum(axis=0)
-    return {str(c): [int(image_CC[c, c]), int(label_C[c]), int(predicted_C[c])]
-            for c in range(len(image_CC)) if label_C[c] + predicted_C[c]}  # fmt: skip
-
-
-def write_run(
-    folder: Path,
-    of_task: dict[str, np.ndarray],
-    *,
-    seed: int = 0,
-    keys: list[str] | None = None,
-    segmenter: str = "first",
-    method: str = "generative",
-    lr: float = 1e-5,
-    data: str = "",
-    more: dict[str, dict[str, object]] | None = None,
-) -> Path:
-    """A run folder with these confusion matrices, [n, C, C] a task; more: sections of its settings."""
-    folder.mkdir(parents=True)
-    tasks, records = [], []
-    for task, confusion_nCC in of_task.items():
-        names = keys or [f"{index:03d}" for index in range(len(confusion_nCC))]
-        records += [{"task": task, "key": key, "classes": columns(image_CC)}
-                    for key, image_CC in zip(names, confusion_nCC, strict=True)]  # fmt: skip
-        score = metrics.scores(confusion_nCC.sum(axis=0)).miou
-        tasks.append({"task": task, "miou": score, "per_class": dict.fromkeys("abcd")})
-    results = {"tasks": tasks, "order_sha256": f"order{seed}{data}", "data_sha256": f"data{seed}{data}",
-               "mean": {"miou": float(np.mean([task["miou"] for task in tasks]))},
-               "weights_sha256": {"discriminative": segmenter}}  # fmt: skip
-    settings = {"experiment": {"seed": seed}, "method": method}
-    settings |= {} if method == "source" else {"tta": {"optimizer": {"lr": lr}}}
-    settings |= more or {}
-    timings = [{"started": "now"}, {"seconds": 0.1}, {"seconds": 0.2}, {"seconds": 0.9}]
-    (folder / "results.json").write_text(json.dumps(results))
-    (folder / "settings.json").write_text(json.dumps(settings))
-    (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
-    (folder / "timings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timings))
-    return folder
-
-
-def write_pairs(root: Path, seeds: int = 2, images: int = 12) -> None:
-    """source/s0 ... and adapted/s0 ...: the adapted ones are right more often."""
-    rng = np.random.default_rng(5)
-    for seed in range(seeds):
-        source = {task: confusions(rng, images, right=0.4) for task in TASKS}
-        write_run(root / f"source/s{seed}", source, seed=seed, method="source")
-        write_run(root / f"adapted/s{seed}", {t: confusions(rng, images, right=0.6) for t in TASKS}, seed=seed)
-
+from segadapt.seeds import numpy_generator
 
 # Results
 
 
-def test_scores_from_the_counts_of_images_are_those_of_the_confusion_matrix(script, tmp_path):
-    results, rng = script("results"), np.random.default_rng(1)
+def test_scores_from_the_counts_of_images_are_those_of_the_confusion_matrix(tmp_path):
+    rng = np.random.default_rng(1)
     confusion = {task: confusions(rng, 9, right=right) for task, right in zip(TASKS, (0.3, 0.9), strict=True)}
-    run = results.load(write_run(tmp_path / "run", confusion))
-    for task, counts_nC3 in enumerate(run.counts):
-        assert float(results.miou(counts_nC3.sum(axis=0))) == pytest.approx(run.miou_T[task], abs=1e-12)
-        one_by_one = [metrics.scores(image_CC).miou for image_CC in confusion[TASKS[task]]]
-        assert results.miou(counts_nC3) == pytest.approx(np.array(one_by_one), abs=1e-12)
+    run = finished.load(write_run(tmp_path / "run", confusion))
+    for index, task in enumerate(TASKS):
+        counts_nC3 = run.images(task)[1]
+        assert float(finished.miou(counts_nC3.sum(axis=0))) == pytest.approx(run.miou_T[index], abs=1e-12)
+        one_by_one = [metrics.scores(image_CC).miou for image_CC in confusion[task]]
+        assert finished.miou(counts_nC3) == pytest.approx(np.array(one_by_one), abs=1e-12)
 
 
-def test_records_that_disagree_with_the_results_stop_the_table(script, tmp_path):
+def test_records_that_disagree_with_the_results_stop_the_table(tmp_path):
     folder = write_run(tmp_path / "run", {"fog/5": confusions(np.random.default_rng(1), 9, right=0.5)})
     lines = (folder / "records.jsonl").read_text().splitlines(keepends=True)
     (folder / "records.jsonl").write_text("".join(lines[:-1]))
     with pytest.raises(AssertionError, match=r"fog/5: records\.jsonl and results\.json differ"):
-        script("results").load(folder)
+        finished.pixel_counts(folder)
 
 
 def test_table_shows_means_over_seeds_and_gains_of_pairs(script, tmp_path):
@@ -105,7 +44,7 @@ def test_table_shows_means_over_seeds_and_gains_of_pairs(script, tmp_path):
     scores = {}
     for name in ("source", "adapted"):
         folders = [tmp_path / name / f"s{seed}" for seed in range(3)]
-        scores[name] = np.array([results.load(folder).miou_T for folder in folders]) * 100
+        scores[name] = np.array([finished.load(folder).miou_T for folder in folders]) * 100
     difference = scores["adapted"] - scores["source"]
     means, spread = difference.mean(axis=0), difference.mean(axis=1).std(ddof=1)
     assert source[1:3] == [f"{value:.2f}" for value in scores["source"].mean(axis=0)]
@@ -120,18 +59,17 @@ def test_table_shows_means_over_seeds_and_gains_of_pairs(script, tmp_path):
     assert np.array(stored["interval"]) * 100 == pytest.approx([low, high], abs=0.006)
 
 
-def test_interval_equals_a_plain_loop_over_drawn_images(script, tmp_path, monkeypatch):
-    results, rng = script("results"), np.random.default_rng(2)
-    monkeypatch.setattr(results, "RESAMPLES", 30)
+def test_interval_equals_a_plain_loop_over_drawn_images(tmp_path):
+    rng = np.random.default_rng(2)
     keys = [["a", "b", "c", "d", "e", "f"], ["d", "c", "e", "f", "g", "h"]]
     confusion = {}
     for seed in range(2):
         for name, right in (("source", 0.4), ("adapted", 0.6)):
             confusion[name, seed] = {task: confusions(rng, 6, right=right) for task in TASKS}
             write_run(tmp_path / f"{name}/s{seed}", confusion[name, seed], seed=seed, keys=keys[seed])
-    pairs = [tuple(results.load(tmp_path / f"{name}/s{seed}") for name in ("adapted", "source")) for seed in range(2)]
-    got = results.bootstrap(pairs)
-    draws_RU = results.numpy_generator(0, "bootstrap").multinomial(8, [1 / 8] * 8, 30)
+    pairs = [tuple(finished.load(tmp_path / f"{name}/s{seed}") for name in ("adapted", "source")) for seed in range(2)]
+    got = finished.bootstrap(pairs, resamples=30)
+    draws_RU = numpy_generator(0, "bootstrap").multinomial(8, [1 / 8] * 8, 30)
     gains = []
     for draw_U in draws_RU:
         times = dict(zip("abcdefgh", draw_U, strict=True))
@@ -148,27 +86,27 @@ def test_interval_equals_a_plain_loop_over_drawn_images(script, tmp_path, monkey
     assert got == pytest.approx(np.percentile(gains, [2.5, 97.5]), abs=1e-12)
 
 
-def test_interval_is_a_point_where_images_are_alike_and_zero_where_methods_are(script, tmp_path):
-    results, rng = script("results"), np.random.default_rng(3)
+def test_interval_is_a_point_where_images_are_alike_and_zero_where_methods_are(tmp_path):
+    rng = np.random.default_rng(3)
     one_CC, better_CC = confusions(rng, 2, right=0.5)[0], confusions(rng, 1, right=0.9)[0]
-    alike = results.load(write_run(tmp_path / "source", {"fog/5": np.stack([one_CC] * 9)}))
-    better = results.load(write_run(tmp_path / "adapted", {"fog/5": np.stack([better_CC] * 9)}))
+    alike = finished.load(write_run(tmp_path / "source", {"fog/5": np.stack([one_CC] * 9)}))
+    better = finished.load(write_run(tmp_path / "adapted", {"fog/5": np.stack([better_CC] * 9)}))
     gain = float(better.miou_T[0] - alike.miou_T[0])
-    assert results.bootstrap([(better, alike)]) == pytest.approx((gain, gain), abs=1e-12)
-    varied = results.load(write_run(tmp_path / "varied", {"fog/5": confusions(rng, 9, right=0.5)}))
-    assert results.bootstrap([(varied, varied)]) == pytest.approx((0, 0), abs=1e-12)
+    assert finished.bootstrap([(better, alike)]) == pytest.approx((gain, gain), abs=1e-12)
+    varied = finished.load(write_run(tmp_path / "varied", {"fog/5": confusions(rng, 9, right=0.5)}))
+    assert finished.bootstrap([(varied, varied)]) == pytest.approx((0, 0), abs=1e-12)
 
 
-def test_interval_contains_the_truth_about_as_often_as_it_says(script, tmp_path):
-    results, rng = script("results"), np.random.default_rng(4)
+def test_interval_contains_the_truth_about_as_often_as_it_says(tmp_path):
+    rng = np.random.default_rng(4)
     source_nCC, adapted_nCC = (confusions(rng, 3000, right=right) for right in (0.5, 0.6))
     total = [metrics.scores(all_nCC.sum(axis=0)[:3, :3]).miou for all_nCC in (adapted_nCC, source_nCC)]
     truth, hits, widths, gains = total[0] - total[1], 0, [], []
     for trial in range(100):
         drawn = rng.choice(3000, 40, replace=False)
-        runs = [results.load(write_run(tmp_path / f"{trial}{name}", {"fog/5": all_nCC[drawn][:, :3, :3]}))
+        runs = [finished.load(write_run(tmp_path / f"{trial}{name}", {"fog/5": all_nCC[drawn][:, :3, :3]}))
                 for name, all_nCC in (("adapted", adapted_nCC), ("source", source_nCC))]  # fmt: skip
-        low, high = results.bootstrap([tuple(runs)])
+        low, high = finished.bootstrap([tuple(runs)])
         hits += low <= truth <= high
         widths.append(high - low)
         gains.append(runs[0].miou_T[0] - runs[1].miou_T[0])
@@ -176,15 +114,15 @@ def test_interval_contains_the_truth_about_as_often_as_it_says(script, tmp_path)
     assert np.mean(widths) == pytest.approx(2 * 1.96 * np.std(gains), rel=0.2)
 
 
-def test_too_few_images_have_no_interval(script, tmp_path):
-    results, rng = script("results"), np.random.default_rng(6)
+def test_too_few_images_have_no_interval(tmp_path):
+    rng = np.random.default_rng(6)
     pairs = []
     for key in "ab":  # half of all draws leave out one of the two
         folders = [
             write_run(tmp_path / key / name, {"fog/5": confusions(rng, 1, right=0.5)}, keys=[key]) for name in "xy"
         ]
-        pairs.append(tuple(map(results.load, folders)))
-    assert results.bootstrap(pairs) is None
+        pairs.append(tuple(map(finished.load, folders)))
+    assert finished.bootstrap(pairs) is None
 
 
 def test_runs_that_cannot_be_compared_are_refused(script, tmp_path):
@@ -250,7 +188,7 @@ def test_control_of_another_segmenter_is_paired_by_its_data(script, tmp_path):
         path = tmp_path / f"adapted/s{seed}/results.json"
         path.write_text(path.read_text().replace('"first"', '"other"'))
     text = results.main(["--source", f"{tmp_path}/source/s*", "--control", f"wide={tmp_path}/adapted/s*"])
-    gain = np.mean([results.load(tmp_path / f"adapted/s{s}").miou_T - results.load(tmp_path / f"source/s{s}").miou_T
+    gain = np.mean([finished.load(tmp_path / f"adapted/s{s}").miou_T - finished.load(tmp_path / f"source/s{s}").miou_T
                     for s in range(2)])  # fmt: skip
     assert f"{100 * gain:+.2f} " in text.splitlines()[-1]
     rng = np.random.default_rng(5)
@@ -262,14 +200,13 @@ def test_control_of_another_segmenter_is_paired_by_its_data(script, tmp_path):
         results.main([*groups, "--control", f"third={tmp_path}/third/s*"])
 
 
-def test_runs_without_counts_or_results_are_refused(script, tmp_path):
-    results = script("results")
+def test_runs_without_counts_or_results_are_refused(tmp_path):
     old = write_run(tmp_path / "old", {"fog/5": confusions(np.random.default_rng(8), 3, right=0.5)})
     (old / "records.jsonl").write_text('{"task": "fog/5", "key": "000"}\n')
     with pytest.raises(UserError, match="records without the column classes"):
-        results.load(old)
+        finished.pixel_counts(old)
     with pytest.raises(UserError, match=r"results\.json is missing"):
-        results.load(tmp_path / "unfinished")
+        finished.load(tmp_path / "unfinished")
 
 
 def test_diagnosis_is_shown_at_the_noise_level_of_the_run(script, tmp_path):

@@ -5,6 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from segadapt.engines import visible_gpus
 
 SEGADAPT_STUB = """import json, os, pathlib, sys, time
 given = dict(part.split("=", 1) for part in sys.argv[2:])
@@ -86,16 +89,13 @@ def test_sweep_ends_its_jobs_at_the_limit(sweep, capsys):
     assert not Path("out/a/j0").exists()
 
 
-@pytest.mark.parametrize(
-    ("visible", "count", "expected"), [("", 0, [""]), (None, 2, ["0", "1"]), ("4,6", 2, ["4", "6"])]
-)
-def test_visible_gpus_keep_their_names(script, monkeypatch, visible, count, expected):
-    sweep = script("sweep")
+@pytest.mark.parametrize(("visible", "count", "expected"), [("", 0, []), (None, 2, ["0", "1"]), ("4,6", 2, ["4", "6"])])
+def test_visible_gpus_keep_their_names(monkeypatch, visible, count, expected):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: count)
-    assert sweep.visible_gpus() == expected
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert visible_gpus() == expected
 
 
 # The jobs of a world

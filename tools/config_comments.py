@@ -13,6 +13,8 @@ SCHEMAS = [
     config.TrainConfig,
     config.TrainGenerativeConfig,
     config.CorruptConfig,
+    config.GridConfig,
+    config.ResultsConfig,
 ]
 
 
