@@ -10,6 +10,8 @@ SD3=${SD3:-weights/stable-diffusion-3-medium-diffusers}
 OUT=${OUT:-outputs}
 CORRUPTIONS=${CORRUPTIONS:-[gaussian_noise,fog]}
 IMAGES=${IMAGES:-50}
+ASKED=${ASKED:-20}                      # images of step 3, each 150 classes x windows x noise levels through SD3
+SIGMAS=${SIGMAS:-[0.1,0.25,0.5,0.75]}   # its noise levels
 LEAST_MIOU=${LEAST_MIOU:-0.4}           # SegFormer-B5 has about 0.5 on all 2,000 clean images
 
 segmenter=("model.discriminative.checkpoint=$SEGFORMER" "logging.root=$OUT")
@@ -31,8 +33,8 @@ if miou < float(sys.argv[2]):
 PYTHON
 
 # 3. Can this teacher teach? Under corruptions that the test does not hold, since it reads labels.
-segadapt diagnose "${both[@]}" data=ade20k "data.data_root=$ADE20K" "data.limit=$IMAGES" \
-  'data.corruptions=[speckle_noise,gaussian_blur]' experiment.name=first-run-asked
+segadapt diagnose "${both[@]}" data=ade20k "data.data_root=$ADE20K" "data.limit=$ASKED" \
+  "diagnose.sigmas=$SIGMAS" 'data.corruptions=[speckle_noise,gaussian_blur]' experiment.name=first-run-asked
 
 # 4. The source row and the adapted row over the same images, and their table.
 segadapt adapt "${both[@]}" "${shifted[@]}" tta.forward_mode=discriminative_only
