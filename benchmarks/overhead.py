@@ -28,6 +28,7 @@ from segadapt.models.build import build_models
 from segadapt.parse import from_overrides
 from segadapt.record import JsonLines, RunFolder
 from segadapt.task_loop import Run, TaskLoop
+from segadapt.terminal import open_terminal
 from segadapt.wandb_mirror import NoWandb
 
 DEFAULTS = ("experiment=toytown_c", "data.corruptions=[fog]", "runtime=cpu")
@@ -52,11 +53,12 @@ def measure(settings: AdaptConfig, folder: Path, *, images: int, saves: int) -> 
     entries = stream.order(dataset, task, seed=settings.experiment.seed, shuffle=True, limit=images + 2)
     models, data = build_models(settings, dataset.classes), settings.data
     samples = stream.read(dataset, entries, short_side_px=data.short_side_px, workers=data.workers)
+    terminal = open_terminal("auto", Console(quiet=True))
     spent: dict[bool, list[float]] = {True: [], False: []}
     inside = []
     with JsonLines(folder / "records.jsonl") as records, JsonLines(folder / "timings.jsonl") as timings:
-        run = Run(settings, dataset, models, RunFolder(folder, "overhead"), NoWandb(), Console(quiet=True), records,
-                  timings, samples, num_tasks=1)  # fmt: skip
+        run = Run(settings, dataset, models, RunFolder(folder, "overhead"), NoWandb(), terminal, records, timings,
+                  samples, num_tasks=1)  # fmt: skip
         loop = TaskLoop(run, entries)
         calls = [Timed(loop._record), Timed(timings.append)]
         loop._record, timings.append = calls  # type: ignore[method-assign]

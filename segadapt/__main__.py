@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import platform
 import re
 import sys
 from collections.abc import Callable
@@ -14,9 +15,11 @@ import yaml
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
 
 from segadapt import __version__, config
 from segadapt.errors import UserError, did_you_mean
+from segadapt.machine import check_versions, fault_of
 from segadapt.parse import explain, methods_as_files, parse
 from segadapt.signals import Stopped
 
@@ -84,7 +87,7 @@ def _refuse(verb: str, error: UserError) -> NoReturn:
 
 
 def main() -> None:
-    """Exit status 0; 2 for a user's mistake, 128 + signal for a stop, each in one line."""
+    """Exit status 0; 2 for a user's mistake or what the machine did, 128 + signal for a stop, each in one line."""
     verb, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if verb in ("--help", "-h", "help"):
         sys.stdout.write(USAGE + "".join(f"  {name:<17} {row[3]}\n" for name, row in VERBS.items()))
@@ -95,6 +98,7 @@ def main() -> None:
     try:
         if verb not in VERBS:
             raise UserError(f"{verb} is not a verb.{did_you_mean(verb, VERBS)}")
+        check_versions(platform.python_version())
         _start(verb, arguments)
     except UserError as error:
         _refuse(verb, error)
@@ -122,14 +126,21 @@ def _start(verb: str, arguments: list[str]) -> None:
         except Stopped as stopped:
             sys.stderr.write(f"segadapt {verb}: {stopped}\n")
             sys.exit(128 + stopped.signum)
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, RecursionError) as error:
             raise RuntimeError("a run must not raise Hydra's errors") from error  # not the user's mistake
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if (line := fault_of(error)) is None:
+                raise
+            _refuse(verb, UserError(line))
 
     try:
         job()
     except yaml.MarkedYAMLError as error:
         place = f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise UserError(f"{place}{error.problem}. Correct the YAML.") from error
+    except RecursionError as error:
+        raise UserError("a value is nested too deep to be read; expected a few levels of lists and keys. Correct the "
+                        "arguments, or the experiment file.") from error  # fmt: skip
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error, schema, arguments)) from error
 

@@ -1,11 +1,11 @@
 """A run: the stream listed and checked, the models built, one loop a task, the results. `evaluate` is the same run."""
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,21 @@ from segadapt.protocol import identity, method_of, peak_memory_gib, protocol, ve
 from segadapt.record import JsonLines, RunFolder, refuse_changes, write_json
 from segadapt.signals import Stopped, noted_signals
 from segadapt.task_loop import MEANS, Run, TaskLoop, TaskResult, row_of
-from segadapt.terminal import copyable_line, results_table
+from segadapt.terminal import (
+    Terminal,
+    copyable_line,
+    latex_row,
+    markdown_row,
+    open_terminal,
+    paper_values,
+    results_table,
+)
+from segadapt.untrusted import read_json
 from segadapt.wandb_mirror import mirrored
 
 SHOWN = MEANS[:5]  # mRecall is mAcc
+# Counts of a task that have a column where any is not 0, the last one with their sum.
+FAULTS = {"steps_skipped": "skipped", "predictions_not_finite": "not finite", "resets": "resets"}
 
 
 def run(
@@ -41,14 +52,16 @@ def run(
 
     Args:
         segmenter, teacher: see build_models; the settings' `checkpoint` then only names them in the protocol line.
+        console: see open_terminal.
     Raises:
         UserError: a mistake in settings, data or checkpoints, before the first step wherever it can be known.
     """
-    console = console or Console()
+    terminal = open_terminal(settings.logging.terminal, console)
+    console = terminal.console
     _check_leaves_something(settings)
     _check_can_diagnose(settings)
     dataset, tasks = build_dataset(settings.data), build_tasks(settings.data)
-    entries = _all_entries(settings, dataset, tasks, console)
+    entries = _all_entries(settings, dataset, tasks, terminal.warnings)
     flat = [entry for stretch in entries for entry in stretch]
     stream.verify(dataset, flat, workers=settings.data.workers)
     folder = RunFolder.open(
@@ -56,7 +69,8 @@ def run(
     )
     with folder.locked() as gone:
         if gone is not None:
-            console.print(f"{folder.path} is taken over: {gone} is gone", highlight=False, soft_wrap=True, markup=False)
+            said = f"{folder.path} is taken over: {gone} is gone"
+            terminal.warnings.print(said, highlight=False, soft_wrap=True, markup=False)
         models = build_models(settings, dataset.classes, segmenter=segmenter, teacher=teacher)
         origin = {
             "order_sha256": stream.order_hash(flat),
@@ -65,12 +79,12 @@ def run(
         }
         results = None if settings.experiment.restart else _finished(folder, origin)
         if results is None:
-            results = _adapt(settings, dataset, entries, models, folder, origin, console, num_tasks=len(tasks))
+            results = _adapt(settings, dataset, entries, models, folder, origin, terminal, num_tasks=len(tasks))
         else:
             Checkpoints(folder.path, seconds=None, images=None).clear()
             console.print(f"{folder.path} is finished; experiment.restart=true would start anew", highlight=False,
                           soft_wrap=True)  # fmt: skip
-    _print_results(console, results)
+    _print_results(terminal, results, folder.path)
     return results | {"folder": str(folder.path)}
 
 
@@ -81,7 +95,7 @@ def _adapt(
     models: Models,
     folder: RunFolder,
     origin: Mapping[str, Any],
-    console: Console,
+    terminal: Terminal,
     *,
     num_tasks: int,
 ) -> dict[str, Any]:
@@ -90,7 +104,7 @@ def _adapt(
     Raises:
         Stopped: a signal came; the same command goes on.
     """
-    runtime, flat = settings.runtime, [entry for stretch in entries for entry in stretch]
+    runtime, flat, console = settings.runtime, [entry for stretch in entries for entry in stretch], terminal.console
     checkpoints = Checkpoints(folder.path, seconds=runtime.checkpoint_seconds, images=runtime.checkpoint_images)
     state = None if settings.experiment.restart else _earlier(checkpoints, folder, settings, origin, console)
     folder.start_over(asdict(settings), keep=state is not None)
@@ -100,6 +114,10 @@ def _adapt(
         console.print("generative model on", *models.map_lines, sep="\n  ", highlight=False, soft_wrap=True)
     if state is not None:
         console.print(f"goes on after image {done} of {len(flat)}", highlight=False)
+    terminal.event(
+        "start", folder=folder.path, method=method_of(settings), protocol=sentence, images=len(flat), done=done,
+        tasks=list(dict.fromkeys(entry.task.name for entry in flat)), placement=models.map_lines,
+    )  # fmt: skip
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     started = now if state is None else state["started"]
     data = settings.data
@@ -111,8 +129,14 @@ def _adapt(
         JsonLines(folder.path / "timings.jsonl", keep_bytes=state["timings"] if state else 0) as timings,
     ):
         timings.append({"started": now, "images": done, "segadapt": __version__})
-        shared = Run(settings, dataset, models, folder, mirror, console, records, timings, samples, num_tasks=num_tasks)
-        loops = [TaskLoop(shared, stretch) for stretch in entries]
+        shared = Run(
+            settings, dataset, models, folder, mirror, terminal, records, timings, samples, num_tasks=num_tasks
+        )
+        loops, first = [], 0
+        for stretch in entries:
+            later = len(flat) - first - len(stretch)
+            loops.append(TaskLoop(shared, stretch, num_earlier=first, num_later=later))
+            first += len(stretch)
         if state is not None:
             models.method.load_state_dict(state["method"])
             for loop, its_state in zip(loops, state["loops"], strict=True):
@@ -149,7 +173,10 @@ def _adapt(
         }
         write_json(folder.path / "results.json", results)
         checkpoints.clear()
-        mirror.summary({f"mean/{name}": value for name, value in results["mean"].items()})
+        memory = {f"peak_memory_gib/cuda:{gpu}": gib for gpu, gib in enumerate(results["peak_memory_gib"])}
+        mirror.summary({f"mean/{name}": value for name, value in results["mean"].items()} | memory)
+        columns = ["task", "images", *MEANS, "seconds"]
+        mirror.table("tasks", columns, [[row[name] for name in columns] for row in results["tasks"]])
     if asked.signum is not None:
         raise Stopped(asked.signum, f"{asked.signum.name} after the last image; {folder.path} is finished")
     return results
@@ -168,7 +195,7 @@ def _finished(folder: RunFolder, origin: Mapping[str, Any]) -> dict[str, Any] | 
     path = folder.path / "results.json"
     if not path.is_file():
         return None
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = read_json(path, cure=f"{ANEW}.")
     earlier = {name: results[name] for name in origin if name in results}
     refuse_changes(folder.path, earlier, origin, cure=ANEW)
     return results
@@ -227,7 +254,7 @@ def _check_can_diagnose(settings: EvaluateConfig) -> None:
 
 
 def _all_entries(
-    settings: EvaluateConfig, dataset: Dataset, tasks: list[Task], console: Console
+    settings: EvaluateConfig, dataset: Dataset, tasks: list[Task], warnings: Console
 ) -> list[list[stream.Entry]]:
     """The whole stream, listed before anything is loaded: what lies between two resets, mostly one task, in order.
 
@@ -241,7 +268,7 @@ def _all_entries(
         missing = getattr(dataset, "missing_images", lambda _: [])(task)
         if missing and tuple(missing) not in said:
             said.add(tuple(missing))
-            console.print(f"{task.name}: {len(missing)} labels have no image (first: {missing[0]})", highlight=False)
+            warnings.print(f"{task.name}: {len(missing)} labels have no image (first: {missing[0]})", highlight=False)
     if data.order != "mixed":
         return entries
     rounds = [[entry for of_task in entries for entry in of_task if entry.task.visit == visit + 1]
@@ -264,17 +291,30 @@ def _mean(results: list[TaskResult], name: str) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _print_results(console: Console, results: Mapping[str, Any]) -> None:
-    """The final table and one copyable line of mIoU per task and mean, in percent."""
-    tasks, mean = results["tasks"], results["mean"]
+def _print_results(terminal: Terminal, results: Mapping[str, Any], folder: Path) -> None:
+    """The final table, one copyable line of mIoU per task and mean, in percent, and rows for published tables."""
+    tasks, mean, console = results["tasks"], results["mean"], terminal.console
+    brief = [{name: row[name] for name in ("task", "images", "miou")} for row in tasks]
+    shown = {name: results[name] for name in ("method", "protocol", "seed", "mean", "peak_memory_gib")}
+    terminal.event("result", folder=folder, **shown, tasks=brief)
     if all(row["miou"] is None for row in tasks):
-        console.print(f"{sum(row['images'] for row in tasks)} unlabelled images: predictions only")
+        line = f"{sum(row['images'] for row in tasks)} unlabelled images: predictions only"
+        console.print(line)
+        terminal.result(f"{folder}: {line}")
         return
     rows = [
         [row["task"], row["images"], *(row[name] for name in SHOWN), f"{row['seconds'] / row['images']:.3f}"]
         for row in tasks
     ]
     rows.append(["mean", sum(row["images"] for row in tasks), *(mean[name] for name in SHOWN), ""])
-    console.print(results_table(rows, ["task", "images", "mIoU", "mAcc", "aAcc", "mF1", "mPrec", "s/image"]))
-    line = copyable_line([*(row["miou"] for row in tasks), mean["miou"]])
-    console.print(f"mIoU %: {line}", highlight=False, soft_wrap=True, markup=False)
+    columns = ["task", "images", "mIoU", "mAcc", "aAcc", "mF1", "mPrec", "s/image"]
+    for count, heading in FAULTS.items():
+        if any(counts := [row[count] for row in tasks]):
+            columns.append(heading)
+            rows = [[*row, value] for row, value in zip(rows, [*counts, sum(counts)], strict=True)]
+    console.print(results_table(rows, columns))
+    line = f"mIoU %: {copyable_line([*(row['miou'] for row in tasks), mean['miou']])}"
+    published = paper_values([row["task"] for row in tasks], [row["miou"] for row in tasks])
+    lines = line, *(write(results["method"], published) for write in (latex_row, markdown_row))
+    console.print(*lines, sep="\n", highlight=False, soft_wrap=True, markup=False)
+    terminal.result(f"{folder}: {line}")

@@ -66,7 +66,7 @@ def check_models(settings: CheckConfig, dataset: Dataset, entry: Entry) -> tuple
 def _timed_step(method: Source, image_3HW: Tensor, entry: Entry) -> tuple[Prediction, float]:
     """One step, and its seconds until every GPU has done it."""
     start = time.perf_counter()
-    with explain_out_of_memory(method, f"{entry.key} of {entry.task.name}"):
+    with explain_out_of_memory(method, f"{entry.key} of {entry.task.name}", image_3HW):
         step = method.step(image_3HW, task=entry.task.name, key=entry.key)
         for gpu in range(torch.cuda.device_count()) if method.device.type == "cuda" else ():
             torch.cuda.synchronize(gpu)

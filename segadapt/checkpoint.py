@@ -24,6 +24,8 @@ KEPT = 2  # the newest ones
 SHARD_BYTES = 2**30  # of tensors in one file; twice as much host memory is needed to write it
 MOST_SHARE = 0.02  # of the time that checkpoints by the clock may take
 
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # whatever bytes may turn into
+
 logger = logging.getLogger(__name__)
 
 
@@ -69,16 +71,9 @@ class Checkpoints:
         if images == self.newest:
             return
         began, path = self._clock(), self.path_of(images)
-        temporary = self.folder / f".{path.name}.{os.getpid()}.tmp"
         try:
-            temporary.mkdir(parents=True)
-            _write(temporary, state)
-            if path.exists():  # passed over as damaged by this start
-                shutil.rmtree(path)
-            os.replace(temporary, path)
-            fsync_folder(self.folder)
+            write_folder(path, state)
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             needs = f"{(KEPT + 1) * size_of(state) / 2**30:.2f} GiB for {KEPT + 1} of them"
             raise UserError(
                 f"{path}: the checkpoint cannot be written ({error.strerror}); expected room of {needs}. Earlier ones "
@@ -100,9 +95,9 @@ class Checkpoints:
         """
         for path in sorted(self.folder.glob("[0-9]*"), reverse=True):
             try:
-                state = _read(path)
+                state = read_folder(path)
                 fault = is_usable(state)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever bytes may turn into
+            except DAMAGE as error:
                 fault = " ".join(f"{type(error).__name__}: {error}".split())
             else:
                 if fault is None:
@@ -127,6 +122,24 @@ def size_of(state: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
+def write_folder(path: Path, state: Mapping[str, Any]) -> None:
+    """Nested state, see `encode`, as a folder that is there whole or not at all; one that is there is replaced.
+
+    OSError: it cannot be written, and nothing is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        _write(temporary, state)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def _write(folder: Path, state: Mapping[str, Any]) -> None:
     """state.json last, with the SHA-256 of the others and of itself."""
     tensors: dict[str, Tensor] = {}
@@ -149,8 +162,8 @@ def _write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _read(folder: Path) -> Any:
-    """What `_write` wrote. ValueError: damaged."""
+def read_folder(folder: Path) -> Any:
+    """What `write_folder` wrote; the tensors are read when they are used. ValueError, KeyError, OSError: damaged."""
     whole = json.loads((folder / STATE).read_text(encoding="utf-8"))
     body = {name: whole[name] for name in ("files", "state")}
     if whole["sha256"] != _digest(body):

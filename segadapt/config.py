@@ -166,6 +166,9 @@ class TrustSettings:
 @dataclass
 class EvaluatedModelSettings:
     discriminative: DiscriminativeSettings = setting("the segmenter")
+    sha256: dict[str, str] = setting(
+        "of the weights, by model, as results.json lists them under weights_sha256: others are refused; {}: any"
+    )
 
 
 @dataclass
@@ -202,6 +205,10 @@ class TtaSettings:
     options: dict[str, Any] = setting("the method's own, see its docstring and conf/tta/NAME.yaml")
     continual: bool = setting("keep what was learned from task to task; false: reset before each")
     episodic: bool = setting("reset before each image")
+    non_finite: str = setting(
+        "an image whose loss, gradient or prediction is not finite: no step, end the run, or no step and a reset",
+        choices=("skip", "stop", "reset"),
+    )
     save_adapted: bool = setting("save the adapted segmenter of each task as a folder that can be a checkpoint")
     diagnose_every: int = setting(
         "add diagnostics to every n-th record; reads labels, changes nothing; 0: never", low=0
@@ -214,6 +221,8 @@ class WandbSettings:
     mode: str = setting("where the copy of the records goes", choices=("online", "offline", "disabled"))
     entity: str | None = setting("W&B user or team; null: the login's default")
     project: str = setting("W&B project")
+    images: int = setting("adapt, evaluate: the first n images of each task are shown with label and prediction",
+                          low=0, high=100)  # fmt: skip
 
 
 @dataclass
@@ -221,6 +230,10 @@ class LoggingSettings:
     root: str = setting("folder of all run folders")
     predictions: str = setting("palette PNGs of the predictions", choices=("none", "sample", "all"))
     sample_images: int = setting("predictions=sample: the first n images of each task", low=1)
+    terminal: str = setting(
+        "adapt, evaluate, demo: text, live on a terminal or in plain lines, only the result lines, or JSON lines",
+        choices=("auto", "rich", "plain", "quiet", "json"),
+    )
     wandb: WandbSettings = setting("Weights & Biases")
 
 

@@ -28,9 +28,11 @@ from segadapt.corruptions import check_corruption, corrupt
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.errors import UserError, did_you_mean
+from segadapt.untrusted import check_inside, read_json
 
 FORMATS = {"png": "PNG", "jpg": "JPEG"}  # file suffix -> Pillow's name
 CLEAN = Task(0)
+WRITE_ANEW = "Delete the whole set and write it again."
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def _claim(output: Path, identity: Mapping[str, str | int | None]) -> None:
             )
         _write_whole(path, _json(dict(identity)))
         return
-    stored = _read_json(path)
+    stored = read_json(path, cure=WRITE_ANEW)
     for field in [*identity, *(field for field in stored if field not in identity)]:
         old, new = stored.get(field), identity.get(field)
         if old != new:
@@ -208,7 +210,12 @@ def _earlier_images(output: Path) -> dict[str, str]:
     path = output / "manifest.json"
     if not path.is_file():
         return {}
-    return {name: sha256 for name, sha256 in _read_json(path)["sha256"].items() if (output / name).is_file()}
+    earlier = read_json(path, cure=WRITE_ANEW).get("sha256")
+    if not isinstance(earlier, dict):
+        raise UserError(f"{path}: no object `sha256`; expected a hash for every image. {WRITE_ANEW}")
+    for name in earlier:
+        check_inside(output / name, output, cure=f"It is named in {path}. {WRITE_ANEW}")
+    return {name: sha256 for name, sha256 in earlier.items() if (output / name).is_file()}
 
 
 def _identity(dataset: Dataset, keys: list[str]) -> str:
@@ -263,13 +270,6 @@ def _progress_bar(*, shown: bool) -> Iterator[Progress]:
 
 def _json(document: dict) -> bytes:
     return (json.dumps(document, indent=1) + "\n").encode()
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: expected JSON, got {error}. Delete the whole set and write it again.") from error
 
 
 def origin_of(data: DataSettings) -> dict[str, str | int | None]:

@@ -3,24 +3,22 @@
 import copy
 from pathlib import Path
 
-from rich.console import Console
-
 from segadapt.adapt import run
 from segadapt.config import AdaptConfig
 from segadapt.record import write_json
-from segadapt.terminal import comparison_table
+from segadapt.terminal import comparison_table, open_terminal
 
 
 def demo(settings: AdaptConfig) -> None:
     """Run both forward modes and write {logging.root}/{experiment.name}/summary.json."""
-    console = Console()
+    terminal = open_terminal(settings.logging.terminal)
     modes = {}
     for mode in ("discriminative_only", "tta"):
         chosen = copy.deepcopy(settings)
         chosen.tta.forward_mode = mode
         if chosen.experiment.id is not None:
             chosen.experiment.id += f"-{mode}"
-        modes[mode] = run(chosen, console=console)
+        modes[mode] = run(chosen)
     tasks = [
         {"task": source["task"], "source_miou": source["miou"], "adapted_miou": adapted["miou"]}
         for source, adapted in zip(modes["discriminative_only"]["tasks"], modes["tta"]["tasks"], strict=True)
@@ -31,5 +29,6 @@ def demo(settings: AdaptConfig) -> None:
     }
     path = Path(settings.logging.root, settings.experiment.name, "summary.json")
     write_json(path, {"tasks": tasks, "mean": mean})
-    console.print(comparison_table(tasks, mean))
-    console.print(f"summary {path}", highlight=False)
+    terminal.event("comparison", file=path, tasks=tasks, mean=mean)
+    terminal.console.print(comparison_table(tasks, mean))
+    terminal.console.print(f"summary {path}", highlight=False)

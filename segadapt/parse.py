@@ -3,11 +3,13 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_module
-from hydra.errors import OverrideParseException
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -16,13 +18,34 @@ from segadapt.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 METHOD = "tta.method="
+PASSWORD = r"://[^/@\s]+:[^/@\s]+@"
 PLAIN_TEMPLATE = "a photo of a {}"  # what model.generative.prompts.template is unless it is set
 
 
-def from_overrides(primary: str, overrides: Sequence[str], schema: type[T]) -> T:
-    """Settings as the command line would give them, for scripts: from_overrides("adapt", ["data=toytown_c"], ...)."""
-    with initialize_config_module("segadapt.conf", version_base="1.3"):
-        return parse(compose(primary, methods_as_files(overrides)), schema)
+def from_overrides(
+    primary: str, overrides: Sequence[str], schema: type[T], *, where_missing: Mapping[str, Any] = MappingProxyType({})
+) -> T:
+    """Settings as the command line would give them, for scripts: from_overrides("adapt", ["data=toytown_c"], ...).
+
+    A Hydra that the calling program is in is left as it was.
+
+    Args:
+        where_missing: values, by dotted name, of settings that would otherwise have none.
+    Raises:
+        UserError: see `parse`; an override that cannot be read, or names no group, option or setting.
+    """
+    callers = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()  # there can be only one
+    try:
+        with initialize_config_module("segadapt.conf", version_base="1.3"):
+            composed = compose(primary, methods_as_files(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, schema, overrides)) from error
+    finally:
+        GlobalHydra.instance().hydra = callers
+    for name in OmegaConf.missing_keys(composed) & where_missing.keys():
+        OmegaConf.update(composed, name, where_missing[name])
+    return parse(composed, schema)
 
 
 def methods_as_files(overrides: Sequence[str]) -> list[str]:
@@ -36,7 +59,8 @@ def explain(error: Exception, schema: type, arguments: Sequence[str]) -> str:
     """One line for what Hydra found wrong with the command line, with the nearest right name."""
     text = " ".join(str(error).split())
     if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read; expected key=value. Quote values with spaces: \"key='a b'\"."
+        given = " ".join(error.override.split())
+        return f"{given} cannot be read; expected key=value. Quote values with spaces: \"key='a b'\"."
     found = re.search(r"Could not find '(.+)/(.+?)' Available options in '.+?':(.*?)(?:Config search path|$)", text)
     if found:
         group, wrong, options = found.groups()
@@ -69,16 +93,19 @@ def parse(config: DictConfig, schema: type[T], *, prefix: str = "") -> T:
     Args:
         prefix: of the names in messages, where the config is a part of a larger one.
     Raises:
-        UserError: an unknown, missing or mistyped setting, a value outside its choices or range; names the nearest.
+        UserError: an unknown, missing or mistyped setting, a value outside its choices or range, an address with a
+            password; names the nearest.
     """
-    resolved, known = OmegaConf.to_container(config, resolve=True), fields_of(schema)
-    assert isinstance(resolved, dict)
-    given = _flat(resolved, known)
+    known = fields_of(schema)
+    given = _flat(_resolved(config, prefix), known)
     for name in given:
         if name not in known:
             raise UserError(f"{prefix}{name} is not a setting.{did_you_mean(name, known)}")
+        if re.search(PASSWORD, str(given[name])):
+            raise UserError(f"{prefix}{name} holds an address with a password; expected none, as settings are written "
+                            "to records. Keep keys in the environment, and remove it.")  # fmt: skip
     try:
-        typed = OmegaConf.unsafe_merge(OmegaConf.structured(schema), resolved)  # neither is used again
+        typed = OmegaConf.unsafe_merge(OmegaConf.structured(schema), _resolved(config, prefix))  # neither is used again
         missing = sorted(OmegaConf.missing_keys(typed))
         if missing:
             name = f"{prefix}{missing[0]}"
@@ -94,6 +121,23 @@ def parse(config: DictConfig, schema: type[T], *, prefix: str = "") -> T:
     if not prefix:
         _check_fields_together(parsed)
     return parsed  # type: ignore[return-value]
+
+
+def _resolved(config: DictConfig, prefix: str) -> dict[str, Any]:
+    """Plain values, with ${other.setting} in its place.
+
+    UserError: one that names no setting, or a resolver, ${name:...}, which would compute or read the environment.
+    """
+    cure = "expected a plain value, or ${NAME} for the value of another setting. Write the value itself."
+    resolver = re.search(r"\$\{[^}]*:", str(OmegaConf.to_container(config, resolve=False)))
+    if resolver:
+        raise UserError(f"{prefix or 'a setting'} holds {resolver[0]}...}}; {cure}")
+    try:
+        resolved: Any = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        said = " ".join(str(error.msg).split())
+        raise UserError(f"{prefix}{error.full_key or 'a setting'}: {said}; {cure}") from error
+    return resolved
 
 
 def wants_teacher(tta: TtaSettings) -> bool:

@@ -1,6 +1,7 @@
 """What was measured, in words and numbers: the run's identity, its protocol line, and the versions it ran on."""
 
 import platform
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -47,6 +48,7 @@ FREE = (
     "runtime.checkpoint_seconds",
     "runtime.checkpoint_images",
     "tta.diagnose_every",
+    "model.sha256",
     "model.generative.prompts.cache_dir",
 )
 
@@ -74,8 +76,9 @@ def identity(settings: EvaluateConfig) -> dict[str, Any]:
         values["model"] = {"discriminative": values["model"]["discriminative"]}
     if method is Source:
         values.pop("tta", None)
-    elif not values["tta"]["options"]:
-        del values["tta"]["options"]
+    else:  # the id of a run does not change with a setting that is new and at its default
+        neutral = {"options": {}, "non_finite": "skip"}
+        values["tta"] = {name: value for name, value in values["tta"].items() if (name, value) not in neutral.items()}
     return values | {"method": method_of(settings)}
 
 
@@ -123,6 +126,8 @@ def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
         stretch = "round" if data.order == "mixed" else "task"
         rule = f"reset before each {'image' if settings.tta.episodic else stretch}"
         parts.append("continual" if settings.tta.continual else rule)
+        if settings.tta.non_finite == "reset":
+            parts.append("reset also where a loss is not finite")
     parts += [
         f"scored {METHODS[method_of(settings)].scored} at label size, one bilinear resize",
         short_sides(settings),
@@ -205,6 +210,18 @@ def versions(main: torch.device) -> dict[str, str]:
     count = torch.cuda.device_count() if main.type == "cuda" else torch.get_num_threads()
     packages = {name: version(name) for name in PACKAGES}
     return {"segadapt": __version__, "python": platform.python_version(), "device": f"{count} x {device}"} | packages
+
+
+def peak_memory() -> str:
+    """'GPU 61.7 GiB', of the fullest one, or 'RSS 1.2 GiB' of this process without GPUs; '' where nobody counts."""
+    if reserved_gib := peak_memory_gib():
+        return f"GPU {max(reserved_gib):.1f} GiB"
+    if sys.platform == "win32":
+        return ""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return f"RSS {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
 
 
 def peak_memory_gib() -> list[float]:

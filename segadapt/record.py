@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from segadapt.errors import UserError
+from segadapt.untrusted import check_inside, read_json
 
 RESULTS = (
     "results.json",
@@ -72,6 +73,9 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails has none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
@@ -102,16 +106,23 @@ class JsonLines:
     def __init__(self, path: Path, *, keep: Sequence[Any] = (), keep_bytes: int = 0):
         """keep: values of an earlier start, written first; keep_bytes: of an earlier start's file, the rest is cut."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
         assert keep_bytes <= self._file.tell(), path
         self._file.truncate(keep_bytes)
         for value in keep:
             self.append(value)
 
     def append(self, value: Any) -> None:
-        """Write one line, see `plain`."""
-        self._file.write(json.dumps(plain(value), allow_nan=False, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Write one line, see `plain`. OSError (disk full): the lines before it stay, and no part of this one."""
+        line = memoryview((json.dumps(plain(value), allow_nan=False, ensure_ascii=False) + "\n").encode())
+        whole = os.fstat(self._file.fileno()).st_size
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            self._file.truncate(whole)
+            error.filename = error.filename or self._file.name
+            raise
 
     def sync(self) -> int:
         """Bring all lines to the disk; returns their bytes."""
@@ -148,7 +159,8 @@ class RunFolder:
             run_id: None: the first 10 hex digits of the SHA-256 of the settings as canonical JSON.
             settings: all that can change results; JSON values.
         Raises:
-            UserError: a name or id of other characters; a folder of another run or of none, or one not writable.
+            UserError: a name or id of other characters, or a link that leaves root; a folder of another run or of
+                none, or one not writable.
         """
         settings = plain(settings)
         run_id = settings_id(settings) if run_id is None else run_id
@@ -159,6 +171,7 @@ class RunFolder:
                     f"names a folder. Choose another {setting}."
                 )
         path = Path(root, name, run_id).expanduser()
+        check_inside(path, Path(root).expanduser(), cure="Remove the link, or choose another experiment.name.")
         try:
             if path.exists():
                 _check_same_run(path, settings)
@@ -212,7 +225,7 @@ class RunFolder:
         keep: nothing is removed, as this start goes on where that one stopped.
         """
         for result in () if keep else RESULTS:
-            if (self.path / result).is_dir():
+            if (self.path / result).is_dir() and not (self.path / result).is_symlink():
                 shutil.rmtree(self.path / result)
             else:
                 (self.path / result).unlink(missing_ok=True)
@@ -240,21 +253,20 @@ def _check_same_run(path: Path, settings: Mapping[str, Any]) -> None:
         if not all(_is_half_written(left) for left in path.iterdir()):
             raise UserError(f"{path} holds files but no settings.json, so it is not a run folder. {another}.")
         return
-    try:
-        old = json.loads(stored.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{stored}: not JSON ({error}). {another}, or remove the folder.") from error
+    old = read_json(stored, cure=f"{another}, or remove the folder.")
     refuse_changes(path, old, settings, cure=f"{another}, or restore the value")
 
 
-def refuse_changes(path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any], *, cure: str) -> None:
+def refuse_changes(
+    path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any], *, cure: str, what: str = "Run folder"
+) -> None:
     """UserError for the first value, by dotted name, that differs from the one a run folder was started with."""
     old, new = _flat(earlier), _flat(now)
     for name in [*new, *(name for name in old if name not in new)]:
         before, after = old.get(name, _ABSENT), new.get(name, _ABSENT)
         if before != after or type(before) is not type(after):
             raise UserError(
-                f"Run folder {path} was started with {_setting(name, before)}; now {_shown(after)}. A run is repeated "
+                f"{what} {path} was started with {_setting(name, before)}; now {_shown(after)}. A run is repeated "
                 f"only unchanged. {cure}."
             )
 

@@ -17,10 +17,13 @@ from segadapt.models.build import Models
 from segadapt.models.combined import Combined
 from segadapt.models.diagnostics import examine
 from segadapt.models.generative.guided import LEAST_BOXES
+from segadapt.models.non_finite import react
 from segadapt.models.out_of_memory import explain_out_of_memory
 from segadapt.models.source import Prediction
+from segadapt.pictures import picture_of
+from segadapt.protocol import peak_memory
 from segadapt.record import JsonLines, RunFolder, write_json, write_png_palette
-from segadapt.terminal import TaskProgress
+from segadapt.terminal import TaskProgress, Terminal
 from segadapt.wandb_mirror import Mirror
 
 MEANS = ("miou", "macc", "aacc", "mf1", "mprecision", "mrecall")
@@ -40,6 +43,7 @@ class TaskResult:
     steps_skipped: int  # loss or gradient was not finite
     steps_refused: int  # by model.trust.max_agreement
     predictions_not_finite: int  # scored all the same: their argmax is class 0
+    resets: int  # by tta.non_finite
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,19 @@ class Run:
     models: Models
     folder: RunFolder
     mirror: Mirror
-    console: Console
+    terminal: Terminal
     records: JsonLines
     timings: JsonLines
     samples: Iterator[stream.Prepared]
     num_tasks: int
 
+    @property
+    def console(self) -> Console:
+        """For a person."""
+        return self.terminal.console
 
-TALLIED = ("images", "labelled", "skipped", "refused", "broken", "unguided", "seconds", "digests")
+
+TALLIED = ("images", "labelled", "skipped", "refused", "broken", "resets", "unguided", "seconds", "digests")
 
 
 class TaskTally:
@@ -68,7 +77,7 @@ class TaskTally:
         self.task, self.slug = task, slug_of(task)
         self.matrix = metrics.ConfusionMatrix(len(run.dataset.classes), run.models.method.device)
         self.counts_CC = self.matrix.counts()
-        self.images = self.labelled = self.skipped = self.refused = self.broken = self.unguided = 0
+        self.images = self.labelled = self.skipped = self.refused = self.broken = self.resets = self.unguided = 0
         self.seconds = 0.0
         self.digests: list[str] = []  # of its images and labels, in stream order
 
@@ -78,7 +87,7 @@ class TaskTally:
         data_sha256 = hashlib.sha256("".join(self.digests).encode()).hexdigest()
         return TaskResult(
             self.task, self.images, self.seconds, scores, self.counts_CC, data_sha256, self.skipped, self.refused,
-            self.broken,
+            self.broken, self.resets,
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,8 +110,9 @@ class TaskLoop:
         is_finished: what follows its last image is done too.
     """
 
-    def __init__(self, run: Run, entries: Sequence[stream.Entry]):
-        self.shared, self.entries = run, entries
+    def __init__(self, run: Run, entries: Sequence[stream.Entry], *, num_earlier: int = 0, num_later: int = 0):
+        """num_earlier, num_later: images of the run before and behind these."""
+        self.shared, self.entries, self.others = run, entries, (num_earlier, num_later)
         tasks = sorted({entry.task for entry in entries}, key=lambda task: task.index)
         self.tallies = {task: TaskTally(run, task) for task in tasks}
         self.images, self.is_finished = 0, False
@@ -142,7 +152,10 @@ class TaskLoop:
             num_tasks=shared.num_tasks,
             num_images=len(self.entries),
             num_done=self.images,
+            num_earlier=self.others[0],
+            num_later=self.others[1],
             console=shared.console,
+            memory=peak_memory,
         )
         with progress:
             for entry in self.entries[self.images :]:
@@ -151,11 +164,13 @@ class TaskLoop:
                 sample = next(shared.samples)
                 ready = time.perf_counter()
                 assert sample.entry == entry, (sample.entry, entry)
-                with explain_out_of_memory(method, f"{entry.key} of {task.name}"):
+                with explain_out_of_memory(method, f"{entry.key} of {task.name}", sample.image_3HW):
                     if tta is not None and tta.episodic:
                         method.reset()
                     diagnosis = self._diagnose(tally, sample)  # before the step: of the weights that it starts from
                     prediction = method.step(sample.image_3HW, task=task.name, key=entry.key)
+                if tta is not None:
+                    tally.resets += react(tta.non_finite, method, prediction, what=f"{entry.key} of {task.name}")
                 miou, classes = self._score_and_save(tally, sample, prediction)
                 tally.digests.append(sample.digest)
                 self._record(tally, sample, prediction, miou, classes, diagnosis)
@@ -165,6 +180,10 @@ class TaskLoop:
                 shared.timings.append({"task": task.name, "key": entry.key, "seconds": round(done - ready, 6),
                                      "waited_for_data": round(ready - began, 6)})  # fmt: skip
                 progress.advance(float("nan") if miou is None else miou)
+                shared.terminal.event(
+                    "image", task=task.name, index=tally.images - 1, key=entry.key, running_miou=miou,
+                    loss=prediction.loss, is_updated=prediction.is_updated, seconds=round(done - ready, 6),
+                )  # fmt: skip
                 self.images += 1
                 yield
         with explain_out_of_memory(method, f"end of {names[-1]}"):
@@ -182,10 +201,12 @@ class TaskLoop:
         shared.mirror.summary({f"{tally.slug}/{name}": row[name] for name in MEANS})
         if isinstance(shared.settings, AdaptConfig) and shared.settings.tta.save_adapted:
             shared.models.method.save(shared.folder.path / "adapted" / tally.slug)
+        brief = {name: value for name, value in row.items() if name not in ("per_class", "data_sha256")}
+        shared.terminal.event("task", **brief)
         if tally.skipped or tally.broken:
-            shared.console.print(
+            shared.terminal.warnings.print(
                 f"{tally.task.name}: {tally.skipped} steps skipped, loss or gradient was not finite; "
-                f"{tally.broken} predictions from logits that were not finite"
+                f"{tally.broken} predictions from logits that were not finite; {tally.resets} resets"
             )
         if tally.unguided:
             shared.console.print(
@@ -272,7 +293,13 @@ class TaskLoop:
         if diagnosis is not None:
             line |= {"diagnosis": diagnosis}
         self.shared.records.append(line)
-        shown = {name: line[name] for name in PLOTTED if line.get(name) is not None}
+        shown: dict[str, Any] = {name: line[name] for name in PLOTTED if line.get(name) is not None}
+        wandb = self.shared.settings.logging.wandb
+        if wandb.mode != "disabled" and tally.images < wandb.images:
+            shown["image"] = picture_of(
+                sample.image_3HW, prediction.logits_Chw, sample.label_HW, classes=self.shared.dataset.classes,
+                caption=sample.entry.key,
+            )  # fmt: skip
         self.shared.mirror.log({f"{tally.slug}/{name}": value for name, value in shown.items()}, step=tally.images)
 
 
@@ -299,5 +326,6 @@ def row_of(result: TaskResult, classes: tuple[str, ...]) -> dict[str, Any]:
         "steps_skipped": result.steps_skipped,
         "steps_refused": result.steps_refused,
         "predictions_not_finite": result.predictions_not_finite,
+        "resets": result.resets,
         "seconds": round(result.seconds, 3),
     }

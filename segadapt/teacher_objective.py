@@ -168,7 +168,11 @@ def load_dinov2(checkpoint: str) -> Dinov2Model:
             source = folder
         with without_load_report():
             loaded: Any = Dinov2Model.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+                source,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
             )
     model, info = loaded
     wrong = [str(key) for fault in ("missing_keys", "unexpected_keys") for key in sorted(info[fault])]

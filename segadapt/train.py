@@ -24,9 +24,9 @@ from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset
 from segadapt.datasets.cache import Cached
 from segadapt.errors import UserError
-from segadapt.models.build import build_segmenter
+from segadapt.models.build import build_segmenter, refuse_unexpected_weights
 from segadapt.models.discriminative.segformer import Segformer, build_segformer
-from segadapt.models.set_up import set_up
+from segadapt.models.set_up import fingerprint, set_up
 from segadapt.protocol import FREE, versions, without
 from segadapt.record import JsonLines, RunFolder, write_json
 from segadapt.wandb_mirror import Mirror, mirrored
@@ -158,7 +158,10 @@ def build(settings: TrainConfig, classes: tuple[str, ...], main: torch.device) -
     """The segmenter to train: random weights of model.discriminative.config, or the checkpoint where that is empty."""
     chosen = settings.model.discriminative
     if not chosen.config:
-        return build_segmenter(chosen, len(classes), main)
+        segmenter = build_segmenter(chosen, len(classes), main)
+        refuse_unexpected_weights(settings.model.sha256, {"discriminative": fingerprint(segmenter.net)})
+        return segmenter
+    refuse_unexpected_weights(settings.model.sha256, {})
     return build_segformer(
         dict(chosen.config) | {"id2label": dict(enumerate(classes))},
         len(classes),

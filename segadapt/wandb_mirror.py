@@ -13,30 +13,49 @@ import logging
 import netrc
 import os
 import re
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from segadapt.config import EvaluateConfig, TrainGenerativeConfig
+from segadapt.datasets.labels import IGNORE
 from segadapt.errors import UserError, did_you_mean
 from segadapt.record import RunFolder
 
 MODES = ("online", "offline", "disabled")
 INIT_TIMEOUT_S = 30
+CALL_TIMEOUT_S = 30  # of one image's numbers; wandb itself only puts them into a queue
 NOTED = "mirrored.json"  # in the run folder: the last step copied, by axis
 FINISH_TIMEOUT_S = 60  # then the rest stays on disk for `wandb sync`
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Picture:
+    """An image with masks to lay over it."""
+
+    image_HW3: np.ndarray  # uint8 RGB
+    masks: Mapping[str, np.ndarray]  # by name, uint8 [H, W], index into classes, 255 = ignore
+    classes: Sequence[str]
+    caption: str
+
+
 class Mirror(Protocol):
     """Where numbers are copied to; no method raises or waits for the network without limit."""
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Copy values at a step; 'fog/miou' has the axis 'fog/step', so every prefix counts its own steps."""
+        """Copy numbers and Pictures at a step; 'fog/miou' has the axis 'fog/step': each prefix counts its own."""
+        ...
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Copy a table of texts and numbers, None where one is missing."""
         ...
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -54,6 +73,9 @@ class NoWandb:
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Do nothing."""
 
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Do nothing."""
+
     def summary(self, values: Mapping[str, Any]) -> None:
         """Do nothing."""
 
@@ -62,11 +84,23 @@ class NoWandb:
 
 
 class Wandb:
-    """Mirror around a wandb run; the first error is its last: one warning, then it behaves as NoWandb."""
+    """Mirror around a wandb run; the first error, or call without answer, is its last: one warning, then as NoWandb."""
 
-    def __init__(self, run: Any, noted: Path):
-        """run: what `wandb.init` returns; noted: file of the last step on each axis, also of earlier starts."""
-        self._run, self._noted = run, noted
+    def __init__(
+        self,
+        run: Any,
+        noted: Path,
+        teardown: Callable[[], Any],
+        *,
+        call_timeout_s: float = CALL_TIMEOUT_S,
+        finish_timeout_s: float = FINISH_TIMEOUT_S,
+    ):
+        """run: what `wandb.init` returns; noted: file of the last step on each axis, also of earlier starts.
+
+        teardown: `wandb.teardown`.
+        """
+        self._run, self._noted, self._teardown = run, noted, teardown
+        self._call_timeout_s, self._finish_timeout_s = call_timeout_s, finish_timeout_s
         self._earlier: dict[str, int] = json.loads(noted.read_text()) if noted.is_file() else {}
         self._steps = dict(self._earlier)
         self._defined: set[str] = set()
@@ -82,11 +116,12 @@ class Wandb:
                 if key not in self._defined:
                     self._run.define_metric(key, step_metric=_axis(key))
                     self._defined.add(key)
-            self._run.log({**new, **axes})
+            shown = {key: _image(value) if isinstance(value, Picture) else value for key, value in new.items()}
+            self._run.log({**shown, **axes})
             self._note(axes)
 
         if new:
-            self._attempt(send)
+            self._attempt(send, self._call_timeout_s)
 
     def _note(self, axes: Mapping[str, int]) -> None:
         """Whole or not at all, but without waiting for the disk: it need outlive the process, not the machine."""
@@ -95,20 +130,31 @@ class Wandb:
         temporary.write_text(json.dumps(self._steps))
         os.replace(temporary, self._noted)
 
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """See Mirror."""
+
+        def send() -> None:
+            import wandb
+
+            self._run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
+        self._attempt(send, self._call_timeout_s)
+
     def summary(self, values: Mapping[str, Any]) -> None:
         """See Mirror."""
-        self._attempt(lambda: self._run.summary.update(dict(values)))
+        self._attempt(lambda: self._run.summary.update(dict(values)), self._call_timeout_s)
 
     def finish(self) -> None:
         """See Mirror."""
-        self._attempt(lambda: self._run.finish())
+        self._attempt(lambda: self._run.finish(), self._finish_timeout_s)
+        if self._is_lost:  # or wandb would do it at exit: wait there, or print a traceback
+            _within(self._call_timeout_s, self._teardown)
 
-    def _attempt(self, action: Callable[[], Any]) -> None:
+    def _attempt(self, action: Callable[[], Any], timeout_s: float) -> None:
         if self._is_lost:
             return
-        try:
-            action()
-        except Exception as error:
+        error = _within(timeout_s, action)
+        if error is not None:
             self._is_lost = True
             _warn_lost(error)
 
@@ -146,7 +192,8 @@ def open_mirror(
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
-        wandb.setup(wandb.Settings(silent=True))  # or the login prints before the run has its settings
+        # or the login prints before the run has its settings; and what is offline looks for no server
+        wandb.setup(wandb.Settings(silent=True, mode="online" if mode == "online" else "offline"))
         run = wandb.init(
             mode="online" if mode == "online" else "offline",
             entity=entity,
@@ -172,7 +219,7 @@ def open_mirror(
     except Exception as error:
         _warn_lost(error)
         return NoWandb()
-    return Wandb(run, folder / NOTED)
+    return Wandb(run, folder / NOTED, wandb.teardown)
 
 
 @contextmanager
@@ -195,6 +242,33 @@ def mirrored(settings: EvaluateConfig | TrainGenerativeConfig, run: RunFolder, *
         yield mirror
     finally:
         mirror.finish()
+
+
+def _within(timeout_s: float, action: Callable[[], Any]) -> Exception | None:
+    """What went wrong with a call that is waited for so long; one that never ends does not hold up the exit."""
+    errors: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            action()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        return TimeoutError(f"no answer in {timeout_s:g} s")
+    return errors[0] if errors else None
+
+
+def _image(picture: Picture) -> Any:
+    """As W&B shows it: a JPEG, and masks whose pixels tell their class."""
+    import wandb
+
+    labels = dict(enumerate(picture.classes)) | {IGNORE: "ignore"}
+    masks = {name: {"mask_data": ids_HW, "class_labels": labels} for name, ids_HW in picture.masks.items()}
+    return wandb.Image(picture.image_HW3, caption=picture.caption, masks=masks, file_type="jpg")
 
 
 def _axis(key: str) -> str:

@@ -2,7 +2,9 @@
 
 import gc
 import importlib
+import socket
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ import hypothesis
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from hydra.core.global_hydra import GlobalHydra
 from quick_settings import quick_settings
 from sd3_folder import build_transformer
 from torch import Tensor
 
 from segadapt import config, wandb_mirror
+from segadapt.__main__ import main
 from segadapt.models.combined import Combined
 from segadapt.models.discriminative.segformer import Segformer, build_segformer
 from segadapt.models.generative.prompts import PromptEmbeddings, save_embeddings
@@ -183,15 +187,52 @@ def saved_models(tmp_path_factory, build_segmenter, build_teacher) -> Callable[.
     return save
 
 
+@pytest.fixture(scope="session", autouse=True)
+def attempts():
+    """Connections to other machines: refused, and kept; processes of this one may talk to each other."""
+    kept: list[str] = []
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
+
+    def refuse(host: object) -> None:
+        if str(host) not in ("localhost", "::1", "0.0.0.0", "") and not str(host).startswith("127."):
+            kept.append(f"{host}, from\n{''.join(traceback.format_stack(limit=12))}")
+            raise OSError(f"tests do not connect to {host}")
+
+    def connected(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            refuse(address[0])
+        return connect(self, address)
+
+    def looked_up(host, *rest, **more):
+        refuse("" if host is None else host if isinstance(host, str) else host.decode())
+        return look_up(host, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connected)
+        patch.setattr(socket, "getaddrinfo", looked_up)
+        yield kept
+
+
+@pytest.fixture(autouse=True)
+def no_network(attempts):
+    """A test fails if anything in it wanted another machine, even if nobody minded that it was refused."""
+    before = len(attempts)
+    yield
+    assert attempts[before:] == []
+
+
 class Remembered(NoWandb):
     """A W&B copy that keeps what it is given."""
 
     def __init__(self) -> None:
-        self.names, self.logged, self.last, self.finished = set(), [], {}, 0
+        self.names, self.logged, self.tables, self.last, self.finished = set(), [], {}, {}, 0
 
     def log(self, values, step) -> None:
         self.names |= set(values)
         self.logged.append((step, dict(values)))
+
+    def table(self, name, columns, rows) -> None:
+        self.tables[name] = [dict(zip(columns, row, strict=True)) for row in rows]
 
     def summary(self, values) -> None:
         self.last |= dict(values)
@@ -214,3 +255,22 @@ def script():
     sys.path.insert(0, str(BENCHMARKS))
     yield importlib.import_module
     sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture
+def segadapt(monkeypatch, tmp_path, capsys):
+    """segadapt(*arguments) -> (exit status, stdout, stderr), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # `main` sets it: undo that after the test
+
+    def command(*arguments: str) -> tuple[object, str, str]:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["segadapt", *arguments])
+        status: object = 0
+        try:
+            main()
+        except SystemExit as error:
+            status = error.code or 0
+        return status, *capsys.readouterr()
+
+    return command

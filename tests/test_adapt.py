@@ -208,7 +208,7 @@ def test_evaluate_scores_like_adapt_without_adaptation(settings_of, tmp_path):
         config.EvaluateConfig(
             experiment=settings.experiment,
             data=settings.data,
-            model=config.EvaluatedModelSettings(settings.model.discriminative),
+            model=config.EvaluatedModelSettings(settings.model.discriminative, {}),
             logging=settings.logging,
             runtime=settings.runtime,
         )
@@ -343,7 +343,8 @@ def test_too_little_memory_names_the_image_and_what_to_lower(settings_of, tmp_pa
 
     for method in (Combined, Source):
         monkeypatch.setattr(method, "step", step)
-    said = r"of gaussian_noise/5: CUDA out of memory\. Tried .* GPU 1 .* is free\. To need less: "
+    at_work = r"of gaussian_noise/5 \(\d+ x \d+ px on cpu[^)]*\)"
+    said = at_work + r": CUDA out of memory\. Tried .* GPU 1 .* is free\. To need less: "
     with pytest.raises(UserError, match=rf"^\w+ {said}{cures}"):
         adapt.run(settings_of(tmp_path, *overrides))
 

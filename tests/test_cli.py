@@ -7,29 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
-from segadapt.__main__ import VERBS, main, options_first
+from segadapt.__main__ import VERBS, options_first
 from segadapt.datasets.toytown import CLASSES
-
-
-@pytest.fixture
-def segadapt(monkeypatch, tmp_path, capsys):
-    """segadapt(*arguments) -> (exit status, stdout, stderr), in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # `main` sets it: undo that after the test
-
-    def command(*arguments: str) -> tuple[object, str, str]:
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["segadapt", *arguments])
-        status: object = 0
-        try:
-            main()
-        except SystemExit as error:
-            status = error.code or 0
-        return status, *capsys.readouterr()
-
-    return command
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def opened(mode: str, folder: Path) -> Wandb | NoWandb:
 
 def test_every_prefix_has_its_own_step_axis_defined_once(tmp_path):
     run = FakeRun()
-    mirror = Wandb(run, tmp_path / "noted.json")
+    mirror = Wandb(run, tmp_path / "noted.json", lambda: None)
     mirror.log({"a/fog/miou": 0.5, "loss": 1.0}, step=3)
     mirror.log({"a/fog/miou": 0.6}, step=4)
     mirror.summary({"miou": 0.6})
@@ -254,7 +254,7 @@ def test_every_prefix_has_its_own_step_axis_defined_once(tmp_path):
 def test_failing_client_costs_one_warning_line_without_secrets(tmp_path, caplog, monkeypatch, fails_at):
     monkeypatch.setenv("WANDB_API_KEY", "SECRET-KEY")
     run = FakeRun(fails_at=fails_at)
-    mirror = Wandb(run, tmp_path / "noted.json")
+    mirror = Wandb(run, tmp_path / "noted.json", lambda: None)
     mirror.log({"miou": 0.5}, step=0)
     mirror.summary({"miou": 0.5})
     mirror.log({"miou": 0.5}, step=1)

@@ -18,6 +18,7 @@ from segadapt.errors import UserError
 from segadapt.models.combined import Combined
 from segadapt.protocol import FREE, identity
 from segadapt.record import JsonLines, RunFolder
+from segadapt.task_loop import MEANS
 
 EVERY = "runtime.checkpoint_images=1"
 STREAMS = {
@@ -380,6 +381,9 @@ class Wandb(types.ModuleType):
 
     Settings = staticmethod(lambda **_: None)
     setup = staticmethod(lambda _: None)
+    teardown = staticmethod(lambda: None)
+    Image = staticmethod(lambda *_, caption, **__: caption)
+    Table = staticmethod(lambda **given: given["data"])
 
     def __init__(self):
         super().__init__("wandb")
@@ -410,11 +414,17 @@ def test_the_copy_has_every_step_once_under_one_id(settings_of, tmp_path, monkey
     settings = settings_of(tmp_path, "runtime.checkpoint_images=2", "logging.wandb.mode=online")
     for images in cuts:
         cut_after(monkeypatch, settings, images)
-    adapt.run(settings, console=QUIET)
+    results = adapt.run(settings, console=QUIET)
     for task in ("00_fog-5", "01_contrast-5"):
         for name in ("step", "loss", "running_miou"):
             steps = [point[f"{task}/step"] for point in client.points if f"{task}/{name}" in point]
             assert steps == [0, 1, 2]
+        records = [json.loads(line) for line in Path(results["folder"], "records.jsonl").read_text().splitlines()]
+        keys = [record["key"] for record in records if record["task"] == task[3:].replace("-", "/")]
+        assert [point[f"{task}/image"] for point in client.points if f"{task}/image" in point] == keys
+    assert [point["tasks"] for point in client.points if "tasks" in point] == [
+        [[row[name] for name in ("task", "images", *MEANS, "seconds")] for row in results["tasks"]]
+    ]
     assert client.starts[0] == ("one-adapt", None)
     assert set(client.starts[1:]) <= {("one-adapt", "allow"), ("one-adapt", None)}
     assert client.starts[-1] == ("one-adapt", "allow") or cuts == (1, 1, 1)
@@ -422,7 +432,7 @@ def test_the_copy_has_every_step_once_under_one_id(settings_of, tmp_path, monkey
     settings.experiment.restart = True
     adapt.run(settings, console=QUIET)
     assert client.starts[-1] == ("one-adapt", None)  # in place of the first
-    assert len(client.points) == 6
+    assert len(client.points) == 6 + 1  # the table
 
 
 def test_the_time_is_all_that_checkpoints_change(settings_of, whole, tmp_path):

@@ -1,7 +1,7 @@
 """From the data settings to a data set and its tasks."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from segadapt.config import DataSettings
@@ -32,13 +32,21 @@ def class_names(classes: str) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         raise UserError(f"data.classes={classes}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from error
     names = tuple(line.strip() for line in lines if line.strip())
-    if not names or len(set(names)) != len(names):
-        raise UserError(f"data.classes={classes}: {len(names)} names, {len(set(names))} different; expected one name a "
-                        "line, each once. Correct the file.")  # fmt: skip
-    if len(names) > MAX_CLASSES:
-        raise UserError(f"data.classes={classes}: {len(names)} names; expected at most {MAX_CLASSES}, as label ids are "
-                        "bytes and 255 is ignore. Merge classes.")  # fmt: skip
+    check_class_names(names, f"data.classes={classes}")
     return names
+
+
+def check_class_names(names: Sequence[str], where: str) -> None:
+    """UserError: no name, a repeated one, or more names than a label byte holds.
+
+    where: how the message begins.
+    """
+    if not names or len(set(names)) != len(names):
+        raise UserError(f"{where}: {len(names)} names, {len(set(names))} different; expected one name a class, each "
+                        "once. Correct the list.")  # fmt: skip
+    if len(names) > MAX_CLASSES:
+        raise UserError(f"{where}: {len(names)} names; expected at most {MAX_CLASSES}, as label ids are bytes and 255 "
+                        "is ignore. Merge classes.")  # fmt: skip
 
 
 def build_files(data: DataSettings) -> Files:

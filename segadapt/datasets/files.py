@@ -12,6 +12,7 @@ from segadapt.datasets import Sample, Source, Task
 from segadapt.datasets.decode import ids_size, image_size, read_ids, read_image
 from segadapt.datasets.labels import id_table, map_ids
 from segadapt.errors import UserError, did_you_mean
+from segadapt.untrusted import check_inside
 
 PLACEHOLDERS = ("data_root", "split", "corruption", "severity", "key")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -53,11 +54,12 @@ class Template:
             return stem if suffix.lower() in IMAGE_SUFFIXES else None
         return name.removesuffix(self.tail) if name.endswith(self.tail) else None
 
-    def list(self, folder: Path) -> dict[str, Path]:
+    def list(self, folder: Path, data_root: Path) -> dict[str, Path]:
         """Map the key of every file below folder to its path, sorted; hidden files and linked folders are left out.
 
         Raises:
-            UserError: no such folder, no file of that ending, or two files with one key.
+            UserError: no such folder, no file of that ending, two files with one key, or a linked file that lies
+                neither below folder nor below data_root.
         """
         if not folder.is_dir():
             raise UserError(
@@ -76,6 +78,8 @@ class Template:
                         f"{path} and {paths[key]} have the same key {key}; expected one file a key. Remove one, or "
                         f"name the suffix in {self.setting}."
                     )
+                if path.is_symlink():
+                    check_inside(path, folder, data_root, cure="Copy the file, or set data.data_root above both.")
                 paths[key] = path
         if not paths:
             raise UserError(
@@ -123,7 +127,7 @@ class Files:
         self._table_256 = id_table(id_map, len(classes))
         self._image = Template("data.image_path", image_path)
         self._label = Template("data.label_path", label_path) if label_path is not None else None
-        self._values = {"data_root": data_root, "split": _inside("data.split", split)}
+        self._values: dict[str, str | Path] = {"data_root": data_root, "split": _inside("data.split", split)}
         self._seed, self._max_pixels = corruption_seed, max_pixels
         self._listed: dict[tuple[str, Path], dict[str, Path]] = {}
 
@@ -204,7 +208,7 @@ class Files:
         folder = self._folder(template, task)
         listing = (template.tail, folder)
         if listing not in self._listed:
-            self._listed[listing] = template.list(folder)
+            self._listed[listing] = template.list(folder, Path(self._values["data_root"]))
         return self._listed[listing]
 
     def _path(self, template: Template, task: Task, *, key: str) -> Path:

@@ -23,7 +23,8 @@ class Learner(Source):
 
     Attributes:
         Options: dataclass of `tta.options`, made with `segadapt.config.setting`; values are in conf/tta/NAME.yaml.
-        state: all that changes from image to image beside parameters and optimizer: tensors, numbers, None.
+        state: all that changes from image to image beside parameters and optimizer: tensors, numbers, None. `loss`
+            gives it new values and never writes into the old ones.
 
     Args:
         segmenter, seed, precision, memory: as in Source.
@@ -76,14 +77,18 @@ class Learner(Source):
     # --- the step ---
 
     def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
-        """Predict one image, then learn from it."""
-        image_3HW = self.fit(image_3HW)
+        """Predict one image, then learn from it; where a number is not finite, the image leaves no trace."""
+        image_3HW, before = self.fit(image_3HW), dict(self.state)
         logits_BChw = self.logits(image_3HW)
         scored_Chw = logits_BChw[0].detach()
-        return self.learn(self.loss(logits_BChw, image_3HW, task=task, key=key), scored_Chw, task=task, key=key)
+        loss = self.loss(logits_BChw, image_3HW, task=task, key=key)
+        prediction = self.learn(loss, scored_Chw, task=task, key=key)
+        if not (prediction.is_finite and prediction.is_step_finite):
+            self.state = before
+        return prediction
 
     def learn(self, loss: Tensor, scored_Chw: Tensor, *, task: str, key: str) -> Prediction:
-        """Backward and update; nothing moves where loss or gradient is not finite, or the gradient is 0."""
+        """Backward and update; nothing moves where loss, gradient or logits are not finite, or the gradient is 0."""
         if loss.requires_grad:
             loss.backward()
         return self.update(loss.detach(), scored_Chw, task=task, key=key)
@@ -91,14 +96,16 @@ class Learner(Source):
     def update(self, loss: Tensor, scored_Chw: Tensor, *, task: str, key: str) -> Prediction:
         """The step from gradients that are there, and one host read for all numbers of the image."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.moving.values() if p.grad is not None]).to(loss)
-        is_used = loss.isfinite() & norm.isfinite() & (norm > 0)
+        is_sound = scored_Chw.isfinite().all()
+        is_used = loss.isfinite() & norm.isfinite() & is_sound & (norm > 0)
         is_step = self._updates.take(is_used)
         self._updates.drop()
-        numbers = torch.stack([loss.float(), norm.float(), is_used.float(), scored_Chw.isfinite().all().float()])
-        value, grad_norm, was_used, is_sound = numbers.tolist()
+        value, grad_norm, was_used, sound = torch.stack(
+            [number.float() for number in (loss, norm, is_used, is_sound)]
+        ).tolist()
         if was_used and is_step:
             self.after_step(task=task, key=key)
-        return Prediction(scored_Chw, bool(is_sound), value, grad_norm, is_updated=bool(was_used))
+        return Prediction(scored_Chw, bool(sound), value, grad_norm, is_updated=bool(was_used))
 
     @contextmanager
     def holding(self, weights: Mapping[str, Tensor], more: Iterable[tuple[Tensor, Tensor]] = ()) -> Iterator[None]:

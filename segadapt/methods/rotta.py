@@ -108,11 +108,17 @@ class Rotta(Learner):
         return self.update(self.memory_backward(), logits_BChw[0], task=task, key=key)
 
     def remember(self, new: Kept, *, classes: int) -> None:
-        """Put it into the memory if there is room, or one that is older or less certain to go; all grow older."""
+        """Put it into the memory if there is room, or one that is older or less certain to go; all grow older.
+
+        Not if its numbers are not finite: it would spoil every loss for as long as it stays.
+        """
         o, memory = self.options, self.state["memory"]
+        if not math.isfinite(new.uncertainty):
+            return
 
         def score(kept: Kept) -> float:
-            return 1 / (1 + math.exp(-kept.age / o.capacity)) + kept.uncertainty / most_entropy(classes)
+            unsure = kept.uncertainty / most_entropy(classes) if classes > 1 else 0
+            return 1 / (1 + math.exp(-kept.age / o.capacity)) + unsure
 
         count = Counter(kept.label for kept in memory)
         has_room = count[new.label] < o.capacity / classes

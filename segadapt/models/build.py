@@ -1,7 +1,7 @@
 """From the model settings to the two models, placed on their devices and joined."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,23 @@ def fixed_bytes(
     return main + graph + 4 * is_recorded * GIB, last + windows * 3 * GIB // 2
 
 
+def refuse_unexpected_weights(expected: Mapping[str, str], got: Mapping[str, str]) -> None:
+    """UserError: weights that are not the ones that model.sha256 asks for, or no such model.
+
+    Args:
+        expected: model.sha256.
+        got: see Models.fingerprints.
+    """
+    for model, sha256 in expected.items():
+        if model not in got:
+            raise UserError(f"model.sha256.{model}: nothing of that name is loaded.{did_you_mean(model, got)}")
+        if sha256.lower() != got[model]:
+            raise UserError(
+                f"model.sha256.{model}={sha256}, but the weights that were loaded have {got[model]}. Fetch the "
+                "checkpoint again, or correct the setting if these are the ones you mean."
+            )
+
+
 def ignored_classes(names: Sequence[str], classes: Sequence[str]) -> torch.Tensor | None:
     """Whether each class is one of model.loss.ignored_classes: bool [C]; None: none is.
 
@@ -134,8 +151,8 @@ def build_models(
     Args:
         segmenter, teacher: built already, of any family, on the main device; None: those of the settings.
     Raises:
-        UserError: a checkpoint or a plan that does not fit; a given model on another device than the main one; a
-            setting that is SD3's, for a teacher that is given.
+        UserError: a checkpoint or a plan that does not fit; other weights than model.sha256 asks for; a given model on
+            another device than the main one; a setting that is SD3's, for a teacher that is given.
     """
     ignored_C = None
     if isinstance(settings, AdaptConfig):
@@ -155,6 +172,7 @@ def build_models(
     seed, precision = settings.experiment.seed, settings.runtime.precision
     if not isinstance(settings, AdaptConfig) or not wants_teacher(settings.tta):
         memory = Graphs(main).memory() if can_record and settings.runtime.compile else None
+        refuse_unexpected_weights(settings.model.sha256, fingerprints)
         return Models(build_method(settings, segmenter, memory=memory), (), fingerprints)
     update, accumulates = settings.model.update, settings.tta.optimizer.accumulate > 1
     if teacher is not None:
@@ -190,6 +208,7 @@ def build_models(
             "autoencoder": fingerprint(teacher.autoencoder),
             "embeddings": teacher.embeddings.fingerprint(),
         }
+    refuse_unexpected_weights(settings.model.sha256, fingerprints)
     window = dataclasses.replace(settings.model.generative, max_pairs=pairs)
     method: Any = METHODS[settings.tta.method]
     combined = method(

@@ -40,15 +40,15 @@ def explain_checkpoint_errors(kind: str, checkpoint: str, setting: str) -> Itera
         checkpoint: hub id or folder, as the user wrote it.
         setting: the setting that holds it, "model.generative.checkpoint".
     Raises:
-        UserError: in place of OSError (hub and connection errors among them), ValueError, SafetensorError and
-            UnpicklingError; the original is its cause.
+        UserError: in place of OSError (hub and connection errors among them), ValueError, SafetensorError,
+            UnpicklingError and RecursionError (JSON that is nested too deep); the original is its cause.
     """
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries would print ten lines before ours
     try:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, SafetensorError, pickle.UnpicklingError, RecursionError) as error:
         raise UserError(f"{setting}={checkpoint}: {_diagnosis(kind, checkpoint, setting, error)}") from error
 
 

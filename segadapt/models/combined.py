@@ -315,26 +315,27 @@ class Combined(Source):
         return Taught(total, counted / keep_Kyx.numel(), agreement, alike / asked.clamp(min=1))
 
     def _update(self, scored_Chw: Tensor, taught: Taught, candidates: candidate_classes.Candidates) -> Prediction:
-        """Use the gradients if they and the loss are finite and trust does not refuse the image.
+        """Use the gradients if they, loss and logits are finite and trust does not refuse the image.
 
         The devices decide, and go on; the host reads all numbers of the image at once.
         """
         grads = [parameter.grad for parameter in self.parameters().values() if parameter.grad is not None]
         norm = total_norm(grads, self.device)
-        is_finite = taught.loss.isfinite() & norm.isfinite()
+        is_sound = scored_Chw.isfinite().all()
+        is_finite = taught.loss.isfinite() & norm.isfinite() & is_sound
         is_refused = is_finite & (taught.teacher_agrees > self.trust.max_agreement)
         is_used = is_finite & ~is_refused & (norm > 0)  # moments alone would move the weights
-        numbers = (taught.loss, norm, scored_Chw.isfinite().all(), is_used, is_refused, taught.kept, taught.agreement,
+        numbers = (taught.loss, norm, is_sound, is_used, is_refused, taught.kept, taught.agreement,
                    taught.teacher_agrees)  # fmt: skip
         read = read_later(torch.stack([number.float() for number in numbers]))
         self.parallel.update(lambda: self._updates.take(is_used), reads=[*grads, is_used])
         self._updates.drop()
-        loss, grad_norm, is_sound, updated, refused, kept, agreement, agrees = read()
+        loss, grad_norm, sound, updated, refused, kept, agreement, agrees = read()
         if refused and self.trust.restore:
             self._move_to_source(self.trust.restore)
         return Prediction(
             scored_Chw,
-            bool(is_sound),
+            bool(sound),
             loss,
             grad_norm,
             is_updated=bool(updated),

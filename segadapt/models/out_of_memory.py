@@ -1,26 +1,47 @@
-"""A device without memory: one line that says which settings to lower."""
+"""A device without memory: one line that says what was at work, and which settings to lower."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from segadapt.errors import UserError
 from segadapt.models.combined import Combined
+from segadapt.models.generative.guided import MOST_BOXES
 from segadapt.models.generative.lora import lora_parameters
 from segadapt.models.generative.sd3 import Sd3
 from segadapt.models.source import Source
 
+OF_THE_HOST = "DefaultCPUAllocator: can't allocate memory"  # a plain RuntimeError of torch
+
 
 @contextmanager
-def explain_out_of_memory(method: Source, what: str) -> Iterator[None]:
-    """UserError in place of torch's: which image, what the device was asked for, what takes memory."""
+def explain_out_of_memory(method: Source, what: str, image_3HW: Tensor | None = None) -> Iterator[None]:
+    """UserError in place of torch's: which image, its size and windows, what the device was asked for, what to lower.
+
+    Args:
+        image_3HW: as loaded; None: no image is at work.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        said = ". ".join(str(error).split(". ")[:3])  # what was asked of which GPU, and its size
-        options = cures(method)
-        raise UserError(f"{what}: {said}. To need less: {', or '.join(options)}.") from error
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        is_known = isinstance(error, torch.OutOfMemoryError | MemoryError) or OF_THE_HOST in str(error)
+        if not is_known:
+            raise
+        said = ". ".join(str(error).split(". ")[:3]) or "the host is out of memory"  # of which device, and its size
+        size = "" if image_3HW is None else f" ({at_work(method, image_3HW)})"
+        raise UserError(f"{what}{size}: {said}. To need less: {', or '.join(cures(method))}.") from error
+
+
+def at_work(method: Source, image_3HW: Tensor) -> str:
+    """'512 x 683 px on cuda:0, 2 windows with up to 20 candidate classes each'."""
+    height, width = image_3HW.shape[1:]
+    size = f"{height} x {width} px on {method.device}"
+    if not isinstance(method, Combined):
+        return size
+    count = f"up to {MOST_BOXES}" if method.sight.is_guided else len(method.sight.grid(image_3HW))
+    return f"{size}, {count} windows with up to {method.loss.classes_threshold} candidate classes each"
 
 
 def cures(method: Source) -> list[str]:

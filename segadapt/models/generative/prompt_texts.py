@@ -53,7 +53,7 @@ def read_prompts(path: Path, names: Sequence[str]) -> list[str]:
         return lines
     try:
         pairs = json.loads(text, object_pairs_hook=list)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{where}: {error}; expected JSON. Correct the file.") from error
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
         raise UserError(f"{where} holds no JSON object; expected one of class name: prompt. Correct the file.")

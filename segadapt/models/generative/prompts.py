@@ -202,8 +202,11 @@ def _encode(
     where: dict[str, Any] = {"revision": revision, "local_files_only": offline}
     index: Any = StableDiffusion3Pipeline.load_config(source, **where)
     has_t5 = (index.get("text_encoder_3") or [None])[0] is not None
+    _check_parts(index, source)
     absent = {"transformer": None, "vae": None} | ({} if has_t5 else {"text_encoder_3": None, "tokenizer_3": None})
-    pipeline: Any = StableDiffusion3Pipeline.from_pretrained(source, **absent, **where, **{dtype_name: dtype})
+    pipeline: Any = StableDiffusion3Pipeline.from_pretrained(
+        source, **absent, **where, **{dtype_name: dtype}, use_safetensors=True
+    )
     pipeline.to(device)
     if not has_t5:
         # diffusers puts zeros in T5's place and asks the transformer's config how wide: weightless, it can answer
@@ -230,6 +233,17 @@ def _encode(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return _split(torch.cat(sequences), torch.cat(pooled), source="encoded"), has_t5
+
+
+def _check_parts(index: Mapping[str, Any], source: str) -> None:
+    """UserError: a part of a pipeline that is no class of two libraries: diffusers imports by name what is there."""
+    for name, part in index.items():
+        library = part[0] if isinstance(part, list | tuple) and part else None
+        if library not in (None, "diffusers", "transformers"):
+            raise UserError(
+                f"{SETTING}={source}: model_index.json takes {name} from {library!r}; expected diffusers or "
+                "transformers, as no code of a checkpoint is run. Use a checkpoint of Stable Diffusion 3."
+            )
 
 
 def _split(sequence: Tensor, pooled: Tensor, *, source: str) -> PromptEmbeddings:

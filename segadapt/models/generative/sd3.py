@@ -74,7 +74,9 @@ def _read_strictly(kind: Any, what: str, source: dict[str, Any], setting: str) -
     """`from_pretrained` in float32. UserError: a key is missing, unexpected or of another shape, with the list."""
     checkpoint = source["pretrained_model_name_or_path"]
     with explain_checkpoint_errors("generative model", checkpoint, setting):
-        module, info = kind.from_pretrained(**source, torch_dtype=torch.float32, output_loading_info=True)
+        module, info = kind.from_pretrained(
+            **source, torch_dtype=torch.float32, output_loading_info=True, use_safetensors=True
+        )
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     wrong = {fault: info[fault] for fault in kinds if info.get(fault)}
     if wrong:
