@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from segadapt import stream
+from segadapt import samples, stream
 from segadapt.checkpoint import MOST_SHARE, Checkpoints, size_of
 from segadapt.config import AdaptConfig
 from segadapt.datasets.build import build_dataset, build_tasks
@@ -52,13 +52,14 @@ def measure(settings: AdaptConfig, folder: Path, *, images: int, saves: int) -> 
     dataset, task = build_dataset(settings.data), build_tasks(settings.data)[0]
     entries = stream.order(dataset, task, seed=settings.experiment.seed, shuffle=True, limit=images + 2)
     models, data = build_models(settings, dataset.classes), settings.data
-    samples = stream.read(dataset, entries, short_side_px=data.short_side_px, workers=data.workers)
+    prepared = stream.read(dataset, entries, short_side_px=data.short_side_px, workers=data.workers)
+    shown = samples.choose(entries, seed=settings.experiment.seed, count=settings.logging.samples)
     terminal = open_terminal("auto", Console(quiet=True))
     spent: dict[bool, list[float]] = {True: [], False: []}
     inside = []
     with JsonLines(folder / "records.jsonl") as records, JsonLines(folder / "timings.jsonl") as timings:
         run = Run(settings, dataset, models, RunFolder(folder, "overhead"), NoWandb(), terminal, records, timings,
-                  samples, num_tasks=1)  # fmt: skip
+                  prepared, shown, num_tasks=1)  # fmt: skip
         loop = TaskLoop(run, entries)
         calls = [Timed(loop._record), Timed(timings.append)]
         loop._record, timings.append = calls  # type: ignore[method-assign]

@@ -36,6 +36,7 @@ VERBS: dict[str, tuple[str, type, str, str]] = {
     "check": ("check", config.CheckConfig, "segadapt.check:run", "read data and models before a run"),
     "grid": ("grid", config.GridConfig, "segadapt.grid:run", "adapt: methods x streams x seeds, on GPUs or a cluster"),
     "results": ("results", config.ResultsConfig, "segadapt.results:run", "run folders to tables: results FOLDER ..."),
+    "report": ("report", config.ReportConfig, "segadapt.report.page:run", "run folders to one page: report FOLDER ..."),
     "demo": ("demo", config.AdaptConfig, "segadapt.demo:demo", "source against adapted on the bundled world"),
 }  # fmt: skip
 # Options of Hydra that are followed by a value.
@@ -44,6 +45,7 @@ TAKE_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-
 GATHERED: dict[str, tuple[str, Callable[[str], bool]]] = {
     "grid": ("grid.given", lambda text: is_of_a_cell(text)),
     "results": ("runs", lambda text: "=" not in text),
+    "report": ("runs", lambda text: "=" not in text),
 }
 USAGE = "usage: segadapt VERB [key=value ...]   (segadapt VERB --help; --cfg job; --multirun; --config-dir DIR)\n"
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from segadapt import __version__, stream
+from segadapt import __version__, samples, stream
 from segadapt.checkpoint import Checkpoints
 from segadapt.config import AdaptConfig, EvaluateConfig
 from segadapt.datasets import Dataset, Task
@@ -121,7 +121,7 @@ def _adapt(
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     started = now if state is None else state["started"]
     data = settings.data
-    samples = stream.read(dataset, flat[done:], short_side_px=data.short_side_px, workers=data.workers)
+    prepared = stream.read(dataset, flat[done:], short_side_px=data.short_side_px, workers=data.workers)
     with (
         noted_signals() as asked,
         mirrored(settings, folder, job_type=method_of(settings), protocol=sentence) as mirror,
@@ -129,9 +129,9 @@ def _adapt(
         JsonLines(folder.path / "timings.jsonl", keep_bytes=state["timings"] if state else 0) as timings,
     ):
         timings.append({"started": now, "images": done, "segadapt": __version__})
-        shared = Run(
-            settings, dataset, models, folder, mirror, terminal, records, timings, samples, num_tasks=num_tasks
-        )
+        shown = samples.choose(flat, seed=settings.experiment.seed, count=settings.logging.samples)
+        shared = Run(settings, dataset, models, folder, mirror, terminal, records, timings, prepared, shown,
+                     num_tasks=num_tasks)  # fmt: skip
         loops, first = [], 0
         for stretch in entries:
             later = len(flat) - first - len(stretch)

@@ -230,6 +230,7 @@ class LoggingSettings:
     root: str = setting("folder of all run folders")
     predictions: str = setting("palette PNGs of the predictions", choices=("none", "sample", "all"))
     sample_images: int = setting("predictions=sample: the first n images of each task", low=1)
+    samples: int = setting("images of each task that `report` can show, chosen by the seed; 0: none", low=0)
     terminal: str = setting(
         "adapt, evaluate, demo: text, live on a terminal or in plain lines, only the result lines, or JSON lines",
         choices=("auto", "rich", "plain", "quiet", "json"),
@@ -448,6 +449,12 @@ class ResultsConfig:
     format: str = setting("of the text", choices=("markdown", "csv", "latex", "json"))
     resamples: int = setting("of the bootstrap of the gains; 0: no intervals", low=0)
     output: str | None = setting("file; null: the terminal")
+
+
+@dataclass
+class ReportConfig:
+    runs: list[str] = setting("run folders, and folders of run folders")
+    resamples: int = setting("of the bootstrap of the gains; 0: no intervals", low=0)
 
 
 def fields_of(schema: type, prefix: str = "") -> dict[str, dataclasses.Field]:

@@ -32,3 +32,6 @@ def demo(settings: AdaptConfig) -> None:
     terminal.event("comparison", file=path, tasks=tasks, mean=mean)
     terminal.console.print(comparison_table(tasks, mean))
     terminal.console.print(f"summary {path}", highlight=False)
+    folders = " ".join(modes[mode]["folder"] for mode in ("tta", "discriminative_only"))
+    look = f"to look at it: segadapt report {folders}"
+    terminal.console.print(look, highlight=False, soft_wrap=True, markup=False)

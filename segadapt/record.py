@@ -30,6 +30,8 @@ RESULTS = (
     "mirrored.json",
     "tasks",
     "predictions",
+    "samples",
+    "report.html",
     "adapted",
     "model",
     "records.jsonl",

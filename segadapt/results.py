@@ -139,13 +139,7 @@ def _table(protocol: dict[str, Any], runs: list[Run], against: str, resamples: i
     _refuse_other_weights(runs)
     tasks = columns([one for one in runs if _learns(one)] or runs)
     seeds = tuple(sorted({_seed(one) for one in runs}, key=str))
-    of_row: dict[str, dict[tuple[Any, ...], list[Run]]] = {}
-    for one in runs:
-        own = {name: value for name, value in one.settings.items() if name not in (*protocol, *ANYWHERE)}
-        of_row.setdefault(json.dumps(own, sort_keys=True), {}).setdefault(_seed(one), []).append(one)
-    joined = {row: {seed: _joined(parts, tasks) for seed, parts in by_seed.items()} for row, by_seed in of_row.items()}
-    names = _names([json.loads(row) for row in joined])
-    order = sorted(zip(names, joined.values(), strict=True), key=lambda row: _rank(row[0], against))
+    order = rows_of(protocol, runs, tasks, against=against)
     others = [by_seed for name, by_seed in order if _method(name) == against]
     if len(others) > 1:
         two = " and ".join(name for name, _ in order if _method(name) == against)
@@ -156,6 +150,22 @@ def _table(protocol: dict[str, Any], runs: list[Run], against: str, resamples: i
         other = others[0] if others and by_seed is not others[0] else None
         rows.append(_row(name, by_seed, other, tasks, seeds, resamples, is_timed))
     return Table(protocol, tasks, seeds, rows)
+
+
+def rows_of(
+    protocol: dict[str, Any], runs: Iterable[Run], tasks: tuple[str, ...], *, against: str
+) -> list[tuple[str, dict[tuple[Any, ...], Run]]]:
+    """Name and runs by seed of each row: the cells of one method and seed joined; the row of `against` first.
+
+    UserError: the same cell twice with other scores.
+    """
+    of_row: dict[str, dict[tuple[Any, ...], list[Run]]] = {}
+    for one in runs:
+        own = {name: value for name, value in one.settings.items() if name not in (*protocol, *ANYWHERE)}
+        of_row.setdefault(json.dumps(own, sort_keys=True), {}).setdefault(_seed(one), []).append(one)
+    joined = {row: {seed: _joined(parts, tasks) for seed, parts in by_seed.items()} for row, by_seed in of_row.items()}
+    names = _names([json.loads(row) for row in joined])
+    return sorted(zip(names, joined.values(), strict=True), key=lambda row: _rank(row[0], against))
 
 
 def columns(runs: Sequence[Run]) -> tuple[str, ...]:

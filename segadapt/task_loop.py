@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from segadapt import metrics, stream
+from segadapt import metrics, samples, stream
 from segadapt.config import AdaptConfig, EvaluateConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.models.build import Models
 from segadapt.models.combined import Combined
 from segadapt.models.diagnostics import examine
 from segadapt.models.generative.guided import LEAST_BOXES
+from segadapt.models.generative.witness import Maps, Witness
 from segadapt.models.non_finite import react
 from segadapt.models.out_of_memory import explain_out_of_memory
 from segadapt.models.source import Prediction
@@ -58,7 +59,8 @@ class Run:
     terminal: Terminal
     records: JsonLines
     timings: JsonLines
-    samples: Iterator[stream.Prepared]
+    prepared: Iterator[stream.Prepared]
+    shown: frozenset[stream.Entry]  # kept to be looked at
     num_tasks: int
 
     @property
@@ -161,17 +163,17 @@ class TaskLoop:
             for entry in self.entries[self.images :]:
                 task, tally = entry.task, self.tallies[entry.task]
                 began = time.perf_counter()
-                sample = next(shared.samples)
+                sample = next(shared.prepared)
                 ready = time.perf_counter()
                 assert sample.entry == entry, (sample.entry, entry)
                 with explain_out_of_memory(method, f"{entry.key} of {task.name}", sample.image_3HW):
                     if tta is not None and tta.episodic:
                         method.reset()
                     diagnosis = self._diagnose(tally, sample)  # before the step: of the weights that it starts from
-                    prediction = method.step(sample.image_3HW, task=task.name, key=entry.key)
+                    prediction, maps = self._step(sample)
                 if tta is not None:
                     tally.resets += react(tta.non_finite, method, prediction, what=f"{entry.key} of {task.name}")
-                miou, classes = self._score_and_save(tally, sample, prediction)
+                miou, classes = self._score_and_save(tally, sample, prediction, maps)
                 tally.digests.append(sample.digest)
                 self._record(tally, sample, prediction, miou, classes, diagnosis)
                 done = time.perf_counter()
@@ -219,22 +221,38 @@ class TaskLoop:
                 "model.trust.max_agreement of the pixels"
             )
 
+    def _step(self, sample: stream.Prepared) -> tuple[Prediction, Maps | None]:
+        """The method's step; and what the teacher said, of the images that are kept to be looked at."""
+        method, entry = self.shared.models.method, sample.entry
+        if entry not in self.shared.shown or not isinstance(method, Combined):
+            return method.step(sample.image_3HW, task=entry.task.name, key=entry.key), None
+        method.witness = Witness(draws=method.window.draws)
+        try:
+            prediction = method.step(sample.image_3HW, task=entry.task.name, key=entry.key)
+            return prediction, method.witness.maps()
+        finally:
+            method.witness = None
+
     def _score_and_save(
-        self, tally: TaskTally, sample: stream.Prepared, prediction: Prediction
+        self, tally: TaskTally, sample: stream.Prepared, prediction: Prediction, maps: Maps | None
     ) -> tuple[float | None, dict[str, list[int]] | None]:
-        """Count the pixels; write the PNG if asked; returns the task's running mIoU and the image's own counts.
+        """Count the pixels; write the files that are asked for; returns the task's running mIoU and the image's counts.
 
         The counts: class index -> [correct, label, predicted] px. Both are None without labels.
         """
         logging = self.shared.settings.logging
         is_sampled = logging.predictions == "sample" and tally.images < logging.sample_images
         wants_file = logging.predictions == "all" or is_sampled
-        if sample.label_HW is None and not wants_file:
+        is_shown = sample.entry in self.shared.shown
+        if sample.label_HW is None and not wants_file and not is_shown:
             return None, None
         classes_HW = metrics.predict_at_label_size(prediction.logits_Chw, sample.size_px)
         if wants_file:
             path = self.shared.folder.path / "predictions" / tally.slug / f"{sample.entry.key}.png"
             write_png_palette(path, classes_HW.cpu().numpy(), self.shared.dataset.palette_C3)
+        if is_shown:
+            folder = self.shared.folder.path / samples.FOLDER / tally.slug
+            samples.write(folder, sample, classes_HW, self.shared.dataset.palette_C3, maps)
         if sample.label_HW is None:
             return None, None
         tally.matrix.update(classes_HW, sample.label_HW.to(classes_HW.device))

@@ -73,6 +73,7 @@ LEAVES = {  # file that a verb writes last
     "check": "check.json",
     "demo": "summary.json",
     "grid": "table.md",
+    "report": "report.html",
 }
 SHOWN = [command for page in PAGES if page.name != "README.zh-CN.md" for command in commands(page)]
 RUN = [command for command in {command.text: command for command in SHOWN}.values() if command.text not in NOT_RUN]

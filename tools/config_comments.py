@@ -15,6 +15,7 @@ SCHEMAS = [
     config.CorruptConfig,
     config.GridConfig,
     config.ResultsConfig,
+    config.ReportConfig,
 ]
 
 

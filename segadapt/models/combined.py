@@ -22,6 +22,7 @@ from segadapt.models.generative.lora import choose
 from segadapt.models.generative.parallel import Lane, read_later
 from segadapt.models.generative.sd3 import NoisyLatent, Sd3
 from segadapt.models.generative.sight import Sight
+from segadapt.models.generative.witness import Witness
 from segadapt.models.recording import Memory
 from segadapt.models.source import NO_NORMS, Prediction, Source
 from segadapt.models.updates import Updates, total_norm
@@ -90,6 +91,7 @@ class Combined(Source):
         self._source = {name: value.detach().to("cpu", copy=True) for name, value in self.parameters().items()}
         self._updates = self._new_updates()
         self._beside = Lane([self.device])
+        self.witness: Witness | None = None  # keeps what the teacher says in the next steps
 
     @property
     def trains_discriminative(self) -> bool:
@@ -166,6 +168,8 @@ class Combined(Source):
         scored_Chw, boxes_K3 = logits_BChw[0].detach(), sight.boxes(image_3HW, logits_BChw)
         if noisy is None:
             noisy = sight.noise(image_3HW, boxes_K3, task=task, key=key)
+        if self.witness is not None:
+            self.witness.place(boxes_K3, sight.size(image_3HW))
         taught, candidates = self.backward(image_3HW, logits_BChw, noisy, boxes_K3, task=task, key=key)
         prediction = self._update(scored_Chw, taught, candidates)
         if not sight.is_guided:
@@ -267,14 +271,15 @@ class Combined(Source):
                 given_Pzyx = torch.cat([self.generative.velocity(noisy, *chunk) for chunk in chunks])
             velocity_Pzyx = given_Pzyx.detach().requires_grad_(learns)
             pair_row_P, target_Rzyx = pair_row_P - of_rows.start, noisy.target_Kzyx[of_rows]
+            error_RCyx = trust.asked_errors(
+                velocity_Pzyx,
+                target_Rzyx,
+                pair_row_P=pair_row_P,
+                pair_class_P=pair_class_P,
+                num_classes=leaf_RCyx.shape[1],
+            )
             verdict = trust.judge(
-                trust.asked_errors(
-                    velocity_Pzyx,
-                    target_Rzyx,
-                    pair_row_P=pair_row_P,
-                    pair_class_P=pair_class_P,
-                    num_classes=leaf_RCyx.shape[1],
-                ),
+                error_RCyx,
                 leaf_RCyx[of_rows],
                 candidates.keep_Kyx[of_rows],
                 draws=candidates.draws,
@@ -294,6 +299,12 @@ class Combined(Source):
                 reduction=self.loss.mask_reduction,
                 trust_Kyx=verdict.weight_Ryx,
             )
+            if self.witness is not None:
+                squared_Ryx = objective.mixture_errors(
+                    weights_RCyx.detach(), velocity_Pzyx.detach(), target_Rzyx,
+                    pair_window_P=pair_row_P, pair_class_P=pair_class_P,
+                )  # fmt: skip
+                self.witness.see(of_rows, weights_RCyx, error_RCyx, squared_Ryx)
             if weight_R is not None:
                 losses_R = losses_R * weight_R[of_rows]
             share = losses_R.sum() / len(leaf_RCyx)

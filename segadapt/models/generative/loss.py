@@ -39,6 +39,20 @@ def window_weights(raw_KCyx: Tensor, *, tau: float) -> Tensor:
     return len(raw_KCyx) * (pixel_entropy(raw_KCyx.detach()).mean(dim=(1, 2)) / tau).softmax(dim=0)
 
 
+def mixture_errors(
+    weights_KCyx: Tensor,
+    velocity_Pzyx: Tensor,
+    target_Kzyx: Tensor,
+    *,
+    pair_window_P: Tensor,
+    pair_class_P: Tensor,
+) -> Tensor:
+    """(sum_k p_k v_k - target)^2, mean over channels: [K, y, x]."""
+    pair_weights_Pyx = weights_KCyx[pair_window_P, pair_class_P]
+    mixture_Kzyx = torch.zeros_like(target_Kzyx).index_add(0, pair_window_P, pair_weights_Pyx[:, None] * velocity_Pzyx)
+    return (mixture_Kzyx - target_Kzyx).square().mean(dim=1)
+
+
 def window_losses(
     weights_KCyx: Tensor,
     velocity_Pzyx: Tensor,
@@ -57,9 +71,9 @@ def window_losses(
     trust_Kyx, in [0, 1], multiplies each pixel's r^2 and leaves the divisor as it is.
     """
     assert reduction in ("valid", "all"), reduction
-    pair_weights_Pyx = weights_KCyx[pair_window_P, pair_class_P]
-    mixture_Kzyx = torch.zeros_like(target_Kzyx).index_add(0, pair_window_P, pair_weights_Pyx[:, None] * velocity_Pzyx)
-    squared_Kyx = (mixture_Kzyx - target_Kzyx).square().mean(dim=1)
+    squared_Kyx = mixture_errors(
+        weights_KCyx, velocity_Pzyx, target_Kzyx, pair_window_P=pair_window_P, pair_class_P=pair_class_P
+    )
     if trust_Kyx is not None:
         squared_Kyx = squared_Kyx * trust_Kyx
     kept_K = torch.where(keep_Kyx, squared_Kyx, 0).sum(dim=(1, 2))
