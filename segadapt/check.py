@@ -1,229 +1,186 @@
-"""The verb `check`: read all data, and if asked load both models and take one step, before a run is paid for.
+"""The verb `check`: read all data, and if asked load both models and take a step, before a run is paid for.
 
-C classes   H W image px
+N images   C classes
 """
 
-import hashlib
-import shutil
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from rich.console import Console
 from rich.table import Table
 
-from segadapt import stream
-from segadapt.checkpoint import KEPT, size_of
+from segadapt import check_images, stream
+from segadapt.check_images import ImageFacts
+from segadapt.check_models import check_models, estimated_s, step_lines
+from segadapt.check_samples import write_sample
+from segadapt.class_weights import RATIO, RECIPES, class_weights, ratio
 from segadapt.config import CheckConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks
-from segadapt.datasets.labels import IGNORE
-from segadapt.datasets.resize import resize_short_side, size_at
 from segadapt.errors import UserError
-from segadapt.models.build import Models, build_models
-from segadapt.models.combined import Combined
-from segadapt.models.generative import windows
-from segadapt.models.generative.guided import LEAST_BOXES, MOST_BOXES
-from segadapt.models.generative.plan import GIB
-from segadapt.models.generative.sd3 import Sd3
-from segadapt.models.out_of_memory import explain_out_of_memory
-from segadapt.parse import wants_teacher
-from segadapt.terminal import results_table
+from segadapt.record import write_json
+from segadapt.terminal import Cell, results_table
 
-MOST_PROBLEMS = 20  # shown; all are counted
+MOST_PROBLEMS = 20  # shown; check.json has all
 MOST_SIZES = 10  # shown
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """What is kept of one image that could be read."""
-
-    entry: stream.Entry
-    size_px: tuple[int, int]  # H, W as read
-    resized_px: tuple[int, int]  # H, W after the short side was set
-    digest: str  # of the pixels as read, corrupted
-    pixels_C: np.ndarray | None  # int64, labelled pixels of each class; None: unlabelled
-
-
-def scan(
-    dataset: Dataset, entries: Sequence[stream.Entry], *, short_side_px: int, workers: int
-) -> Iterator[ImageFacts | str]:
-    """Read every entry in order, `workers` processes ahead; a problem is yielded as its one line, not raised."""
-    return stream.ahead(partial(_facts, dataset, short_side_px), entries, workers=workers)
-
-
-def _facts(dataset: Dataset, short_side_px: int, entry: stream.Entry) -> ImageFacts | str:
-    try:
-        sample = dataset.load(entry.task, entry.key)
-    except UserError as error:
-        return f"{entry.task.name}: {error}"
-    height, width = resize_short_side(sample.image_HW3, short_side_px).shape[1:]
-    pixels_C = None
-    if sample.label_HW is not None:
-        pixels_C = np.bincount(sample.label_HW.ravel(), minlength=IGNORE + 1)[: len(dataset.classes)]
-    digest = hashlib.blake2b(np.ascontiguousarray(sample.image_HW3).data, digest_size=16).hexdigest()
-    return ImageFacts(entry, sample.image_HW3.shape[:2], (height, width), digest, pixels_C)
+FOLDER = "check"  # below {logging.root}/{experiment.name}
 
 
 def run(settings: CheckConfig) -> None:
-    """Print what is there; no file is written.
+    """Print what is there, and write it to {logging.root}/{experiment.name}/check/check.json, with pictures if asked.
 
     Raises:
         UserError: once, at the end, if any image, label or model would stop a run; its causes are printed before.
     """
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    data, seed = settings.data, settings.experiment.seed
-    dataset, problems, readable = build_dataset(data), [], None
-    for task in build_tasks(data):
+    folder = Path(settings.logging.root) / settings.experiment.name / FOLDER
+    dataset = build_dataset(settings.data)
+    found = read_tasks(settings, dataset, folder, console)
+    problems, facts = found["problems"], found.pop("facts")
+    if settings.check.load_models and facts:
         try:
-            entries = stream.order(dataset, task, seed=seed, shuffle=data.shuffle, limit=data.limit)
-        except UserError as error:
-            problems.append(f"{task.name}: {error}")
-            continue
-        entries = entries[: settings.check.images]
-        found = list(scan(dataset, entries, short_side_px=data.short_side_px, workers=data.workers))
-        facts = [item for item in found if isinstance(item, ImageFacts)]
-        problems += [item for item in found if isinstance(item, str)]
-        readable = readable or (facts[0].entry if facts else None)
-        missing = getattr(dataset, "missing_images", lambda _: [])(task)
-        heading = f"\n{task.name}: {len(facts)} of {len(entries)} images read, {origin(settings, task)}"
-        console.print(heading, *notes(facts, missing_images=missing), sep="\n")
-        console.print(sizes_table(facts, settings))
-        if any(item.pixels_C is not None for item in facts):
-            console.print(classes_table(facts, dataset.classes))
-    if settings.check.load_models and readable is not None:
-        try:
-            problems += check_models(settings, dataset, readable, console)
+            step, more = check_models(settings, dataset, commonest(facts))
+            problems += more
+            images, read_s = found["stream_images"], found["read_s"]
+            found |= {"step": step, "estimated_s": estimated_s(step, images=images, read_s=read_s)}
+            console.print("", *step["models"], *step_lines(step), sep="\n")
+            console.print(f"the whole run: about {timedelta(seconds=round(found['estimated_s']))} for {images} images, "
+                          f"after loading; an estimate from {step['step_s']:.2f} s a step and {read_s:.2f} s to read "
+                          "an image")  # fmt: skip
         except UserError as error:
             problems.append(str(error))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "check.json", found)
+    console.print(f"\nall of this: {folder / 'check.json'}")
+    if found["samples"]:
+        console.print(f"{len(found['samples'])} pictures: {folder / 'samples'}")
     if problems:
         console.print(*(f"problem: {problem}" for problem in problems[:MOST_PROBLEMS]), sep="\n")
         shown = min(len(problems), MOST_PROBLEMS)
         raise UserError(
             f"problems found: {len(problems)}, shown: {shown}; expected none. Correct them and check again."
         )
-    console.print("\nno problem found")
+    console.print("no problem found")
 
 
-def origin(settings: CheckConfig, task: Task) -> str:
-    """Where a task's pixels come from."""
-    if settings.data.kind == "toytown":
-        return "drawn on the fly"
-    on_disk = task.corruption is None or "{corruption}" in str(settings.data.image_path)
-    return "as they are on disk" if on_disk else "corrupted on the fly"
+def read_tasks(settings: CheckConfig, dataset: Dataset, folder: Path, console: Console) -> dict[str, Any]:
+    """Read the images of every condition of the stream once, say what is there, draw samples.
+
+    Returns:
+        what check.json holds of the data, and under "facts" the ImageFacts of the first task that could be read.
+    """
+    data = settings.data
+    found: dict[str, Any] = {"tasks": [], "class_weights": {}, "samples": [], "problems": [], "facts": []}
+    seen: dict[str, stream.Entry] = {}
+    stream_images, read, seconds = 0, 0, 0.0
+    for task in build_tasks(data):
+        try:
+            entries = stream.order(dataset, task, seed=settings.experiment.seed, shuffle=data.shuffle, limit=data.limit)
+        except UserError as error:
+            found["problems"].append(f"{task.name}: {error}")
+            continue
+        stream_images += len(entries)
+        if task.visit > 1:  # the same images once more
+            continue
+        entries, start = entries[: settings.check.images], time.perf_counter()
+        items = list(check_images.scan(dataset, entries, short_side_px=data.short_side_px, workers=data.workers))
+        seconds, read = seconds + time.perf_counter() - start, read + len(entries)
+        facts = [item for item in items if isinstance(item, ImageFacts)]
+        found["problems"] += [item for item in items if isinstance(item, str)]
+        row = _task_row(settings, dataset, task, facts, seen) | {"images": len(entries)}
+        _print_task(console, row, found["tasks"])
+        found["tasks"].append(row)
+        pixels_NC = check_images.pixels_of(facts)
+        if pixels_NC is not None and not found["class_weights"]:
+            found["class_weights"] = {recipe: class_weights(recipe, pixels_NC) for recipe in RECIPES}
+            recipe = settings.check.class_weights
+            line = weights_line(recipe, found["class_weights"][recipe], most=ratio(pixels_NC), split=data.split)
+            console.print(line)
+        found["facts"] = found["facts"] or facts
+        for item in facts[: settings.check.samples]:
+            found["samples"].append(str(write_sample(folder / "samples", settings, dataset, item.entry)))
+    return found | {"stream_images": stream_images, "read_s": seconds / max(1, read)}
 
 
-def notes(facts: Sequence[ImageFacts], *, missing_images: Sequence[str]) -> list[str]:
-    """What would not stop a run, but is worth a look."""
-    lines = []
-    if missing_images:
-        lines.append(f"{len(missing_images)} labels have no image (first: {missing_images[0]})")
-    if any(item.pixels_C is None for item in facts):
-        lines.append("no labels: predictions only")
-    if empty := [item.entry.key for item in facts if item.pixels_C is not None and not item.pixels_C.any()]:
-        lines.append(f"{len(empty)} labels are ignored throughout (first: {empty[0]})")
-    first_of: dict[str, str] = {}
-    twins = [(item.entry.key, first_of.setdefault(item.digest, item.entry.key)) for item in facts]
-    if twins := [f"{key} = {first}" for key, first in twins if key != first]:
-        lines.append(f"{len(twins)} images repeat the pixels of another: {', '.join(twins[:3])}")
-    return lines
-
-
-def sizes_table(facts: Sequence[ImageFacts], settings: CheckConfig) -> Table:
-    """The commonest sizes on disk, what they become for each model, and how many windows the teacher sees."""
-    own_px = {
-        "segmenter": settings.model.discriminative.short_side_px,
-        "teacher": settings.model.generative.short_side_px,
+def _task_row(
+    settings: CheckConfig, dataset: Dataset, task: Task, facts: Sequence[ImageFacts], seen: dict[str, stream.Entry]
+) -> dict[str, Any]:
+    """What check.json holds of a task."""
+    repeated, missing = check_images.repeats(facts, seen), getattr(dataset, "missing_images", lambda _: [])(task)
+    pixels_NC = check_images.pixels_of(facts)
+    classes = []
+    if pixels_NC is not None:
+        totals = zip(dataset.classes, pixels_NC.sum(axis=0), (pixels_NC > 0).sum(axis=0), strict=True)
+        classes = [{"class": name, "pixels": int(pixels), "images": int(shown)} for name, pixels, shown in totals]
+    return {
+        "task": task.name,
+        "origin": check_images.origin(settings, task),
+        "read": len(facts),
+        "portrait": sum(item.size_px[0] > item.size_px[1] for item in facts),
+        "turned": [item.entry.key for item in facts if item.is_turned],
+        "repeated": [[entry.key, first.task.name, first.key] for entry, first in repeated],
+        "labels_without_image": missing,
+        "notes": check_images.notes(facts, dataset.classes, missing_images=missing, repeated=repeated),
+        "sizes": check_images.sizes(facts, settings),
+        "classes": classes,
+        "ignored_pixels": sum(item.ignored for item in facts),
     }
-    g, count = settings.model.generative, Counter((item.size_px, item.resized_px) for item in facts)
-    rows: list[list[str | int]] = []
-    for ((height, width), (new_height, new_width)), images in count.most_common(MOST_SIZES):
-        count_windows: str | int = "none"
-        if wants_teacher(settings.tta):
-            size_px = size_at(new_height, new_width, g.short_side_px)
-            plan_K3 = windows.plan(*size_px, window_px=g.window_px, stride_px=g.stride_px)
-            count_windows = f"{LEAST_BOXES}-{MOST_BOXES} or {len(plan_K3)}" if g.windows == "entropy" else len(plan_K3)
-        sizes = {f"{of} ": size_at(new_height, new_width, px) for of, px in own_px.items() if px is not None}
-        resized = [f"{of}{y} x {x}" for of, (y, x) in ({"": (new_height, new_width)} | sizes).items()]
-        rows.append([f"{height} x {width}", ", ".join(resized), count_windows, images])
-    if others := count.total() - sum(int(row[3]) for row in rows):
-        rows.append([f"{len(count) - len(rows)} other sizes", "", "", others])
-    portrait = sum(item.size_px[0] > item.size_px[1] for item in facts)
+
+
+def _print_task(console: Console, row: dict[str, Any], before: Sequence[dict[str, Any]]) -> None:
+    """Heading, notes and tables of a task; tables that an earlier task has as well are not printed again."""
+    console.print(f"\n{row['task']}: {row['read']} of {row['images']} images read, {row['origin']}", *row["notes"],
+                  sep="\n")  # fmt: skip
+    for name, table in (("sizes", sizes_table), ("classes", classes_table)):
+        alike = next((other["task"] for other in before if other[name] == row[name]), None)
+        if alike:
+            console.print(f"{name}: as of {alike}")
+        elif row[name]:
+            console.print(table(row))
+
+
+def sizes_table(row: dict[str, Any]) -> Table:
+    """The commonest sizes on disk, what they become for each model, and how many windows the teacher sees."""
+    lines: list[list[Cell]] = []
+    for size in row["sizes"][:MOST_SIZES]:
+        own = {f"{of} ": size[f"{of}_px"] for of in ("segmenter", "teacher") if f"{of}_px" in size}
+        resized = [f"{of}{y} x {x}" for of, (y, x) in ({"": size["resized_px"]} | own).items()]
+        height, width = size["size_px"]
+        lines.append([f"{height} x {width}", ", ".join(resized), size["windows"] or "none", size["images"]])
+    if others := row["sizes"][MOST_SIZES:]:
+        lines.append([f"{len(others)} other sizes", "", "", sum(size["images"] for size in others)])
+    portrait = row["portrait"]
     columns = ["height x width, px", "resized, px", "windows", "images"]
-    return results_table(rows, columns, title=f"{portrait} portrait, {len(facts) - portrait} landscape or square")
+    return results_table(lines, columns, title=f"{portrait} portrait, {row['read'] - portrait} landscape or square")
 
 
-def classes_table(facts: Sequence[ImageFacts], classes: Sequence[str]) -> Table:
+def classes_table(row: dict[str, Any]) -> Table:
     """Share of the labelled pixels, and the number of images that show a class."""
-    pixels_NC = np.stack([item.pixels_C for item in facts if item.pixels_C is not None])
-    share_C = pixels_NC.sum(axis=0) / max(1, pixels_NC.sum())
-    rows = [[name, float(share_C[c]), int((pixels_NC[:, c] > 0).sum())] for c, name in enumerate(classes)]
-    return results_table(rows, ["class", "pixels %", "images"])
+    total = max(1, sum(line["pixels"] for line in row["classes"]))
+    lines = [[line["class"], line["pixels"] / total, line["images"]] for line in row["classes"]]
+    return results_table(lines, ["class", "pixels %", "images"])
 
 
-def check_models(settings: CheckConfig, dataset: Dataset, entry: stream.Entry, console: Console) -> list[str]:
-    """Load both models as adapt would and take one step on one image; returns the problems."""
-    models = build_models(settings, dataset.classes)
-    console.print(*describe(models), sep="\n")
-    method, start = models.method, time.perf_counter()
-    image_3HW = resize_short_side(dataset.load(entry.task, entry.key).image_HW3, settings.data.short_side_px)
-    with explain_out_of_memory(method, f"{entry.key} of {entry.task.name}", image_3HW):
-        step = method.step(image_3HW, task=entry.task.name, key=entry.key)
-    is_finite = bool(step.logits_Chw.isfinite().all()) and step.is_step_finite
-    said, problems = check_disk(settings.logging.root, size_of(method.state_dict()))
-    console.print(said)
-    method.reset()
-    numbers = "" if step.loss is None else f"loss {step.loss:.6g}, gradient norm {step.grad_norm:.6g}, "
-    console.print(f"one step on {entry.task.name} {entry.key}: {numbers}{time.perf_counter() - start:.2f} s")
-    for index in range(torch.cuda.device_count()) if method.device.type == "cuda" else ():
-        console.print(f"cuda:{index}: {torch.cuda.max_memory_reserved(index) / GIB:.1f} GiB at most")
-    problem = f"{entry.key}: {numbers}expected finite numbers. Check the checkpoints, or set runtime.precision=fp32."
-    return problems if is_finite else [problem, *problems]
-
-
-def check_disk(root: str, state_bytes: int) -> tuple[str, list[str]]:
-    """What the checkpoints of a run need of the disk and what is free there; and that as a problem if it is too little.
+def weights_line(recipe: str, weights_C: np.ndarray, *, most: float, split: str) -> str:
+    """Class weights in label order, copyable; '-' for classes in no label.
 
     Args:
-        root: logging.root, which need not exist.
-        state_bytes: of one checkpoint.
+        most: of class_weights.ratio.
     """
-    path = Path(root).expanduser().absolute()
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    needed, free = (KEPT + 1) * state_bytes / GIB, shutil.disk_usage(there).free / GIB
-    line = f"checkpoints: {KEPT} are kept while one is written, {needed:.2f} GiB; free: {free:.2f} GiB"
-    cure = f"logging.root={root}: {line}. Make room, or choose another logging.root."
-    return line, [] if needed <= free else [cure]
+    numbers = ", ".join("-" if math.isnan(weight) else f"{weight:.4g}" for weight in weights_C)
+    worth = "worth a try" if most > RATIO else "hardly needed"
+    return (f"class weights: {worth}, the commonest class has {most:.0f} times the pixels of the rarest; weights for "
+            f"training belong to the training split, these are of {split}\n"
+            f"{recipe} ({RECIPES[recipe][0]}): [{numbers}]")  # fmt: skip
 
 
-def describe(models: Models) -> list[str]:
-    """Sizes, embeddings, autoencoder, placement and host memory of the loaded models."""
-    method = models.method
-    lines = [f"segmenter: {_millions(method.segmenter.net)}"]
-    if not isinstance(method, Combined):
-        return [*lines, "teacher: none, this method needs none"]
-    teacher = method.generative
-    assert isinstance(teacher, Sd3), "settings alone name no other"
-    vae, text = teacher.autoencoder, teacher.embeddings
-    latents = "already shifted and scaled"
-    if isinstance(vae, AutoencoderKL):
-        latents = "shift {shift_factor:g}, scale {scaling_factor:g}".format(**vae.config)
-    snapshot = sum(parameter.numel() * parameter.element_size() for parameter in method.parameters().values())
-    return [
-        *lines,
-        f"teacher: transformer {_millions(teacher.transformer)}, autoencoder {_millions(vae)}",
-        f"latents: {latents}",
-        f"embeddings: {text.source}, sequence {tuple(text.sequence_CLE.shape)}, pooled {tuple(text.pooled_CD.shape)}",
-        *(f"placement: {line}" for line in models.map_lines),
-        f"host memory of the source state: {snapshot / GIB:.2f} GiB",
-    ]
-
-
-def _millions(module: torch.nn.Module) -> str:
-    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f} M parameters"
+def commonest(facts: Sequence[ImageFacts]) -> stream.Entry:
+    """The first image of the commonest size: its step stands for all."""
+    size_px = Counter(item.resized_px for item in facts).most_common(1)[0][0]
+    return next(item.entry for item in facts if item.resized_px == size_px)

@@ -346,7 +346,12 @@ class CorruptSettings:
 @dataclass
 class CheckSettings:
     images: int | None = setting("images of each task to read; null: all", low=1)
-    load_models: bool = setting("also load both models and take one step")
+    samples: int = setting("pictures of each task: image, label over it, windows; 0: none", low=0)
+    class_weights: str = setting(
+        "recipe of the weights that are printed; check.json has all",
+        choices=("inverse_sqrt", "enet_log", "median_frequency", "effective_number", "max_over_count"),
+    )
+    load_models: bool = setting("also load both models, take steps on one image, and estimate the time of the run")
 
 
 @dataclass

@@ -97,6 +97,22 @@ def test_comments_of_the_tree_are_the_help_of_the_schema():
     assert done.returncode == 0, done.stdout
 
 
+def test_the_tables_of_the_page_are_those_of_the_schema():
+    command = [sys.executable, "tools/config_page.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_page_names_every_option_of_every_group():
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    rows = dict(re.findall(r"^\| `([\w/]+)` \| (.+) \|$", page.split("## An experiment")[0], re.MULTILINE))
+    groups = {path.parent.relative_to(CONF).as_posix() for path in FILES if not is_internal(path)} - {".", "tuned"}
+    assert sorted(rows) == sorted(groups)
+    for group in groups - {"tta"}:  # that one is the table of methods
+        options = {path.stem for path in (CONF / group).glob("*.yaml") if not is_internal(path)}
+        assert options <= set(re.findall(r"`(\w+)`", rows[group])), group
+
+
 @pytest.mark.parametrize("primary", SCHEMAS)
 def test_dataclasses_hold_no_values(primary):
     for name, item in config.fields_of(SCHEMAS[primary]).items():

@@ -80,6 +80,12 @@ def image_size(path: Path, *, max_pixels: int) -> tuple[int, int]:
     return height, width
 
 
+def is_turned(path: Path) -> bool:
+    """Whether `read_image` turns or mirrors the image as its EXIF says; of a file that it has read."""
+    with Image.open(path) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+
+
 def ids_size(path: Path, *, max_pixels: int) -> tuple[int, int]:
     """Height and width of a label file by its header, px. UserError: not an image, or more than max_pixels."""
     with _opened(path, max_pixels=max_pixels) as image:

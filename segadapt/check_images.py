@@ -1,0 +1,144 @@
+"""What `check` finds in the images and labels of a task: sizes, ids, classes, repeats, orientation.
+
+N images   C classes   H W image px
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segadapt import stream
+from segadapt.config import CheckConfig
+from segadapt.datasets import Dataset, Task
+from segadapt.datasets.decode import is_turned
+from segadapt.datasets.labels import IGNORE
+from segadapt.datasets.resize import resize_short_side, size_at
+from segadapt.errors import UserError
+from segadapt.models.generative import windows
+from segadapt.models.generative.guided import LEAST_BOXES, MOST_BOXES
+from segadapt.parse import wants_teacher
+
+NAMED = 3  # keys of a note
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What is kept of one image that could be read."""
+
+    entry: stream.Entry
+    size_px: tuple[int, int]  # H, W as read
+    resized_px: tuple[int, int]  # H, W after the short side was set
+    digest: str  # of the pixels as read, corrupted
+    pixels_C: np.ndarray | None  # int64, labelled pixels of each class; None: unlabelled
+    ignored: int  # pixels of the label
+    is_turned: bool  # the file's EXIF turns or mirrors it
+
+
+def scan(
+    dataset: Dataset, entries: Sequence[stream.Entry], *, short_side_px: int, workers: int
+) -> Iterator[ImageFacts | str]:
+    """Read every entry in order, `workers` processes ahead; a problem is yielded as its one line, not raised."""
+    return stream.ahead(partial(_facts, dataset, short_side_px), entries, workers=workers)
+
+
+def _facts(dataset: Dataset, short_side_px: int, entry: stream.Entry) -> ImageFacts | str:
+    try:
+        sample, source = dataset.load(entry.task, entry.key), dataset.source(entry.task, entry.key)
+    except UserError as error:
+        return f"{entry.task.name}: {error}"
+    height, width = resize_short_side(sample.image_HW3, short_side_px).shape[1:]
+    pixels_C, ignored = None, 0
+    if sample.label_HW is not None:
+        counts_256 = np.bincount(sample.label_HW.ravel(), minlength=IGNORE + 1)
+        pixels_C, ignored = counts_256[: len(dataset.classes)], int(counts_256[IGNORE])
+    return ImageFacts(
+        entry,
+        sample.image_HW3.shape[:2],
+        (height, width),
+        hashlib.blake2b(np.ascontiguousarray(sample.image_HW3).data, digest_size=16).hexdigest(),
+        pixels_C,
+        ignored,
+        source.is_file and is_turned(Path(source.image)),
+    )
+
+
+def origin(settings: CheckConfig, task: Task) -> str:
+    """Where a task's pixels come from."""
+    if settings.data.kind == "toytown":
+        return "drawn on the fly"
+    on_disk = task.corruption is None or "{corruption}" in str(settings.data.image_path)
+    return "as they are on disk" if on_disk else "corrupted on the fly"
+
+
+def repeats(facts: Sequence[ImageFacts], seen: dict[str, stream.Entry]) -> list[tuple[stream.Entry, stream.Entry]]:
+    """Images whose pixels an earlier image has, and that one; `seen` is what earlier tasks held, and grows."""
+    pairs = [(item.entry, seen.setdefault(item.digest, item.entry)) for item in facts]
+    return [(entry, first) for entry, first in pairs if entry != first]
+
+
+def notes(
+    facts: Sequence[ImageFacts],
+    classes: Sequence[str],
+    *,
+    missing_images: Sequence[str],
+    repeated: Sequence[tuple[stream.Entry, stream.Entry]],
+) -> list[str]:
+    """What would not stop a run, but is worth a look."""
+    lines, pixels_NC = [], pixels_of(facts)
+    labelled = [item.entry.key for item in facts if item.pixels_C is not None]
+    if missing_images:
+        lines.append(f"{len(missing_images)} labels have no image (first: {missing_images[0]})")
+    if len(labelled) < len(facts):
+        lines.append("no labels: predictions only")
+    if pixels_NC is not None:
+        if empty := [key for key, pixels_C in zip(labelled, pixels_NC, strict=True) if not pixels_C.any()]:
+            lines.append(f"{len(empty)} labels are ignored throughout (first: {empty[0]})")
+        pixels_C = pixels_NC.sum(axis=0)
+        if ignored := sum(item.ignored for item in facts):
+            lines.append(f"{100 * ignored / (ignored + pixels_C.sum()):.1f} % of the label pixels are ignored")
+        if unseen := [name for name, pixels in zip(classes, pixels_C, strict=True) if not pixels]:
+            named = ", ".join(unseen[:NAMED]) + (", ..." if len(unseen) > NAMED else "")
+            lines.append(f"{len(unseen)} of {len(classes)} classes are in no label: {named}; they have no score")
+    if turned := [item.entry.key for item in facts if item.is_turned]:
+        lines.append(f"{len(turned)} images are turned as their EXIF says (first: {turned[0]}); labels are not: they "
+                     "must show the turned image")  # fmt: skip
+    if repeated:
+        named = [f"{_named(entry, first)} = {_named(first, entry)}" for entry, first in repeated[:NAMED]]
+        lines.append(f"{len(repeated)} images repeat the pixels of another: {', '.join(named)}")
+    return lines
+
+
+def _named(entry: stream.Entry, other: stream.Entry) -> str:
+    """The key, with its task if the other one is of another."""
+    return entry.key if entry.task == other.task else f"{entry.key} of {entry.task.name}"
+
+
+def sizes(facts: Sequence[ImageFacts], settings: CheckConfig) -> list[dict[str, Any]]:
+    """Each size on disk, the commonest first: what it becomes for each model, the teacher's windows, its images."""
+    own_px = {
+        "segmenter": settings.model.discriminative.short_side_px,
+        "teacher": settings.model.generative.short_side_px,
+    }
+    g, count = settings.model.generative, Counter((item.size_px, item.resized_px) for item in facts)
+    rows = []
+    for (size_px, resized_px), images in count.most_common():
+        row: dict[str, Any] = {"size_px": size_px, "resized_px": resized_px}
+        row |= {f"{of}_px": size_at(*resized_px, px) for of, px in own_px.items() if px is not None}
+        row["windows"] = 0
+        if wants_teacher(settings.tta):
+            grid_K3 = windows.plan(*size_at(*resized_px, g.short_side_px), window_px=g.window_px, stride_px=g.stride_px)
+            row["windows"] = f"{LEAST_BOXES}-{MOST_BOXES} or {len(grid_K3)}" if g.windows == "entropy" else len(grid_K3)
+        rows.append(row | {"images": images})
+    return rows
+
+
+def pixels_of(facts: Sequence[ImageFacts]) -> np.ndarray | None:
+    """Labelled pixels of each image and class: int64 [N, C] of the images with labels; None: there is none."""
+    labelled = [item.pixels_C for item in facts if item.pixels_C is not None]
+    return np.stack(labelled) if labelled else None
