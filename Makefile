@@ -16,7 +16,7 @@ test: .stamp-venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: .stamp-venv
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 lint: .stamp-venv
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
