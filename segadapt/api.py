@@ -170,6 +170,9 @@ def _as_segmenter(
         if not any(True for _ in given.parameters()):
             raise UserError(f"segmenter: the {type(given).__name__} has no parameters, so nothing of it could be "
                             "adapted. Pass the module that holds the weights.")  # fmt: skip
+        if halves := {p.dtype for p in given.parameters() if p.is_floating_point() and p.dtype != torch.float32}:
+            raise UserError(f"segmenter: weights of {', '.join(map(str, halves))}; expected float32, which small steps "
+                            "need (runtime.precision=bf16 computes in bf16 all the same). Call .float().")  # fmt: skip
         mean, std = (default if own is None else own for own, default in zip((mean, std), AS_IT_IS, strict=True))
         return Wrapped(given.to(device), num_classes, mean=mean, std=std)
     if missing:

@@ -21,6 +21,7 @@ OURS = {  # settings of a run that the grid sets: where to say it
     "tta": "grid.methods",
     "tta.method": "grid.methods",
     "experiment.seed": "grid.seeds",
+    "experiment.restart": "nothing: remove the folders of the cells that shall run again",
     "experiment.id": "nothing: a cell's folder is named by its settings",
     "runtime.threads": "grid.threads",
 }

@@ -1,11 +1,14 @@
 """SIGTERM and SIGINT: the first one asks the loop to stop between two images, the second one stops at once."""
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+TOGETHER_S = 1.0  # a scheduler and a grid both tell the process: one request
 
 
 class Stopped(BaseException):
@@ -29,20 +32,23 @@ class Asked:
 
 @contextmanager
 def noted_signals() -> Iterator[Asked]:
-    """Inside, the first SIGTERM or SIGINT is only noted, and then both have their default action, which is to end.
+    """Inside, the first SIGTERM or SIGINT is only noted; one more than TOGETHER_S after it ends the process.
 
     Only the main thread may set handlers; from any other one nothing is noted.
     """
-    asked = Asked()
+    asked, first = Asked(), 0.0
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
     before = {signum: signal.getsignal(signum) for signum in STOPPING}
 
     def note(signum: int, _: object) -> None:
-        asked.signum = signal.Signals(signum)
-        for each in STOPPING:
-            signal.signal(each, signal.SIG_DFL)
+        nonlocal first
+        if asked.signum is None:
+            asked.signum, first = signal.Signals(signum), time.monotonic()
+        elif time.monotonic() - first > TOGETHER_S:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
 
     for signum in STOPPING:
         signal.signal(signum, note)

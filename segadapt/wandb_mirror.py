@@ -30,6 +30,7 @@ from segadapt.record import RunFolder
 
 MODES = ("online", "offline", "disabled")
 INIT_TIMEOUT_S = 30
+GIVEN_DATA_DIR = os.environ.get("WANDB_DATA_DIR")  # where wandb stages tables and pictures
 CALL_TIMEOUT_S = 30  # of one image's numbers; wandb itself only puts them into a queue
 NOTED = "mirrored.json"  # in the run folder: the last step copied, by axis
 FINISH_TIMEOUT_S = 60  # then the rest stays on disk for `wandb sync`
@@ -101,7 +102,7 @@ class Wandb:
         """
         self._run, self._noted, self._teardown = run, noted, teardown
         self._call_timeout_s, self._finish_timeout_s = call_timeout_s, finish_timeout_s
-        self._earlier: dict[str, int] = json.loads(noted.read_text()) if noted.is_file() else {}
+        self._earlier: dict[str, int] = _noted_steps(noted)
         self._steps = dict(self._earlier)
         self._defined: set[str] = set()
         self._is_lost = False
@@ -192,6 +193,7 @@ def open_mirror(
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
+        os.environ["WANDB_DATA_DIR"] = GIVEN_DATA_DIR or str(folder / "wandb")  # no setting; the default is in the home
         # or the login prints before the run has its settings; and what is offline looks for no server
         wandb.setup(wandb.Settings(silent=True, mode="online" if mode == "online" else "offline"))
         run = wandb.init(
@@ -269,6 +271,15 @@ def _image(picture: Picture) -> Any:
     labels = dict(enumerate(picture.classes)) | {IGNORE: "ignore"}
     masks = {name: {"mask_data": ids_HW, "class_labels": labels} for name, ids_HW in picture.masks.items()}
     return wandb.Image(picture.image_HW3, caption=picture.caption, masks=masks, file_type="jpg")
+
+
+def _noted_steps(noted: Path) -> dict[str, int]:
+    """Empty where there is no such file, or one that lost power has torn."""
+    try:
+        return json.loads(noted.read_text()) if noted.is_file() else {}
+    except ValueError:
+        logger.warning("W&B: %s is torn, so points may be copied twice", noted)
+        return {}
 
 
 def _axis(key: str) -> str:

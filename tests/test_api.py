@@ -308,3 +308,20 @@ def test_numbers_that_are_not_finite_are_met_as_in_a_run(net, photo, policy):
     adapter.step(photo())
     assert_equal({name: value for name, value in weights(adapter).items() if not name.startswith("3.")},
                  {name: value for name, value in source.items() if not name.startswith("3.")})  # fmt: skip
+
+
+def test_a_method_leaves_no_batchnorm_changed_for_the_next_adapter_nor_for_a_copy(net, photo):
+    def ids(method, module):
+        adapter = segadapt.load([f"tta.method={method}", *TENT[1:3]], segmenter=module, classes=NAMES)
+        return adapter.step(photo()).prediction.logits_Chw
+
+    plain = ids("source", copy.deepcopy(net))
+    other = ids("bn", net)
+    assert not torch.equal(plain, other)
+    assert torch.equal(ids("source", copy.deepcopy(net)), plain)
+    assert torch.equal(ids("source", net), plain)
+
+
+def test_half_weights_are_refused(net):
+    with pytest.raises(UserError, match=r"weights of torch\.float16; expected float32"):
+        segadapt.load(TENT, segmenter=net.half(), classes=NAMES)

@@ -104,8 +104,7 @@ def half_a_file(path, data):
 
 
 def half_a_line(self, value):
-    self._file.write('{"task": "fog/5", "ind')
-    self._file.flush()
+    self._file.write(b'{"task": "fog/5", "ind')
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -168,6 +167,8 @@ def test_a_second_signal_stops_at_once(settings_of, whole):
     settings = settings_of("reset per task", "impatient")
 
     def wait_long(*_):
+        os.kill(os.getpid(), signal.SIGTERM)  # with the first one: the same request
+        time.sleep(1.2)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 

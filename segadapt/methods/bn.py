@@ -69,9 +69,9 @@ class Bn(Source):
         self, segmenter: Segmenter, options: Any, optimizer: Any, *, seed: int, precision: str,
         memory: Memory | None = None,
     ):  # fmt: skip
+        super().__init__(segmenter, seed=seed, precision=precision, memory=memory)
         for norm in batch_norms(segmenter):
             norm.forward = mixed(norm, options.alpha)  # pyright: ignore[reportAttributeAccessIssue]
-        super().__init__(segmenter, seed=seed, precision=precision, memory=memory)
 
 
 class GenerativeBn(Combined):
@@ -84,6 +84,6 @@ class GenerativeBn(Combined):
     Options = Bn.Options
 
     def __init__(self, segmenter: Segmenter, *given: Any, options: Any, **settings: Any):
+        super().__init__(segmenter, *given, options=options, **settings)
         for norm in batch_norms(segmenter):
             norm.forward = mixed(norm, options.alpha)  # pyright: ignore[reportAttributeAccessIssue]
-        super().__init__(segmenter, *given, options=options, **settings)

@@ -98,6 +98,9 @@ class Source:
         self.device = next(segmenter.net.parameters()).device
         self.moving = dict(moving or {})
         segmenter.net.requires_grad_(False)
+        for module in segmenter.net.modules():  # a method of the same process may have set it, see methods/bn.py
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                vars(module).pop("forward", None)
         for parameter in self.moving.values():
             parameter.requires_grad_(True)
         # no method of this class: a cycle would keep the weights of one run into the next

@@ -14,7 +14,7 @@ import numpy as np
 
 from segadapt.errors import UserError
 from segadapt.finished import Run, differing, load, miou, read_json, read_lines
-from segadapt.results import build_tables, by_protocol, columns, rows_of
+from segadapt.results import build_tables, by_protocol, rows_of
 from segadapt.tables import Table, mean_of
 
 SOURCE = "source"  # the method that the others are compared with
@@ -99,7 +99,7 @@ def gather(folders: Sequence[Path], *, resamples: int) -> Report:
                         "the folders of one of them.")  # fmt: skip
     ((protocol, group),) = groups
     (table,) = build_tables(finished, against=SOURCE, resamples=resamples, is_timed=True)
-    methods = [Method(name, by_seed) for name, by_seed in rows_of(protocol, group, columns(group), against=SOURCE)]
+    methods = [Method(name, by_seed) for name, by_seed in rows_of(protocol, group, table.tasks, against=SOURCE)]
     assert [method.name for method in methods] == [row.name for row in table.rows]
     source = next((index for index, one in enumerate(methods) if one.first.settings["method"] == SOURCE), None)
     classes = tuple(task_file(methods[0].first, methods[0].first.tasks[0])["per_class"])
@@ -159,11 +159,16 @@ def running(method: Method, task: str) -> np.ndarray:
     return mean_of(np.array([line[-shortest:] for line in lines], float)) if lines else np.zeros(0)
 
 
-def class_ious(method: Method, tasks: Iterable[str]) -> np.ndarray:
-    """IoU of each class, mean over tasks and seeds of where it is defined: float64 [C]."""
+def class_ious(method: Method, tasks: Iterable[str], *, beside: Method) -> np.ndarray:
+    """IoU of each class, mean over the tasks and seeds that both have and where it is defined: float64 [C].
+
+    NaN where there is none.
+    """
     found = [[np.nan if value is None else value for value in task_file(one, task)["per_class"].values()]
-             for one in method.runs.values() for task in tasks if task in one.tasks]  # fmt: skip
-    return mean_of(np.array(found, float))
+             for seed, one in method.runs.items() for task in tasks
+             if task in one.tasks and seed in beside.runs and task in beside.runs[seed].tasks]  # fmt: skip
+    num_classes = len(task_file(method.first, method.first.tasks[0])["per_class"])
+    return mean_of(np.array(found, float)) if found else np.full(num_classes, np.nan)
 
 
 def confusion(method: Method) -> np.ndarray:

@@ -89,10 +89,11 @@ def running(report: Report, task: str) -> dict[str, Any]:
 
 def class_changes(report: Report, method: Method, tasks: Sequence[str]) -> dict[str, Any]:
     """Change of each class's IoU against the source, the largest on top; without a source the IoU itself."""
-    own_C = 100 * data.class_ious(method, tasks)
+    source = method if report.source is None or not report.is_compared else report.methods[report.source]
+    own_C = 100 * data.class_ious(method, tasks, beside=source)
     other_C = np.full_like(own_C, np.nan)
-    if report.source is not None and report.is_compared:
-        other_C = 100 * data.class_ious(report.methods[report.source], tasks)
+    if source is not method:
+        other_C = 100 * data.class_ious(source, tasks, beside=method)
     shown_C = own_C if not report.is_compared else own_C - other_C
     order = [c for c in np.argsort(np.nan_to_num(shown_C), kind="stable") if not np.isnan(shown_C[c])]
     if len(order) > MOST_CLASSES:

@@ -102,7 +102,10 @@ def _groups(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
     groups = {
         "improved": [pair for pair in gains if pair.adapted > pair.source],
         "harmed": [pair for pair in reversed(gains) if pair.adapted < pair.source],
-        "alone": sorted((pair for pair in gains if np.isnan(pair.source)), key=lambda pair: -pair.adapted),
+        "alone": sorted(
+            (pair for pair in gains if np.isnan(pair.source) and not np.isnan(pair.adapted)),
+            key=lambda pair: -pair.adapted,
+        ),
     }
     return {name: chosen[:MOST_SHOWN] for name, chosen in groups.items()}
 
