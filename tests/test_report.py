@@ -252,6 +252,18 @@ def test_images_of_other_pixels_are_no_pairs(copied):
     assert "1 more have no partner" in rendered(*copied.values()).text()
 
 
+def test_classes_are_compared_over_the_seeds_that_both_have(copied):
+    """Else a change of data would be shown as a change by the method."""
+    whole, fewer = (gathered(*(copied[name, seed] for name, seed in copied if (name, seed) != left_out))
+                    for left_out in (None, ("generative", 1)))  # fmt: skip
+    index = fewer.compared[0]
+    seed_0 = gathered(copied["source", 0], copied["generative", 0])
+    shown, expected, other = (
+        figures.class_changes(report, report.methods[index], report.tasks) for report in (fewer, seed_0, whole)
+    )
+    assert shown["data"][0]["x"] == expected["data"][0]["x"] != other["data"][0]["x"]
+
+
 def test_unfinished_runs_are_named_and_left_out(copied):
     (copied["generative", 1] / "results.json").unlink()
     shown = rendered(*copied.values())

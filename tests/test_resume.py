@@ -435,6 +435,18 @@ def test_the_copy_has_every_step_once_under_one_id(settings_of, tmp_path, monkey
     assert len(client.points) == 6 + 1  # the table
 
 
+def test_a_torn_note_of_what_was_copied_costs_one_warning(settings_of, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    settings = settings_of(tmp_path, "runtime.checkpoint_images=2", "logging.wandb.mode=offline")
+    cut_after(monkeypatch, settings, 3)
+    (note,) = tmp_path.rglob(wandb_mirror.NOTED)
+    note.write_text("")
+    assert adapt.run(settings, console=QUIET)["mean"]["miou"] is not None
+    assert [record.message for record in caplog.records if "is torn" in record.message] == [
+        f"W&B: {note} is torn, so points may be copied twice"
+    ]
+
+
 def test_the_time_is_all_that_checkpoints_change(settings_of, whole, tmp_path):
     settings = settings_of(tmp_path, "runtime.checkpoint_seconds=0")
     writes, real = [], checkpoint.Checkpoints.write
