@@ -5,6 +5,7 @@
 
 import hashlib
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from segadapt.datasets import Dataset, Source, Task
 from segadapt.datasets.resize import resize_short_side
 from segadapt.errors import UserError
 from segadapt.seeds import numpy_generator
+from segadapt.signals import STOPPING
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -116,8 +118,14 @@ def ahead(function: Callable[[Item], Result], items: Sequence[Item], *, workers:
 
 
 def one_thread_each(_: int) -> None:
-    """Worker start: OpenCV would otherwise start a thread pool in every process."""
+    """Worker start: OpenCV would otherwise start a thread pool in every process.
+
+    A signal to the whole group (Ctrl-C, timeout, Slurm) is the main process's to answer; workers end with it, as torch
+    has them look for their parent.
+    """
     cv2.setNumThreads(0)
+    for signum in STOPPING:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class _Results(torch.utils.data.Dataset):

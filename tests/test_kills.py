@@ -220,6 +220,18 @@ def started(command, root):
     return process
 
 
+def test_a_sigterm_to_the_whole_group_saves_as_one_to_the_process(command, tmp_path):
+    """As timeout, Slurm and systemd send it: what reads ahead must not die first."""
+    process = started(command, tmp_path)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert re.fullmatch(r"segadapt adapt: SIGTERM after image \d+ of 80; the same command goes on from there\n", said)
+    assert list((tmp_path / "adapt/one/checkpoints").glob("[0-9]*/state.json"))
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
 def test_the_command_stops_within_an_image_is_alone_on_its_folder_and_goes_on(command, tmp_path):
     """Ctrl-C reaches the whole group, also the process that reads ahead."""
     process = started(command, tmp_path)
