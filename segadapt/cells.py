@@ -4,7 +4,7 @@ import copy
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from segadapt.config import AdaptConfig, GridSettings
 from segadapt.errors import UserError, did_you_mean
+from segadapt.finished import flat
 from segadapt.parse import explain, methods_as_files, parse
 from segadapt.record import plain, settings_id
+from segadapt.results import is_one_stream
 
 OURS = {  # settings of a run that the grid sets: where to say it
     "tta": "grid.methods",
@@ -135,9 +137,9 @@ def _cells_of(method: str, seeds: Sequence[int], words: list[str], options: Sequ
 
 def _streams(settings: AdaptConfig) -> list[list[str]]:
     """The corruptions of each stream."""
-    data = settings.data
-    is_one = settings.tta.continual or data.order != "tasks" or data.rounds > 1 or not data.corruptions
-    return [data.corruptions] if is_one else [[name] for name in data.corruptions]
+    names = settings.data.corruptions
+    is_one = not names or is_one_stream(flat(asdict(settings)))
+    return [names] if is_one else [[name] for name in names]
 
 
 def _quoted(name: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from segadapt import untrusted
 from segadapt.errors import UserError
 from segadapt.seeds import numpy_generator
 
@@ -49,10 +50,7 @@ def read_json(path: Path) -> Any:
     """UserError: the run has not finished, or the file is none of ours."""
     if not path.is_file():
         raise UserError(f"{path} is missing; expected the folder of a finished run. Run it, or correct the glob.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); expected a file that a run wrote. Run it again.") from error
+    return untrusted.read_json(path, cure="Run it again.")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

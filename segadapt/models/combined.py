@@ -68,7 +68,6 @@ class Combined(Source):
         ignored_C: Tensor | None = None,
         options: Any = None,
     ):
-        self.options = options
         norms, all_of_it, update = segmenter.norm_parameters, segmenter.parameters, model.update
         moving = (norms() if update.update_norm_only else all_of_it()) if update.discriminative else {}
         if update.discriminative and not moving:
