@@ -12,7 +12,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from segadapt import config
 from segadapt.models.build import fixed_bytes
 from segadapt.models.combined import Combined
-from segadapt.models.discriminative.segformer import Segformer
+from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.generative.parallel import Parallel
 from segadapt.models.generative.plan import Cost
 from segadapt.models.generative.prompts import PromptEmbeddings
@@ -37,7 +37,7 @@ def tokens_of(transformer_config: Mapping[str, Any]) -> int:
     return 333 if transformer_config["joint_attention_dim"] == SD3_MEDIUM["joint_attention_dim"] else 13
 
 
-def build(args: argparse.Namespace, main: torch.device) -> tuple[Segformer, SD3Transformer2DModel, AutoencoderKL]:
+def build(args: argparse.Namespace, main: torch.device) -> tuple[NetSegmenter, SD3Transformer2DModel, AutoencoderKL]:
     """The three networks with random weights of one seed, made on the main device."""
     torch.manual_seed(0)
     labels = {index: f"class {index}" for index in range(CLASSES)}
@@ -52,12 +52,12 @@ def build(args: argparse.Namespace, main: torch.device) -> tuple[Segformer, SD3T
             up_block_types=("UpDecoderBlock2D",) * 4,  # type: ignore[arg-type]
             latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
             use_post_quant_conv=False, **(VAE_TINY if args.tiny else VAE))  # fmt: skip
-    return Segformer(net), transformer, vae
+    return NetSegmenter(net), transformer, vae
 
 
 def cost_of(
     transformer: SD3Transformer2DModel,
-    segmenter: Segformer,
+    segmenter: NetSegmenter,
     vae: AutoencoderKL,
     g: config.GenerativeSettings,
     *,
@@ -81,7 +81,7 @@ def cost_of(
 
 
 def join(
-    segmenter: Segformer,
+    segmenter: NetSegmenter,
     transformer: SD3Transformer2DModel,
     vae: AutoencoderKL,
     settings: config.AdaptConfig,

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 
-from segadapt import __version__, config
+from segadapt import __version__, config, config_training
 from segadapt.errors import UserError, did_you_mean
 from segadapt.machine import check_versions, fault_of
 from segadapt.parse import explain, methods_as_files, parse
@@ -28,9 +28,10 @@ VERBS: dict[str, tuple[str, type, str, str]] = {
     "adapt": ("adapt", config.AdaptConfig, "segadapt.adapt:run", "adapt a segmenter at test time, image by image"),
     "evaluate": ("evaluate", config.EvaluateConfig, "segadapt.adapt:run", "score a segmenter, forward only"),
     "corrupt": ("corrupt", config.CorruptConfig, "segadapt.corrupt:run", "write a corrupted set from a clean one"),
-    "train": ("train", config.TrainConfig, "segadapt.train:run", "train a segmenter"),
+    "train": ("train", config_training.TrainConfig, "segadapt.train:run", "train a segmenter"),
     "train-generative": (
-        "train_generative", config.TrainGenerativeConfig, "segadapt.train_generative:run", "train a small teacher"),
+        "train_generative", config_training.TrainGenerativeConfig, "segadapt.train_generative:run",
+        "train a small teacher"),
     "diagnose": ("diagnose", config.DiagnoseConfig, "segadapt.diagnose:run",
                  "ask whether the teacher can teach; reads labels: never choose settings by it on a test split"),
     "check": ("check", config.CheckConfig, "segadapt.check:run", "read data and models before a run"),

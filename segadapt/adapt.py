@@ -13,7 +13,7 @@ from rich.console import Console
 
 from segadapt import __version__, samples, stream
 from segadapt.checkpoint import Checkpoints
-from segadapt.config import AdaptConfig, EvaluateConfig
+from segadapt.config import AdaptConfig, RunConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.errors import UserError
@@ -42,7 +42,7 @@ FAULTS = {"steps_skipped": "skipped", "predictions_not_finite": "not finite", "r
 
 
 def run(
-    settings: EvaluateConfig,
+    settings: RunConfig,
     *,
     segmenter: Segmenter | None = None,
     teacher: Teacher | None = None,
@@ -89,7 +89,7 @@ def run(
 
 
 def _adapt(
-    settings: EvaluateConfig,
+    settings: RunConfig,
     dataset: Dataset,
     entries: list[list[stream.Entry]],
     models: Models,
@@ -204,7 +204,7 @@ def _finished(folder: RunFolder, origin: Mapping[str, Any]) -> dict[str, Any] | 
 def _earlier(
     checkpoints: Checkpoints,
     folder: RunFolder,
-    settings: EvaluateConfig,
+    settings: RunConfig,
     origin: Mapping[str, Any],
     console: Console,
 ) -> Any:
@@ -236,7 +236,7 @@ def _earlier(
 # --- before the run ---
 
 
-def _check_leaves_something(settings: EvaluateConfig) -> None:
+def _check_leaves_something(settings: RunConfig) -> None:
     """UserError: unlabelled images, and neither predictions nor an adapted model to keep."""
     is_unlabelled = settings.data.kind == "files" and settings.data.label_path is None
     saves_model = isinstance(settings, AdaptConfig) and settings.tta.save_adapted
@@ -245,7 +245,7 @@ def _check_leaves_something(settings: EvaluateConfig) -> None:
                         "logging.predictions=all, or give labels.")  # fmt: skip
 
 
-def _check_can_diagnose(settings: EvaluateConfig) -> None:
+def _check_can_diagnose(settings: RunConfig) -> None:
     """UserError: diagnostics are asked for, and there are no labels."""
     is_unlabelled = settings.data.kind == "files" and settings.data.label_path is None
     if isinstance(settings, AdaptConfig) and settings.tta.diagnose_every and is_unlabelled:
@@ -254,7 +254,7 @@ def _check_can_diagnose(settings: EvaluateConfig) -> None:
 
 
 def _all_entries(
-    settings: EvaluateConfig, dataset: Dataset, tasks: list[Task], warnings: Console
+    settings: RunConfig, dataset: Dataset, tasks: list[Task], warnings: Console
 ) -> list[list[stream.Entry]]:
     """The whole stream, listed before anything is loaded: what lies between two resets, mostly one task, in order.
 

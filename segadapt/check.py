@@ -19,13 +19,13 @@ from segadapt import check_images, stream
 from segadapt.check_images import ImageFacts
 from segadapt.check_models import check_models, estimated_s, step_lines
 from segadapt.check_samples import write_sample
-from segadapt.class_weights import RATIO, RECIPES, class_weights, ratio
 from segadapt.config import CheckConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.errors import UserError
 from segadapt.record import write_json
 from segadapt.terminal import Cell, results_table
+from segadapt.training.class_weights import RATIO, RECIPES, class_weights, ratio
 
 MOST_PROBLEMS = 20  # shown; check.json has all
 MOST_SIZES = 10  # shown

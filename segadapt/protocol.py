@@ -13,11 +13,11 @@ from segadapt import __version__
 from segadapt.config import (
     AdaptConfig,
     DataSettings,
-    EvaluateConfig,
     GenerativeSettings,
     LossSettings,
     ModelSettings,
     OptimizerSettings,
+    RunConfig,
 )
 from segadapt.methods import METHODS
 from segadapt.methods.learner import Learner
@@ -53,7 +53,7 @@ FREE = (
 )
 
 
-def method_of(settings: EvaluateConfig) -> str:
+def method_of(settings: RunConfig) -> str:
     """The name of METHODS; 'source' where there is only a segmenter."""
     return settings.tta.method if isinstance(settings, AdaptConfig) and settings.tta.forward_mode == "tta" else "source"
 
@@ -69,7 +69,7 @@ def without(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def identity(settings: EvaluateConfig) -> dict[str, Any]:
+def identity(settings: RunConfig) -> dict[str, Any]:
     """All settings that can change results, as nested JSON values."""
     values, method = without(asdict(settings), (*FREE, "tta.method")), METHODS[method_of(settings)]
     if not method.has_teacher:  # what nothing reads does not make another run
@@ -82,7 +82,7 @@ def identity(settings: EvaluateConfig) -> dict[str, Any]:
     return values | {"method": method_of(settings)}
 
 
-def protocol(settings: EvaluateConfig, *, order_sha256: str) -> str:
+def protocol(settings: RunConfig, *, order_sha256: str) -> str:
     """One sentence that says what was measured."""
     data, runtime, seed = settings.data, settings.runtime, settings.experiment.seed
     parts = [f"method {method_of(settings)}", f"segmenter {settings.model.discriminative.checkpoint}"]
@@ -147,7 +147,7 @@ def _steps(opt: OptimizerSettings) -> str:
     )
 
 
-def short_sides(settings: EvaluateConfig) -> str:
+def short_sides(settings: RunConfig) -> str:
     """'short side 512 px', or 'short side 1024 px (teacher 512 px)'."""
     model, own = settings.model, []
     if model.discriminative.short_side_px is not None:

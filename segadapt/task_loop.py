@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from segadapt import metrics, samples, stream
-from segadapt.config import AdaptConfig, EvaluateConfig
+from segadapt.config import AdaptConfig, RunConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.models.build import Models
 from segadapt.models.combined import Combined
@@ -51,7 +51,7 @@ class TaskResult:
 class Run:
     """What all tasks of a run share."""
 
-    settings: EvaluateConfig
+    settings: RunConfig
     dataset: Dataset
     models: Models
     folder: RunFolder

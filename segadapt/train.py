@@ -18,17 +18,18 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from segadapt import metrics, stream
-from segadapt.augment import Crops, light_of, places_of_classes
-from segadapt.config import TrainConfig, TrainGenerativeConfig
+from segadapt.config_training import TrainConfig, TrainGenerativeConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset
 from segadapt.datasets.cache import Cached
 from segadapt.errors import UserError
 from segadapt.models.build import build_segmenter, refuse_unexpected_weights
-from segadapt.models.discriminative.segformer import Segformer, build_segformer
+from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.set_up import fingerprint, set_up
 from segadapt.protocol import FREE, versions, without
 from segadapt.record import JsonLines, RunFolder, write_json
+from segadapt.training.augment import Crops, light_of, places_of_classes
 from segadapt.wandb_mirror import Mirror, mirrored
 
 LOG_EVERY = 50  # steps between two lines of the record
@@ -61,10 +62,10 @@ def segmentation_loss(logits_BChw: Tensor, label_Bss: Tensor) -> Tensor:
     return cross_entropy(logits_BCss, label_Bss, label_Bss != 255)
 
 
-def parameter_groups(segmenter: Segformer, *, lr: float, head_lr_factor: float, weight_decay: float) -> list[dict]:
+def parameter_groups(segmenter: NetSegmenter, *, lr: float, head_lr_factor: float, weight_decay: float) -> list[dict]:
     """Norms (by module type) without decay; the decode head faster; each parameter in exactly one group."""
     norms = {id(parameter) for parameter in segmenter.norm_parameters().values()}
-    head = {id(parameter) for parameter in segmenter.net.decode_head.parameters()}
+    head = {id(parameter) for parameter in segmenter.head_parameters().values()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in segmenter.parameters().values():
         groups.setdefault((id(parameter) in norms, id(parameter) in head), []).append(parameter)
@@ -79,7 +80,7 @@ def parameter_groups(segmenter: Segformer, *, lr: float, head_lr_factor: float, 
 
 
 @torch.no_grad()
-def validate(segmenter: Segformer, dataset: Dataset, entries: list, *, settings: TrainConfig) -> metrics.Scores:
+def validate(segmenter: NetSegmenter, dataset: Dataset, entries: list, *, settings: TrainConfig) -> metrics.Scores:
     """Score the segmenter in eval mode and the run's precision, as `evaluate` does."""
     segmenter.eval()
     device = next(segmenter.net.parameters()).device
@@ -90,7 +91,7 @@ def validate(segmenter: Segformer, dataset: Dataset, entries: list, *, settings:
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.runtime.precision == "bf16"):
             logits_Chw = segmenter.logits(sample.image_3HW[None].to(device))[0]
         matrix.update(metrics.predict_at_label_size(logits_Chw, sample.size_px), sample.label_HW.to(device))
-    segmenter.net.train()
+    segmenter.train()
     return metrics.scores(matrix.counts())
 
 
@@ -154,15 +155,19 @@ def open_folder(settings: TrainConfig | TrainGenerativeConfig, *, checkpoint: st
         yield folder
 
 
-def build(settings: TrainConfig, classes: tuple[str, ...], main: torch.device) -> Segformer:
-    """The segmenter to train: random weights of model.discriminative.config, or the checkpoint where that is empty."""
+def build(settings: TrainConfig, classes: tuple[str, ...], main: torch.device) -> NetSegmenter:
+    """The segmenter to train: the checkpoint, or where there is none random weights of the family and its config."""
     chosen = settings.model.discriminative
-    if not chosen.config:
+    if chosen.checkpoint is not None:
+        if chosen.config:
+            raise UserError(f"model.discriminative.config beside checkpoint={chosen.checkpoint}: it would have no "
+                            "effect. Set checkpoint=null to start from random weights, or config={}.")  # fmt: skip
         segmenter = build_segmenter(chosen, len(classes), main)
         refuse_unexpected_weights(settings.model.sha256, {"discriminative": fingerprint(segmenter.net)})
         return segmenter
     refuse_unexpected_weights(settings.model.sha256, {})
-    return build_segformer(
+    return make_segmenter(
+        chosen.family,
         dict(chosen.config) | {"id2label": dict(enumerate(classes))},
         len(classes),
         seed=settings.experiment.seed,
@@ -201,7 +206,7 @@ def run(settings: TrainConfig) -> dict[str, Any]:
 
 
 def fit(
-    segmenter: Segformer,
+    segmenter: NetSegmenter,
     dataset: Dataset,
     held_out: Dataset,
     entries: list,
@@ -229,7 +234,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: poly(step, iters=t.iters, warmup_iters=t.warmup_iters, power=t.power)
     )
-    segmenter.net.train()
+    segmenter.train()
     torch.manual_seed(settings.experiment.seed)  # dropout and drop path draw from the global generator
     began, scores = time.perf_counter(), None
     for step, (image_B3ss, label_Bss) in enumerate(loader, start=1):

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import nn
 
 from segadapt import metrics
-from segadapt.config import TrainGenerativeConfig, TrainGenerativeSettings
+from segadapt.config_training import TrainGenerativeConfig, TrainGenerativeSettings
 from segadapt.datasets import Dataset
 from segadapt.errors import UserError, did_you_mean
 from segadapt.models.generative.build import build_embeddings, check_shapes
@@ -32,10 +32,10 @@ from segadapt.models.set_up import resolve, set_up
 from segadapt.protocol import versions
 from segadapt.record import JsonLines, RunFolder, write_json
 from segadapt.seeds import derive
-from segadapt.teacher_objective import Alignment, ClassTokens, batch_loss
 from segadapt.train import LOG_EVERY, cached, check_settings, labelled_split, open_folder
-from segadapt.train_autoencoder import DECIDED, batches, cosine, train_autoencoder
-from segadapt.training_state import TrainingState
+from segadapt.training.autoencoder import DECIDED, batches, cosine, train_autoencoder
+from segadapt.training.state import TrainingState
+from segadapt.training.teacher_objective import Alignment, ClassTokens, batch_loss
 from segadapt.wandb_mirror import Mirror, mirrored
 
 VALIDATION_SIGMA = 0.25  # the noise level at which adaptation asks the teacher

@@ -21,7 +21,8 @@ from torch import Tensor
 from segadapt import config, wandb_mirror
 from segadapt.__main__ import main
 from segadapt.models.combined import Combined
-from segadapt.models.discriminative.segformer import Segformer, build_segformer
+from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.generative.prompts import PromptEmbeddings, save_embeddings
 from segadapt.models.generative.sd3 import Sd3, save_generative
 from segadapt.parse import options_of
@@ -123,11 +124,11 @@ def build_teacher() -> Callable[..., Sd3]:
 
 
 @pytest.fixture(scope="session")
-def build_segmenter() -> Callable[..., Segformer]:
+def build_segmenter() -> Callable[..., NetSegmenter]:
     """build_segmenter(num_classes, ...): a random SegFormer; the same weights at each call."""
 
-    def build(num_classes: int = len(CLASSES), *, dtype: torch.dtype = torch.float32) -> Segformer:
-        segmenter = build_segformer(SEGFORMER, num_classes, seed=1)
+    def build(num_classes: int = len(CLASSES), *, dtype: torch.dtype = torch.float32) -> NetSegmenter:
+        segmenter = make_segmenter("segformer", SEGFORMER, num_classes, seed=1)
         segmenter.net.to(dtype)  # pyright: ignore[reportArgumentType]
         return segmenter
 

@@ -15,7 +15,7 @@ from sd3_folder import build_sd3_folder
 
 from segadapt.__main__ import VERBS
 from segadapt.corruptions import COMMON
-from segadapt.models.discriminative.segformer import build_segformer
+from segadapt.models.discriminative.load import make_segmenter
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -115,7 +115,7 @@ def write_world(world: Path) -> None:
     config = {"depths": list(DEPTHS), "hidden_sizes": list(WIDTHS), "num_attention_heads": list(HEADS),
               "sr_ratios": list(REDUCTIONS), "decoder_hidden_size": HEAD_WIDTH}  # fmt: skip
     folder = world / "weights/segformer-b5-finetuned-ade-640-640"
-    build_segformer(config, 150, seed=0).save(folder)
+    make_segmenter("segformer", config, 150, seed=0).save(folder)
     torch.save(
         nvidia_state(load_file(folder / "model.safetensors")), world / "weights/segformer.b5.640x640.ade.160k.pth"
     )

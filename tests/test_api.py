@@ -232,7 +232,7 @@ def test_mistakes_are_one_line(net, photo, given, said):
 
 
 def test_a_segmenter_that_normalises_itself_takes_no_mean(build_segmenter):
-    with pytest.raises(UserError, match="the Segformer is a segmenter that normalises images itself"):
+    with pytest.raises(UserError, match="the NetSegmenter is a segmenter that normalises images itself"):
         segadapt.load(TENT, segmenter=build_segmenter(3), classes=NAMES, mean=(0, 0, 0))
     adapter = segadapt.load(TENT, segmenter=build_segmenter(3), classes=NAMES)
     assert adapter.step(np.zeros((32, 32, 3), np.uint8)).ids_HW.shape == (32, 32)

@@ -11,17 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from segadapt import config
-from segadapt.augment import Crops, crop, keep_light, light_of, photometric, places_of_classes
-from segadapt.broad import broad
+from segadapt import config_training
 from segadapt.datasets import Sample, Task
 from segadapt.datasets.toytown import ToyTown
 from segadapt.parse import from_overrides
+from segadapt.training.augment import Crops, crop, keep_light, light_of, photometric, places_of_classes
+from segadapt.training.broad import broad
 
 SEEDS = st.integers(0, 2**32 - 1)
 SIDES = st.integers(33, 90)  # px
-WIDE = from_overrides("train_generative", ["runtime=cpu"], config.TrainGenerativeConfig).train.broad
-NONE = from_overrides("train", ["runtime=cpu"], config.TrainConfig).train.broad
+WIDE = from_overrides("train_generative", ["runtime=cpu"], config_training.TrainGenerativeConfig).train.broad
+NONE = from_overrides("train", ["runtime=cpu"], config_training.TrainConfig).train.broad
 WIDELY = light_of(use_photometric=False, broad_settings=WIDE)
 
 
@@ -73,7 +73,7 @@ def test_broad_light_comes_after_the_photometric_one_from_the_same_generator(see
 
 
 def test_crops_never_load_the_test_corruptions():
-    code = "import sys, segadapt.augment; sys.exit(any('segadapt.corruption' in name for name in sys.modules))"
+    code = "import sys, segadapt.training.augment; sys.exit(any('segadapt.corruption' in name for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segadapt import broad, config
+from segadapt import config_training
 from segadapt.datasets import Task
 from segadapt.datasets.toytown import ToyTown
 from segadapt.parse import from_overrides
+from segadapt.training import broad
 
 SEEDS = st.integers(0, 2**32 - 1)
 OPERATIONS = [broad.light, broad.colour, broad.haze, broad.sharpness, broad.grain]
@@ -20,13 +21,13 @@ named = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: o
 
 
 @pytest.fixture(scope="module")
-def wide() -> config.BroadSettings:
+def wide() -> config_training.BroadSettings:
     """As shipped."""
-    return from_overrides("train_generative", ["runtime=cpu"], config.TrainGenerativeConfig).train.broad
+    return from_overrides("train_generative", ["runtime=cpu"], config_training.TrainGenerativeConfig).train.broad
 
 
 @pytest.fixture(scope="module")
-def off(wide) -> config.BroadSettings:
+def off(wide) -> config_training.BroadSettings:
     """Every operation at strength 0."""
     strengths = ("gamma", "shade", "mix", "grey", "blur_px", "sharpen", "haze", "grain")
     return dataclasses.replace(wide, **dict.fromkeys(strengths, 0.0), probability=1.0)
@@ -159,7 +160,7 @@ def test_grain_is_stronger_in_the_light_and_never_above_its_setting(wide):
 
 
 def test_broad_training_loads_no_corruption():
-    code = "import sys, segadapt.broad; sys.exit(any('segadapt.corruption' in name for name in sys.modules))"
+    code = "import sys, segadapt.training.broad; sys.exit(any('segadapt.corruption' in name for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

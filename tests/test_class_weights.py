@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segadapt import config
-from segadapt.class_weights import LARGEST, RECIPES, class_weights, ratio
+from segadapt.training.class_weights import LARGEST, RECIPES, class_weights, ratio
 
 PIXELS_NC = np.array([[60, 40, 0], [100, 0, 0], [38, 60, 2]])  # f = 198, 100, 2 of 300
 

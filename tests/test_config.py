@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from quick_settings import quick_settings
 from training_runs import TINY, TINY_SD3, TINY_SEGFORMER, TINY_VAE
 
-from segadapt import config
+from segadapt import config, config_training
 from segadapt.__main__ import VERBS
 from segadapt.datasets.build import build_files, class_names
 from segadapt.errors import UserError
@@ -175,9 +175,9 @@ def test_settings_of_the_tests_are_those_of_the_command_line(primary, overrides)
 
 
 def test_settings_of_a_test_are_its_own():
-    first, second = (quick_settings("train", TINY, config.TrainConfig) for _ in range(2))
+    first, second = (quick_settings("train", TINY, config_training.TrainConfig) for _ in range(2))
     first.train.iters += 1
-    assert quick_settings("train", TINY, config.TrainConfig) == second != first
+    assert quick_settings("train", TINY, config_training.TrainConfig) == second != first
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)

@@ -17,7 +17,7 @@ from segadapt.methods.learner import Learner
 from segadapt.models.build import build_models
 from segadapt.models.combined import Combined
 from segadapt.models.discriminative import Segmenter
-from segadapt.models.discriminative.segformer import build_segformer
+from segadapt.models.discriminative.load import make_segmenter
 from segadapt.models.generative import Teacher
 from segadapt.models.set_up import fingerprint
 
@@ -159,7 +159,9 @@ def test_pairs_at_a_time_change_no_gradient_of_an_own_teacher(example, compose_s
         torch.manual_seed(0)
         teacher = example("own_teacher").ConvTeacher(len(CLASSES))
         teacher.net.double()
-        segmenter = build_segformer({"hidden_sizes": [8, 16, 20, 32], "depths": [1] * 4}, len(CLASSES), seed=1)
+        segmenter = make_segmenter(
+            "segformer", {"hidden_sizes": [8, 16, 20, 32], "depths": [1] * 4}, len(CLASSES), seed=1
+        )
         segmenter.net.double()
         method = build_models(settings, CLASSES, segmenter=segmenter, teacher=teacher).method
         assert isinstance(method, Combined)

@@ -15,17 +15,18 @@ from training_runs import (
 )
 from transformers import Dinov2Config, Dinov2Model
 
-from segadapt import config, train_generative
+from segadapt import config_training, train_generative
 from segadapt.datasets.toytown import CLASSES
 from segadapt.models.generative.prompts import load_embeddings
 from segadapt.models.generative.sd3 import load_autoencoder, load_transformer
 
 
-def further_training(root: Path, overrides: tuple[str, ...], *more: str) -> config.TrainGenerativeConfig:
+def further_training(root: Path, overrides: tuple[str, ...], *more: str) -> config_training.TrainGenerativeConfig:
     """From the tiny checkpoint of `saved_models`."""
     checkpoint = next(text for text in overrides if text.startswith("model.generative.checkpoint="))
     return settings_of(
-        "train_generative", config.TrainGenerativeConfig, "model/generative=local", checkpoint, f"logging.root={root}",
+        "train_generative", config_training.TrainGenerativeConfig,
+        "model/generative=local", checkpoint, f"logging.root={root}",
         "model.generative.window_px=48", "model.generative.stride_px=48", "train.autoencoder_iters=0",
         "train.batch_size=2", "train.iters=3", "train.warmup_iters=0", "train.lr=0.01", "train.ema_decay=0",
         "train.weight_decay=0", *more,
@@ -37,7 +38,7 @@ def toytown_models(saved_models) -> tuple[str, ...]:
     return saved_models(CLASSES)
 
 
-def transformers_of(settings: config.TrainGenerativeConfig, folder: str):
+def transformers_of(settings: config_training.TrainGenerativeConfig, folder: str):
     checkpoint = str(settings.model.generative.checkpoint)
     before = load_transformer(checkpoint, revision=None).state_dict()
     after = load_transformer(f"{folder}/model", revision=None).state_dict()  # strict: every key once, in its shape

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from training_runs import LONG, Cut, files_of, generative_training, interrupt, lines_of
 
-from segadapt import train_autoencoder, train_generative
+from segadapt import train_generative
+from segadapt.training import autoencoder as train_autoencoder
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -23,7 +23,7 @@ from segadapt.methods.pixels import entropy, mean_where
 from segadapt.methods.roid import corrected, likelihood_ratio, symmetric_cross_entropy
 from segadapt.methods.rotta import Kept
 from segadapt.models.combined import Combined
-from segadapt.models.discriminative.segformer import load_segformer
+from segadapt.models.discriminative.load import load_segmenter
 from segadapt.seeds import numpy_generator
 
 SGD = ("tta.optimizer.name=sgd", "tta.optimizer.lr=0.1", "tta.optimizer.momentum=0")
@@ -555,7 +555,7 @@ def test_saved_is_the_averaging_teacher_which_is_scored(build, name, tmp_path):
     before = {key: value.clone() for key, value in method.segmenter.net.state_dict().items()}
     method.save(tmp_path)
     assert all(torch.equal(value, before[key]) for key, value in method.segmenter.net.state_dict().items())
-    saved = load_segformer(str(tmp_path), num_classes=len(CLASSES), device="cpu")
+    saved = load_segmenter(str(tmp_path), num_classes=len(CLASSES), device="cpu")
     scored_Chw = method.step(image(9), task="t", key="9").logits_Chw.log_softmax(dim=0)
     found_Chw = saved.logits(image(9).float()[None])[0].log_softmax(dim=0)
     torch.testing.assert_close(found_Chw, scored_Chw.float(), rtol=0, atol=3e-6)

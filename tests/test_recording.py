@@ -9,7 +9,7 @@ from again import Again
 
 from segadapt import config
 from segadapt.models.combined import Combined
-from segadapt.models.discriminative.segformer import Segformer
+from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.generative.sd3 import Sd3
 from segadapt.models.recording import Graphs, Piece, Recorder
 from segadapt.models.source import segmenting
@@ -135,7 +135,7 @@ def test_weights_go_with_the_last_reference_to_them(build, random_image, memory)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_graphs_on_a_gpu_equal_the_plain_segmenter(build_segmenter, random_image, precision):
     """Several sizes in turn, with the weights moving in between, as optimizer, restoring and reset move them."""
-    segmenter = Segformer(build_segmenter().net.cuda())
+    segmenter = NetSegmenter(build_segmenter().net.cuda())
     moving = list(segmenter.parameters().values())
     plain = segmenting(segmenter, precision, None, moving)
     recorder = segmenting(segmenter, precision, Graphs(torch.device("cuda")).memory(), moving)

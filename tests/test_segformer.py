@@ -14,14 +14,14 @@ from transformers.image_transforms import normalize
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from segadapt.errors import UserError
-from segadapt.models.discriminative import segformer
-from segadapt.models.discriminative.segformer import build_segformer, load_segformer
+from segadapt.models.discriminative import load as loading
+from segadapt.models.discriminative.load import load_segmenter, make_segmenter
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("segformer")
-    build_segformer(TINY, 5, seed=3).save(folder)
+    make_segmenter("segformer", TINY, 5, seed=3).save(folder)
     return folder
 
 
@@ -35,7 +35,7 @@ def image(height=65, width=97, dtype=torch.float32):
 
 
 def load(folder, num_classes=5, **options):
-    return load_segformer(str(folder), num_classes=num_classes, device="cpu", **options)
+    return load_segmenter(str(folder), num_classes=num_classes, device="cpu", **options)
 
 
 def edit_weights(folder, edit):
@@ -169,7 +169,7 @@ def test_broken_folders_are_explained(copy, tmp_path):
     with pytest.raises(UserError, match="incomplete or damaged"):
         load(copy)
     (copy / "config.json").unlink()
-    with pytest.raises(UserError, match="model_type None; expected 'segformer'"):
+    with pytest.raises(UserError, match="model_type None; expected one of segformer"):
         load(copy)
     with pytest.raises(UserError, match="neither a folder that exists nor a hub id"):
         load(tmp_path / "nowhere")
@@ -205,23 +205,23 @@ def test_code_in_a_pickle_never_runs(copy, tmp_path, allow_pickle):
 @pytest.mark.parametrize(("version", "fine"), [("2.9.1+cu128", False), ("2.10.0", True), ("3.0.0a0", True)])
 def test_old_torch_may_not_read_pickles(version, fine):
     if fine:
-        segformer._check_torch_reads_pickles_safely(version)
+        loading._check_torch_reads_pickles_safely(version)
     else:
         with pytest.raises(UserError, match=r"expected torch 2\.10 or later"):
-            segformer._check_torch_reads_pickles_safely(version)
+            loading._check_torch_reads_pickles_safely(version)
 
 
 def test_built_weights_depend_on_the_seed_alone():
     state = torch.get_rng_state()
-    first, second, other = (build_segformer(TINY, 3, seed=seed).net.state_dict() for seed in (1, 1, 2))
+    first, second, other = (make_segmenter("segformer", TINY, 3, seed=seed).net.state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert not torch.equal(first["decode_head.classifier.weight"], other["decode_head.classifier.weight"])
 
 
 def test_built_net_checks_its_settings():
-    with pytest.raises(UserError, match=r"depthz is not a setting of SegFormer\. Did you mean depths"):
-        build_segformer({"depthz": [1]}, 3)
+    with pytest.raises(UserError, match=r"depthz is not a setting of segformer\. Did you mean depths"):
+        make_segmenter("segformer", {"depthz": [1]}, 3)
     with pytest.raises(UserError, match="names 2 classes, but the data set has 3"):
-        build_segformer({"id2label": {0: "a", 1: "b"}}, 3)
-    assert build_segformer(TINY | {"id2label": {0: "a", 1: "b", 2: "c"}}, 3).net.config.num_labels == 3
+        make_segmenter("segformer", {"id2label": {0: "a", 1: "b"}}, 3)
+    assert make_segmenter("segformer", TINY | {"id2label": {0: "a", 1: "b", 2: "c"}}, 3).net.config.num_labels == 3

@@ -14,7 +14,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from segadapt.errors import UserError
 from segadapt.models.discriminative import keymaps
-from segadapt.models.discriminative.segformer import build_segformer, load_segformer
+from segadapt.models.discriminative.load import load_segmenter, make_segmenter
 from segadapt.models.set_up import fingerprint
 from segadapt.train import parameter_groups
 
@@ -22,7 +22,7 @@ CONFIG = {"depths": list(DEPTHS), "hidden_sizes": list(WIDTHS), "decoder_hidden_
 
 
 def load(path, num_classes=5, **options):
-    return load_segformer(str(path), num_classes=num_classes, device="cpu", **options)
+    return load_segmenter(str(path), num_classes=num_classes, device="cpu", **options)
 
 
 def image(dtype=torch.float32):
@@ -356,7 +356,7 @@ def test_two_norms_of_a_block_are_not_swapped(nvidia, hf_folder):
 def test_every_size_goes_round(depths, tmp_path, monkeypatch):
     monkeypatch.setattr("foreign_segformer.DEPTHS", depths)
     config = {**CONFIG, "depths": depths, "num_attention_heads": [1, 2, 5, 8]}
-    first = build_segformer(config, 5, seed=2)
+    first = make_segmenter("segformer", config, 5, seed=2)
     first.save(tmp_path)
     state = nvidia_state(load_file(tmp_path / "model.safetensors"))
     save_file(state, tmp_path / "weights.safetensors")

@@ -14,19 +14,27 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2Model
 
-from segadapt import config, teacher_objective
+from segadapt import config_training
 from segadapt.errors import UserError
-from segadapt.models.discriminative.segformer import IMAGENET_MEAN, IMAGENET_STD
+from segadapt.models.discriminative.families import IMAGENET_MEAN, IMAGENET_STD
 from segadapt.parse import from_overrides
-from segadapt.teacher_objective import Alignment, ClassTokens, batch_loss, draw_sigmas, load_dinov2, teacher_loss
+from segadapt.training import teacher_objective
+from segadapt.training.teacher_objective import (
+    Alignment,
+    ClassTokens,
+    batch_loss,
+    draw_sigmas,
+    load_dinov2,
+    teacher_loss,
+)
 
 DINOV2 = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4, "image_size": 24,
           "mlp_ratio": 2}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def shipped() -> config.TrainGenerativeSettings:
-    return from_overrides("train_generative", ["runtime=cpu"], config.TrainGenerativeConfig).train
+def shipped() -> config_training.TrainGenerativeSettings:
+    return from_overrides("train_generative", ["runtime=cpu"], config_training.TrainGenerativeConfig).train
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +167,7 @@ def test_tokens_of_embeddings_are_frozen_and_give_them_back(build_teacher):
 
 
 def aligned(teacher, folder: Path, *, block: int = 0, seed: int = 0) -> Alignment:
-    settings = config.AlignSettings(weight=0.5, checkpoint=str(folder), block=block)
+    settings = config_training.AlignSettings(weight=0.5, checkpoint=str(folder), block=block)
     return Alignment(teacher.transformer, settings, seed=seed)
 
 
@@ -286,7 +294,9 @@ def test_a_block_that_is_not_there_is_refused(build_teacher, dinov2_folder):
 @pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
 def test_weight_of_the_alignment_in_the_batch(build_teacher, dinov2_folder, shipped, weight):
     """The further terms of a batch are weighted; without alignment there is no such term."""
-    t = dataclasses.replace(shipped, align=config.AlignSettings(weight, str(dinov2_folder), 0), prompts_per_window=2)
+    t = dataclasses.replace(
+        shipped, align=config_training.AlignSettings(weight, str(dinov2_folder), 0), prompts_per_window=2
+    )
     losses = []
     for w in (weight, 1.0):
         teacher = build_teacher()

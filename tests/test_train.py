@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from training_runs import QUIET, TINY, generative_training, lines_of, training
 
-from segadapt import adapt, config, train, train_autoencoder, train_generative
-from segadapt.augment import keep_light
+from segadapt import adapt, config, train, train_generative
 from segadapt.datasets.toytown import CLASSES
 from segadapt.errors import UserError
-from segadapt.models.discriminative.segformer import load_segformer
+from segadapt.models.discriminative.load import load_segmenter
 from segadapt.parse import from_overrides
+from segadapt.training import autoencoder as train_autoencoder
+from segadapt.training.augment import keep_light
 
 BOTH = pytest.mark.parametrize(
     ("verb", "prepared"),
@@ -209,7 +210,7 @@ def test_a_trained_folder_loads_with_equal_logits(tmp_path, monkeypatch, random_
 
     monkeypatch.setattr(train, "validate", keep)
     done = train.run(training(tmp_path))
-    loaded = load_segformer(
+    loaded = load_segmenter(
         str(Path(done["folder"], "model")), revision=None, num_classes=len(CLASSES), device=torch.device("cpu"),
         gradient_checkpointing=False, allow_pickle=False,
     )  # fmt: skip

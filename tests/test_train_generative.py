@@ -19,13 +19,14 @@ from training_runs import (
     settings_of,
 )
 
-from segadapt import adapt, config, train_autoencoder, train_generative
+from segadapt import adapt, config_training, train_generative
 from segadapt.datasets import Sample, Source, Task
 from segadapt.datasets.toytown import CLASSES, PALETTE_C3, ToyTown
 from segadapt.errors import UserError
 from segadapt.models.generative.sd3 import Sd3, load_autoencoder
 from segadapt.record import JsonLines
-from segadapt.teacher_objective import ClassTokens
+from segadapt.training import autoencoder as train_autoencoder
+from segadapt.training.teacher_objective import ClassTokens
 from segadapt.wandb_mirror import NoWandb
 
 # Settings that make no teacher
@@ -75,21 +76,21 @@ GIVEN = "train.autoencoder_iters=0"
 def test_a_teacher_that_cannot_be_made_is_refused_before_anything_is_written(tmp_path, overrides, said):
     sizes = ("model.generative.window_px=48", "model.generative.stride_px=48", f"logging.root={tmp_path}")
     with pytest.raises(UserError, match=rf"^[^\n]*{said}[^\n]*$"):
-        train_generative.run(settings_of("train_generative", config.TrainGenerativeConfig, *overrides, *sizes))
+        train_generative.run(settings_of("train_generative", config_training.TrainGenerativeConfig, *overrides, *sizes))
     assert not any(tmp_path.iterdir())
 
 
 # What it learns
 
 
-def teacher_of(settings: config.TrainGenerativeConfig, vae, folder: Path):
+def teacher_of(settings: config_training.TrainGenerativeConfig, vae, folder: Path):
     """A random teacher and its tokens, moved by the loop that is tested."""
     main = torch.device("cpu")
     transformer, tokens = train_generative.build_teacher(settings, "", CLASSES, main)
     return Sd3(transformer, vae, tokens.frozen(), device=main, precision=settings.runtime.precision), tokens
 
 
-def fit(settings: config.TrainGenerativeConfig, dataset, folder: Path) -> ClassTokens:
+def fit(settings: config_training.TrainGenerativeConfig, dataset, folder: Path) -> ClassTokens:
     main = torch.device("cpu")
     with JsonLines(folder / "records.jsonl") as records:
         vae = train_autoencoder.train_autoencoder(dataset, settings, main, records, QUIET)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from segadapt.errors import UserError
-from segadapt.training_state import TrainingState
+from segadapt.training.state import TrainingState
 
 
 def state_of(net: nn.Module, *, decay: float = 0.9) -> TrainingState:

@@ -9,7 +9,7 @@ import torch
 from quick_settings import quick_settings
 from rich.console import Console
 
-from segadapt import config, train_generative
+from segadapt import config_training, train_generative
 
 TINY = ("data.count=4", "data.workers=0", "data.short_side_px=48", "runtime=cpu", "train.validation_images=2")
 TINY_SEGFORMER = (
@@ -32,16 +32,17 @@ def settings_of(primary: str, schema: type, *overrides: str):
     return quick_settings(primary, [*TINY, *overrides], schema)
 
 
-def training(root: Path, *overrides: str) -> config.TrainConfig:
+def training(root: Path, *overrides: str) -> config_training.TrainConfig:
     return settings_of(
-        "train", config.TrainConfig, TINY_SEGFORMER, f"logging.root={root}", "train.crop_px=48", "train.batch_size=2",
+        "train", config_training.TrainConfig, TINY_SEGFORMER, f"logging.root={root}",
+        "train.crop_px=48", "train.batch_size=2",
         "train.iters=6", "train.warmup_iters=2", *overrides,
     )  # fmt: skip
 
 
-def generative_training(root: Path, *overrides: str) -> config.TrainGenerativeConfig:
+def generative_training(root: Path, *overrides: str) -> config_training.TrainGenerativeConfig:
     return settings_of(
-        "train_generative", config.TrainGenerativeConfig, TINY_SD3, TINY_VAE, f"logging.root={root}",
+        "train_generative", config_training.TrainGenerativeConfig, TINY_SD3, TINY_VAE, f"logging.root={root}",
         "model.generative.window_px=48", "model.generative.stride_px=48", "train.batch_size=2", "train.iters=4",
         "train.autoencoder_iters=4", "train.warmup_iters=1", "train.tokens=2", *overrides,
     )  # fmt: skip

@@ -4,14 +4,14 @@ import re
 import sys
 from pathlib import Path
 
-from segadapt import config
+from segadapt import config, config_training
 
 CONF = Path(config.__file__).parent / "conf"
 SCHEMAS = [
     config.CheckConfig,
     config.DiagnoseConfig,
-    config.TrainConfig,
-    config.TrainGenerativeConfig,
+    config_training.TrainConfig,
+    config_training.TrainGenerativeConfig,
     config.CorruptConfig,
     config.GridConfig,
     config.ResultsConfig,
@@ -29,11 +29,11 @@ def commented(path: Path) -> str:
     """The file's text with every setting's comment as config.py words it."""
     helps: dict[str, str] = {}
     for schema in SCHEMAS:
-        if "segmenter" in path.stem and schema is config.TrainGenerativeConfig:
+        if "segmenter" in path.stem and schema is config_training.TrainGenerativeConfig:
             continue
         helps |= {name: item.metadata["help"] for name, item in config.fields_of(schema).items()}
     if "segmenter" in path.stem:
-        helps |= {name: item.metadata["help"] for name, item in config.fields_of(config.TrainConfig).items()}
+        helps |= {name: item.metadata["help"] for name, item in config.fields_of(config_training.TrainConfig).items()}
     lines, stack = [], []
     for line in path.read_text().splitlines():
         match = re.match(r"^( *)([A-Za-z_0-9]+):(.*)$", line)

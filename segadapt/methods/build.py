@@ -15,7 +15,7 @@ from segadapt.protocol import method_of
 
 
 def build_method(settings: Any, segmenter: Segmenter, *, memory: Memory | None) -> Source:
-    """Of an EvaluateConfig the segmenter as it is, of an AdaptConfig its method, which has seen the source images that
+    """Of a RunConfig the segmenter as it is, of an AdaptConfig its method, which has seen the source images that
     it asks for.
 
     Raises:

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from segadapt.config import AdaptConfig, DiscriminativeSettings, EvaluateConfig
+from segadapt.config import AdaptConfig, DiscriminativeSettings, RunConfig
 from segadapt.errors import UserError, did_you_mean
 from segadapt.methods import METHODS
 from segadapt.methods.build import build_method
 from segadapt.models.combined import Combined
 from segadapt.models.discriminative import Segmenter
-from segadapt.models.discriminative.segformer import Segformer, load_segformer
+from segadapt.models.discriminative.load import load_segmenter
+from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.generative import Teacher
 from segadapt.models.generative import placement as placing
 from segadapt.models.generative.build import build_generative
@@ -46,9 +47,9 @@ class Models:
                 placing.assert_placed(transformer, placement)
 
 
-def build_segmenter(settings: DiscriminativeSettings, num_classes: int, device: torch.device) -> Segformer:
+def build_segmenter(settings: DiscriminativeSettings, num_classes: int, device: torch.device) -> NetSegmenter:
     """The source model, on the main device."""
-    return load_segformer(
+    return load_segmenter(
         resolve(settings.checkpoint, "model.discriminative.checkpoint"),
         revision=settings.revision,
         num_classes=num_classes,
@@ -139,7 +140,7 @@ def refuse_settings_of_sd3(settings: AdaptConfig, teacher: Teacher) -> None:
 
 
 def build_models(
-    settings: EvaluateConfig | AdaptConfig,
+    settings: RunConfig,
     classes: Sequence[str],
     *,
     segmenter: Segmenter | None = None,

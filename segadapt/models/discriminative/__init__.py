@@ -1,14 +1,24 @@
-"""What a segmenter is: image to logits. SegFormer is in segformer.py; a family of your own needs the same members.
+"""What a segmenter is: image to logits. Ours are in segmenter.py and families.py; yours needs the same members.
 
-B images   3 RGB   H W image px   C dataset classes   h w logits, of any stride
+B images   3 RGB   H W image px   C dataset classes   h w logits, of any stride   D feature channels   y x features
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
 
 NORM_TYPES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)  # Batch- and InstanceNorm
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What training asks a net for; adaptation and scores take `Segmenter.logits` alone."""
+
+    logits_BChw: Tensor  # raw
+    auxiliary_BChw: Tensor | None  # of an auxiliary head on an earlier stage, on a grid of its own
+    features_BDyx: Tensor  # what the classifier sees, before dropout; for the contrast loss
 
 
 class Segmenter(Protocol):

@@ -9,7 +9,7 @@ H W image px   3 RGB   pixels: float32, 0..1 before and after the whole
 import cv2
 import numpy as np
 
-from segadapt.config import BroadSettings
+from segadapt.config_training import BroadSettings
 
 
 def broad(image_HW3: np.ndarray, rng: np.random.Generator, settings: BroadSettings) -> np.ndarray:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segadapt.broad import broad
-from segadapt.config import BroadSettings
+from segadapt.config_training import BroadSettings
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.labels import IGNORE
 from segadapt.seeds import numpy_generator
 from segadapt.stream import ahead
+from segadapt.training.broad import broad
 
 Light = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Dinov2Model
 
-from segadapt.config import AlignSettings, TrainGenerativeSettings
+from segadapt.config_training import AlignSettings, TrainGenerativeSettings
 from segadapt.errors import UserError
 from segadapt.models.checkpoint_errors import explain_checkpoint_errors, local_folder
-from segadapt.models.discriminative.segformer import IMAGENET_MEAN, IMAGENET_STD, without_load_report
+from segadapt.models.discriminative.families import IMAGENET_MEAN, IMAGENET_STD
+from segadapt.models.discriminative.load import without_load_report
 from segadapt.models.generative.prompts import PromptEmbeddings
 from segadapt.models.generative.sd3 import Sd3, add_noise
 from segadapt.models.generative.teacher import true_classes
