@@ -2,14 +2,16 @@
 
 python benchmarks/results.py --source 'OUT/source/s*' --row 'adapted=OUT/adapted/s*' --control 'other model=OUT/x/s*'
 
-The folders of a glob are the seeds of one method. A row's runs are paired with the source runs of the same data and the
-same segmenter, a control's (another segmenter, say) with those of the same data in the first source group.
+The folders of a glob are the seeds of one method; those that differ in data.corruptions alone are parts of one run. A
+row's runs are paired with the source runs of the same data and the same segmenter, a control's (another segmenter, say)
+with those of the same data in the first source group.
 
 T tasks   S runs of a row
 """
 
 import argparse
 import glob
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,14 @@ from typing import Any
 import numpy as np
 
 from segadapt.errors import UserError
-from segadapt.finished import Run, bootstrap, differing, flat, load, read_json
+from segadapt.finished import Run, bootstrap, differing, flat, join, load, read_json
 from segadapt.record import write_json
-from segadapt.results import SEEDS
+from segadapt.results import SEEDS, columns, is_one_stream
 from segadapt.tables import Row, header, lines, markdown
 from segadapt.terminal import percent
 
-VARIED = (*SEEDS, "model.discriminative.checkpoint", "model.generative.checkpoint")  # within a row: training seeds too
+TASKS = "data.corruptions"  # compared by name and image instead: a run may be in parts
+VARIED = (*SEEDS, TASKS, "model.discriminative.checkpoint", "model.generative.checkpoint")  # training seeds too
 
 
 # --- runs ---
@@ -31,7 +34,7 @@ VARIED = (*SEEDS, "model.discriminative.checkpoint", "model.generative.checkpoin
 
 def load_group(pattern: str) -> list[Run]:
     """The runs of one method, which differ in nothing but seeds. UserError: none, or a difference."""
-    runs = [load(Path(folder)) for folder in sorted(glob.glob(pattern))]
+    runs = whole([load(Path(folder)) for folder in sorted(glob.glob(pattern))])
     if not runs:
         raise UserError(f"{pattern}: no folder; expected the run folders of one method. Correct the glob.")
     for run in runs:
@@ -41,6 +44,21 @@ def load_group(pattern: str) -> list[Run]:
                             "runs that differ in seeds alone. Give them rows of their own.")  # fmt: skip
     if len({(run.data, run.segmenter) for run in runs}) < len(runs):
         raise UserError(f"{pattern}: two runs of the same data and segmenter; expected one a seed. Narrow the glob.")
+    return runs
+
+
+def whole(parts: list[Run]) -> list[Run]:
+    """Runs of the same settings that hold other tasks, each begun anew, as one; all others as they are."""
+    groups: dict[str, list[Run]] = {}
+    for part in parts:
+        shared = {name: value for name, value in part.settings.items() if name != TASKS}
+        key = str(part.folder) if is_one_stream(part.settings) else json.dumps([part.segmenter, shared], sort_keys=True)
+        groups.setdefault(key, []).append(part)
+    runs = []
+    for group in groups.values():
+        names = [task for part in group for task in part.tasks]
+        has_each_once = len(group) > 1 and len(set(names)) == len(names)
+        runs += [join(group, columns(group))] if has_each_once else group
     return runs
 
 
@@ -69,8 +87,8 @@ def pair(run: Run, sources: list[Run], *, is_control: bool) -> tuple[Run, Run]:
 
 def protocol_differences(run: Run, source: Run) -> list[str]:
     """Settings beside the method's that both must share; the same data may lie elsewhere."""
-    names = differing([run.settings, source.settings])
-    return [n for n in names if n == "runtime.precision" or (n.startswith("data.") and n != "data.data_root")]
+    names = [name for name in differing([run.settings, source.settings]) if name not in ("data.data_root", TASKS)]
+    return [name for name in names if name == "runtime.precision" or name.startswith("data.")]
 
 
 def row_of(name: str, runs: list[Run], sources: list[Run] | None, *, is_control: bool = False) -> Row:

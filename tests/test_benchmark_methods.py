@@ -71,9 +71,21 @@ def test_chosen_is_what_the_rule_of_the_search_says(methods, world):
             write_tried(folder, {"fog/5": 40 + gain}, lr=rate, data="x")
     assert methods.chosen(both, "tent") == "tta.method=tent tta.optimizer.lr=7.5e-06"
     assert methods.chosen(both, "bn") == "tta.method=bn"
-    job = next(methods.tested_jobs(both, "run", ["tent"], (3,), both.images))
+    job = next(methods.tested_jobs(both, "run", ["tent"], (3,), both.images, tasks_a_job=15))
     settings = settings_of(job)
     assert (settings.tta.optimizer.lr, settings.experiment.seed, settings.data.corruption_seed) == (7.5e-6, 3, 0)
+
+
+def test_parts_of_a_tested_run_hold_each_corruption_once_one_seed_after_the_other(methods, world):
+    one = world("bn")
+    (whole,) = methods.tested_jobs(one, "best", ["bn"], (0,), one.images, tasks_a_job=15)
+    parts = list(methods.tested_jobs(one, "best", ["source", "bn"], (0, 1), one.images, tasks_a_job=4))
+    settings = [settings_of(job) for job in parts]
+    assert [own.experiment.seed for own in settings] == [0] * 8 + [1] * 8
+    assert len({(own.experiment.name, own.experiment.id) for own in settings}) == len(parts)
+    of_bn = [own.data.corruptions for own in settings if (own.tta.method, own.experiment.seed) == ("bn", 1)]
+    assert [len(names) for names in of_bn] == [4, 4, 4, 3]
+    assert [name for names in of_bn for name in names] == settings_of(whole).data.corruptions
 
 
 def test_best_are_the_generative_method_and_three_others(methods, world):
@@ -119,6 +131,7 @@ def test_segmenters_after_a_round_are_those_of_its_last_condition(methods, tmp_p
         (["toytown", "run", "--methods", "tent,tnt"], "no such method: tnt"),
         (["camvid", "run"], "camvid needs --models"),
         (["toytown", "run", "--severities", "5,x"], "argument --severities: invalid severities_of value: '5,x'"),
+        (["toytown", "best", "--tasks-a-job", "0"], "argument --tasks-a-job: invalid choice: 0"),
         (["toytown", "run", "--severities", "6"], "argument --severities: invalid severities_of value: '6'"),
     ],
 )

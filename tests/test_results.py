@@ -150,6 +150,43 @@ def test_runs_that_cannot_be_compared_are_refused(script, tmp_path):
         results.main(["--source", f"{tmp_path}/nothing*"])
 
 
+def corruptions(*names: str, **more: object) -> dict[str, dict[str, object]]:
+    return {"data": {"corruptions": list(names), **more}}
+
+
+def test_runs_of_other_tasks_and_equal_settings_are_one(script, tmp_path):
+    results, rng = script("results"), np.random.default_rng(11)
+    for name, right in (("source", 0.4), ("adapted", 0.6)):
+        for seed in range(2):
+            of_task = {task: confusions(rng, 12, right=right) for task in TASKS}
+            run = {"seed": seed, "method": "source" if name == "source" else "generative"}
+            write_run(tmp_path / f"whole/{name}/s{seed}", of_task, more=corruptions("fog", "contrast"), **run)
+            if (name, seed) == ("source", 0):  # a run in parts is paired with a whole one
+                write_run(tmp_path / f"parts/{name}/s{seed}", of_task, more=corruptions("fog", "contrast"), **run)
+                continue
+            for task, confusion_nCC in of_task.items():
+                stem = task.partition("/")[0]
+                folder = tmp_path / f"parts/{name}/s{seed}-{stem}"
+                write_run(folder, {task: confusion_nCC}, more=corruptions(stem), **run)
+
+    def table(kind: str) -> str:
+        return results.main(["--source", f"{tmp_path / kind}/source/s*", "--row", f"a={tmp_path / kind}/adapted/s*"])
+
+    assert table("parts") == table("whole")
+    write_run(tmp_path / "parts/adapted/s2-fog", {"fog/5": confusions(rng, 12, right=0.5)}, seed=2,
+              more=corruptions("fog"))  # fmt: skip
+    with pytest.raises(UserError, match=r"s2-fog and .*s0-.* differ in their tasks"):
+        table("parts")
+
+
+@pytest.mark.parametrize("more", [{"data": {"rounds": 2}}, {"tta": {"continual": True}}])
+def test_runs_whose_tasks_depend_on_each_other_are_not_joined(script, tmp_path, more):
+    for task in TASKS:
+        write_run(tmp_path / f"s{task[:3]}", {task: confusions(np.random.default_rng(1), 3, right=0.5)}, more=more)
+    with pytest.raises(UserError, match="differ in their tasks"):
+        script("results").load_group(f"{tmp_path}/s*")
+
+
 DATA, RUNTIME = {"short_side_px": 512, "data_root": "/here"}, {"precision": "fp32", "devices": None}
 
 
