@@ -276,6 +276,12 @@ def test_light_is_that_of_a_slow_loop_over_bgr(seed, drawn):
     assert np.array_equal(image_HW3, before)
 
 
+@pytest.mark.parametrize("is_contrast_first", [True, False])
+def test_light_is_that_of_the_slow_loop_on_images_that_fill_vector_registers(is_contrast_first):
+    image_HW3, drawn = picture(40, 70), Photometric(-17.3, 1.31, 0.62, -11, is_contrast_first)
+    assert np.array_equal(drawn.apply(image_HW3), slowly(image_HW3, drawn))
+
+
 @pytest.mark.parametrize(
     ("drawn", "value", "expected"),
     [
