@@ -1,6 +1,6 @@
 """Train a segmenter on clean images: cross-entropy at full resolution, AdamW, poly schedule.
 
-B images of a batch   C classes   s crop px   h w logits, ceil(px / 4)
+B images of a batch   C classes   H W px of a batch   s label px   h w logits, ceil(px / 4)
 """
 
 import copy

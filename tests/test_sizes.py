@@ -12,7 +12,7 @@ from quick_settings import quick_settings
 from segadapt.config_training import TrainConfig, TransformSettings
 from segadapt.errors import UserError
 from segadapt.models.discriminative.load import make_segmenter
-from segadapt.training.sizes import aligned, check_sizes, collate, corner, target_size
+from segadapt.training.sizes import TrainingCrop, aligned, check_sizes, collate, corner, target_size
 from segadapt.training.transforms import transform
 
 SIDES = st.integers(16, 80)  # px
@@ -23,15 +23,15 @@ def settings(**changed) -> TransformSettings:
     return dataclasses.replace(DEFAULT, **changed)
 
 
-def crops(*sizes: tuple[int, int], seed: int = 0) -> list[tuple[int, np.ndarray, np.ndarray]]:
+def crops(*sizes: tuple[int, int], seed: int = 0) -> list[TrainingCrop]:
     rng = np.random.default_rng(seed)
     return [
-        (item, rng.integers(0, 256, (*size, 3), dtype=np.uint8), rng.integers(0, 11, size, dtype=np.uint8))
+        TrainingCrop(item, rng.integers(0, 256, (*size, 3), dtype=np.uint8), rng.integers(0, 11, size, dtype=np.uint8))
         for item, size in enumerate(sizes)
     ]
 
 
-def batch_of(given: list[tuple[int, np.ndarray, np.ndarray]], *, batch: int = 0, **changed) -> tuple[np.ndarray, ...]:
+def batch_of(given: list[TrainingCrop], *, batch: int = 0, **changed) -> tuple[np.ndarray, ...]:
     """Images as they look [B, H, W, 3] 0..255, and labels."""
     image_B3HW, label_BHW = collate(given, settings(**changed), seed=0, batch=batch)
     assert (image_B3HW.dtype, label_BHW.dtype) == (torch.float32, torch.int64)
@@ -92,7 +92,7 @@ def test_scaling_fills_the_target_or_the_largest_part_of_it_that_keeps_the_aspec
 def test_scaling_moves_image_and_label_together():
     label_hw = np.zeros((20, 40), np.uint8)
     label_hw[10:, 20:] = 1
-    given = [(0, np.repeat(label_hw[..., None] * np.uint8(200), 3, axis=2), label_hw)]
+    given = [TrainingCrop(0, np.repeat(label_hw[..., None] * np.uint8(200), 3, axis=2), label_hw)]
     images, labels = batch_of(given, sizes_px=[[64, 64]], align="scale_and_pad", pad="left_up")
     assert (labels[0, :32] == 255).all()
     assert (labels[0, 32:48] == 0).all()
@@ -162,7 +162,7 @@ def test_small_sizes_work_in_every_alignment(side):
     for align in ("only_pad", "only_scale", "scale_and_pad"):
         t = settings(crop_px=side, align=align, pad="random")
         crop = transform(image_HW3, image_HW3[..., 0] % 5, np.random.default_rng(0), t, short_side_px=90)
-        assert collate([(0, *crop)], t, seed=0, batch=0)[1].shape == (1, side, side)
+        assert collate([TrainingCrop(0, *crop)], t, seed=0, batch=0)[1].shape == (1, side, side)
 
 
 # Refusals
@@ -190,15 +190,23 @@ def test_sizes_that_do_not_go_together_are_refused_in_one_line(changed, said):
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("changed", "found"),
     [
-        {}, {"sizes_px": [[240, 300]]}, {"sizes_px": [[64, 64]], "align": "scale_and_pad"}, {"size_mode": "max"},
-        {"size_mode": "multi", "sizes_px": [[64, 64], [512, 512]], "align": "only_scale"},
+        ({}, {(240, 240)}),
+        ({"sizes_px": [[240, 300]]}, {(240, 300)}),
+        ({"sizes_px": [[225, 230]], "stride_px": 16}, {(240, 240)}),  # large enough once rounded up
+        ({"sizes_px": [[64, 64]], "align": "scale_and_pad"}, {(64, 64)}),
+        ({"size_mode": "multi", "sizes_px": [[64, 64], [512, 512]], "align": "only_scale"}, {(64, 64), (512, 512)}),
+        ({"size_mode": "max"}, {(240, 240)}),
     ],
-)  # fmt: skip
-def test_sizes_that_go_together_are_taken(changed):
-    check_sizes(settings(**changed), batch_size=4)
-    check_sizes(settings(size_mode="diverse"), batch_size=1)
+)
+def test_sizes_that_go_together_are_taken(changed, found):
     t = settings(**changed)
-    image_B3HW, _ = collate(crops((240, 240), (30, 240)), t, seed=0, batch=0)
-    assert list(image_B3HW.shape[2:]) in (t.sizes_px or [[240, 240]])
+    check_sizes(t, batch_size=4)
+    given = crops((240, 240), (30, 240))
+    assert {tuple(collate(given, t, seed=0, batch=batch)[0].shape[2:]) for batch in range(8)} == found
+
+
+def test_a_batch_of_one_image_may_be_diverse():
+    check_sizes(settings(size_mode="diverse"), batch_size=1)
+    assert collate(crops((30, 240)), settings(size_mode="diverse"), seed=0, batch=0)[1].shape == (1, 30, 240)

@@ -18,7 +18,8 @@ from segadapt.config_training import TrainConfig
 from segadapt.datasets import Dataset, Sample, Task
 from segadapt.datasets.toytown import ToyTown
 from segadapt.errors import UserError
-from segadapt.training.samples import TrainingCrop, TrainingSamples, batches, build_samples
+from segadapt.training.samples import TrainingSamples, batches, build_samples
+from segadapt.training.sizes import TrainingCrop
 
 SMALL = ("data.short_side_px=64", "train.transforms.crop_px=48", "train.batch_size=2", "data.workers=0")
 MIXED = (*SMALL, "train/transforms/broad=wide", "train.transforms.photometric=true",

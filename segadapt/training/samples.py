@@ -1,12 +1,11 @@
 """The segmenter's training data: an endless stream of transformed crops, put together to batches.
 
-B images of a batch   H W image px   h w crop px   3 RGB
+B images of a batch   H W px of a batch   h w crop px   3 RGB
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,15 +17,8 @@ from segadapt.seeds import numpy_generator
 from segadapt.stream import one_thread_each
 from segadapt.training import sizes
 from segadapt.training.order import Order, places_of_classes
+from segadapt.training.sizes import TrainingCrop
 from segadapt.training.transforms import transform
-
-
-class TrainingCrop(NamedTuple):
-    """One item of the stream, before its batch decides on its size."""
-
-    item: int
-    image_hw3: np.ndarray  # uint8
-    label_hw: np.ndarray  # uint8, 255 = ignore
 
 
 class TrainingSamples(torch.utils.data.Dataset):

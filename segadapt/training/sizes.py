@@ -3,10 +3,11 @@
 The size modes of openseg (openseg-group/openseg.pytorch, lib/datasets/tools/collate.py), except that a crop is scaled
 as a training image is, on uint8; mmsegmentation's padding is fixed, only_pad, right_down.
 
-B images of a batch   H W image px   h w crop px   3 RGB
+B images of a batch   H W px of a batch   h w crop px   3 RGB
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -22,9 +23,22 @@ from segadapt.seeds import numpy_generator
 Size = tuple[int, int]  # height, width, px
 
 
+class TrainingCrop(NamedTuple):
+    """One item of the stream, before its batch decides on its size."""
+
+    item: int
+    image_hw3: np.ndarray  # uint8
+    label_hw: np.ndarray  # uint8, 255 = ignore
+
+
 def targets_of(t: TransformSettings) -> list[Size]:
-    """The sizes of size_mode fixed and multi, before stride_px."""
-    return [(height, width) for height, width in t.sizes_px] or [(t.crop_px, t.crop_width_px or t.crop_px)]
+    """The sizes of size_mode fixed and multi."""
+    sizes = [(height, width) for height, width in t.sizes_px] or [(t.crop_px, t.crop_width_px or t.crop_px)]
+    return [(_rounded_up(height, t.stride_px), _rounded_up(width, t.stride_px)) for height, width in sizes]
+
+
+def _rounded_up(side_px: int, stride_px: int) -> int:
+    return -(-side_px // stride_px) * stride_px
 
 
 def check_sizes(t: TransformSettings, *, batch_size: int) -> None:
@@ -58,10 +72,9 @@ def target_size(sizes: Sequence[Size], t: TransformSettings, *, seed: int, batch
     """
     if t.size_mode in ("max", "diverse"):
         height, width = (max(sides) for sides in zip(*sizes, strict=True))
-    else:
-        choices = targets_of(t)
-        height, width = choices[numpy_generator(seed, "size", batch).integers(len(choices))]
-    return -(-height // t.stride_px) * t.stride_px, -(-width // t.stride_px) * t.stride_px
+        return _rounded_up(height, t.stride_px), _rounded_up(width, t.stride_px)
+    choices = targets_of(t)
+    return choices[numpy_generator(seed, "size", batch).integers(len(choices))]
 
 
 def aligned(image_hw3: np.ndarray, label_hw: np.ndarray, target: Size, align: str) -> tuple[np.ndarray, np.ndarray]:
@@ -93,17 +106,15 @@ def corner(slack: Size, pad: str, rng: np.random.Generator) -> Size:
     return slack if pad == "left_up" else (0, 0)
 
 
-def collate(
-    crops: Sequence[tuple[int, np.ndarray, np.ndarray]], t: TransformSettings, *, seed: int, batch: int
-) -> tuple[Tensor, Tensor]:
-    """(item, image uint8 [h, w, 3], label uint8 [h, w]) of a batch to tensors of one size.
+def collate(crops: Sequence[TrainingCrop], t: TransformSettings, *, seed: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Batch number `batch` as tensors of one size.
 
     Padding has the mean colour of ImageNet, 0 once normalised, and label 255.
 
     Returns:
         image_B3HW float32 RGB in 0..1 and label_BHW int64.
     """
-    height, width = target_size([label_hw.shape for _, _, label_hw in crops], t, seed=seed, batch=batch)
+    height, width = target_size([crop.label_hw.shape for crop in crops], t, seed=seed, batch=batch)
     image_B3HW = torch.empty(len(crops), 3, height, width)
     label_BHW = torch.empty(len(crops), height, width, dtype=torch.int64)
     for place, (item, image_hw3, label_hw) in enumerate(crops):
