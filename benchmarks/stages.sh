@@ -45,7 +45,7 @@ train_jobs() {
   for seed in 0 1; do
     job train segmenter s$seed "$segmenter" experiment.seed=$seed "$EXTRA_SEGMENTER"
   done
-  job train segmenter-wide s0 "$segmenter" train/broad=wide "$wide" "$EXTRA_SEGMENTER"
+  job train segmenter-wide s0 "$segmenter" train/transforms/broad=wide "$wide" "$EXTRA_SEGMENTER"
 }
 
 # grid KIND: one point a line, an id, then its overrides. KIND is a teacher, or plain: the broad one, default options.

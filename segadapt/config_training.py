@@ -33,6 +33,47 @@ class BroadSettings:
 
 
 @dataclass
+class TransformSettings:
+    resize: str = setting(
+        "random factor of a box to fit into, of data.short_side_px, or of the image's own size",
+        choices=("box", "short_side", "own"),
+    )
+    box_long_px: int = setting("resize=box: its long side at factor 1, px", low=16)
+    box_short_px: int = setting("resize=box: its short side at factor 1, px", low=16)
+    scale_low: float = setting("random resize: smallest factor", low=0.01)
+    scale_high: float = setting("random resize: largest factor", low=0.01)
+    aspect_low: float = setting("random resize: smallest factor on width / height", low=0.1, high=10)
+    aspect_high: float = setting("random resize: largest factor on width / height", low=0.1, high=10)
+    crop_px: int = setting("height of the training crop, px; less where the resized image is smaller", low=16)
+    crop_width_px: int | None = setting("width of the training crop, px; null: as crop_px", low=16)
+    cat_max_ratio: float = setting(
+        "a crop is drawn again, 10 times at most, where one class has this share of it; 1: never", low=0, high=1
+    )
+    flip: float = setting("share of crops that are mirrored left to right", low=0, high=1)
+    photometric: bool = setting("random changes of light with the ranges below, a fair coin each")
+    brightness: float = setting("photometric: largest value added or taken, of 0..255; 0: never", low=0, high=255)
+    contrast: float = setting("photometric: factor within 1 -/+ this; 0: never", low=0, high=1)
+    saturation: float = setting("photometric: factor within 1 -/+ this; 0: never", low=0, high=1)
+    hue: int = setting("photometric: from -this to this - 1, in steps of 2 degrees; 0: never", low=0, high=90)
+    balanced: bool = setting("every class is shown by as many crops; false: crops of any place")
+    broad: BroadSettings = setting("wide generic changes; in the segmenter's training only as a control")
+    size_mode: str = setting(
+        "of a batch: one size, one of several by chance, the largest crop's, or each its own (batches of 1)",
+        choices=("fixed", "multi", "max", "diverse"),
+    )
+    sizes_px: list[list[int]] = setting("[height, width] of size_mode fixed or multi; []: the crop's")
+    align: str = setting(
+        "crops to that size: padded; scaled, aspect and all; or scaled to fit and padded",
+        choices=("only_pad", "only_scale", "scale_and_pad"),
+    )
+    pad: str = setting(
+        "where the padding goes; border: left_up or right_down by chance",
+        choices=("right_down", "left_up", "centre", "border", "random"),
+    )
+    stride_px: int = setting("that size is rounded up to multiples of this, px; 1: as it is", low=1)
+
+
+@dataclass
 class AlignSettings:
     weight: float = setting("of 1 - cosine between the teacher's tokens and DINOv2's; 0: off", low=0)
     checkpoint: str | None = setting(
@@ -50,12 +91,8 @@ class TrainSettings:
     weight_decay: float = setting("decoupled; norms have none", low=0)
     warmup_iters: int = setting("linear warm-up steps", low=0)
     power: float = setting("of the polynomial decay to 0", low=0)
-    crop_px: int = setting("side of the square training crop, px", low=16)
-    scale_low: float = setting("random resize: smallest factor", low=0.01)
-    scale_high: float = setting("random resize: largest factor", low=0.01)
-    photometric: bool = setting("random brightness, contrast, saturation and hue")
-    balanced: bool = setting("every class is shown by as many crops; false: crops of any place")
-    broad: BroadSettings = setting("wide generic changes; in the segmenter's training only as a control")
+    transforms: TransformSettings = setting("from an image of the data set to a batch")
+    preview: int = setting("training crops drawn into the run folder before the first step; 0: none", low=0)
     validate_every: int = setting("steps between validations; the last step always validates", low=1)
     validation_split: str = setting("split of the validation images")
     validation_images: int | None = setting("images of a validation; null: all", low=1)

@@ -48,6 +48,7 @@ FREE = (
     "runtime.checkpoint_seconds",
     "runtime.checkpoint_images",
     "tta.diagnose_every",
+    "train.preview",
     "model.sha256",
     "model.generative.prompts.cache_dir",
 )

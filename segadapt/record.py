@@ -31,6 +31,7 @@ RESULTS = (
     "tasks",
     "predictions",
     "samples",
+    "preview",
     "report.html",
     "adapted",
     "model",

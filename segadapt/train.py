@@ -1,12 +1,12 @@
 """Train a segmenter on clean images: cross-entropy at full resolution, AdamW, poly schedule.
 
-B images of a batch   C classes   s crop px   h w logits, ceil(px / 4)
+B images of a batch   C classes   H W px of a batch   s label px   h w logits, ceil(px / 4)
 """
 
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from segadapt import metrics, stream
 from segadapt.config_training import TrainConfig, TrainGenerativeConfig
@@ -29,7 +28,8 @@ from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.set_up import fingerprint, set_up
 from segadapt.protocol import FREE, versions, without
 from segadapt.record import JsonLines, RunFolder, write_json
-from segadapt.training.augment import Crops, light_of, places_of_classes
+from segadapt.training.preview import write_preview
+from segadapt.training.samples import batches, build_samples, check_range, check_transforms
 from segadapt.wandb_mirror import Mirror, mirrored
 
 LOG_EVERY = 50  # steps between two lines of the record
@@ -111,7 +111,7 @@ def cached(dataset: Dataset, settings: Any) -> Dataset:
 
 def check_settings(settings: TrainConfig | TrainGenerativeConfig) -> None:
     """UserError: a setting that training would pass over in silence, or a range upside down."""
-    data, t = settings.data, settings.train
+    data = settings.data
     if data.corruptions:
         raise UserError(f"data.corruptions={data.corruptions}: training reads the clean images, so it would have no "
                         "effect. Set data.corruptions=[].")  # fmt: skip
@@ -127,14 +127,12 @@ def check_settings(settings: TrainConfig | TrainGenerativeConfig) -> None:
     if settings.experiment.any_version:
         raise UserError("experiment.any_version=true: training asks for no version, so it would have no effect. Set "
                         "experiment.any_version=false.")  # fmt: skip
-    for name in ("scale", "sigma"):
-        low, high = getattr(t, f"{name}_low", 0), getattr(t, f"{name}_high", 0)  # `train` has no sigma
-        if low > high:
-            raise UserError(f"train.{name}_low={low} is above train.{name}_high={high}: expected the lower end of a "
-                            "range and its upper end. Swap them.")  # fmt: skip
-    if t.broad.grain_min_px > t.broad.grain_max_px:
-        raise UserError(f"train.broad.grain_min_px={t.broad.grain_min_px} is above train.broad.grain_max_px="
-                        f"{t.broad.grain_max_px}: expected the smallest and the largest cell. Swap them.")  # fmt: skip
+    if isinstance(settings, TrainConfig):
+        check_transforms(settings)
+    else:
+        check_range("train", settings.train, "scale_low", "scale_high")
+        check_range("train", settings.train, "sigma_low", "sigma_high")
+        check_range("train.broad", settings.train.broad, "grain_min_px", "grain_max_px")
 
 
 @contextmanager
@@ -191,7 +189,10 @@ def run(settings: TrainConfig) -> dict[str, Any]:
     began = time.perf_counter()
     with open_folder(settings) as folder, mirrored(settings, folder, job_type="train") as mirror:
         with JsonLines(folder.path / "records.jsonl") as records:
-            scores = fit(segmenter, cached(dataset, settings), held_out, entries, settings, records, mirror, console)
+            samples = build_samples(settings, cached(dataset, settings), count=t.iters * t.batch_size)
+            write_preview(folder.path / "preview", samples, count=t.preview)
+            crops = batches(samples, t.batch_size, workers=settings.data.workers)
+            scores = fit(segmenter, crops, held_out, entries, settings, records, mirror, console)
         segmenter.eval()
         segmenter.net.to(getattr(torch, t.save_dtype))
         segmenter.save(folder.path / "model")
@@ -207,7 +208,7 @@ def run(settings: TrainConfig) -> dict[str, Any]:
 
 def fit(
     segmenter: NetSegmenter,
-    dataset: Dataset,
+    crops: Iterable[tuple[Tensor, Tensor]],
     held_out: Dataset,
     entries: list,
     settings: TrainConfig,
@@ -217,17 +218,6 @@ def fit(
 ) -> metrics.Scores:
     """The loop over random crops; returns the scores of the last validation."""
     t, main = settings.train, next(segmenter.net.parameters()).device
-    crops = Crops(
-        dataset,
-        count=t.iters * t.batch_size,
-        seed=settings.experiment.seed,
-        short_side_px=settings.data.short_side_px,
-        crop_px=t.crop_px,
-        scale=(t.scale_low, t.scale_high),
-        light=light_of(use_photometric=t.photometric, broad_settings=t.broad),
-        places=places_of_classes(dataset, workers=settings.data.workers) if t.balanced else None,
-    )
-    loader = DataLoader(crops, t.batch_size, num_workers=settings.data.workers, worker_init_fn=stream.one_thread_each)
     optimizer = torch.optim.AdamW(
         parameter_groups(segmenter, lr=t.lr, head_lr_factor=t.head_lr_factor, weight_decay=t.weight_decay)
     )
@@ -237,10 +227,10 @@ def fit(
     segmenter.train()
     torch.manual_seed(settings.experiment.seed)  # dropout and drop path draw from the global generator
     began, scores = time.perf_counter(), None
-    for step, (image_B3ss, label_Bss) in enumerate(loader, start=1):
+    for step, (image_B3HW, label_BHW) in enumerate(crops, start=1):
         with torch.autocast(main.type, torch.bfloat16, enabled=settings.runtime.precision == "bf16"):
-            logits_BChw = segmenter.logits(image_B3ss.to(main, non_blocking=True))
-        loss = segmentation_loss(logits_BChw, label_Bss.to(main, non_blocking=True))
+            logits_BChw = segmenter.logits(image_B3HW.to(main, non_blocking=True))
+        loss = segmentation_loss(logits_BChw, label_BHW.to(main, non_blocking=True))
         loss.backward()
         # once in a while: read the loss (a CPU-GPU sync), stop before a broken model is saved
         if is_read := step % LOG_EVERY == 0 or step % t.validate_every == 0 or step == t.iters:

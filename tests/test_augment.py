@@ -1,5 +1,6 @@
-"""Training crops: geometry shared by image and label, classes in turn, light that stays in range."""
+"""Windows of a teacher's training: geometry shared by image and label, classes in turn, light that stays in range."""
 
+import dataclasses
 import subprocess
 import sys
 from collections import Counter
@@ -15,21 +16,20 @@ from segadapt import config_training
 from segadapt.datasets import Sample, Task
 from segadapt.datasets.toytown import ToyTown
 from segadapt.parse import from_overrides
-from segadapt.training.augment import Crops, crop, keep_light, light_of, photometric, places_of_classes
-from segadapt.training.broad import broad
+from segadapt.training.augment import Crops, crop, keep_light, light_of
+from segadapt.training.order import places_of_classes
 
 SEEDS = st.integers(0, 2**32 - 1)
 SIDES = st.integers(33, 90)  # px
 WIDE = from_overrides("train_generative", ["runtime=cpu"], config_training.TrainGenerativeConfig).train.broad
-NONE = from_overrides("train", ["runtime=cpu"], config_training.TrainConfig).train.broad
-WIDELY = light_of(use_photometric=False, broad_settings=WIDE)
+WIDELY = light_of(WIDE)
 
 
 def picture(height: int, width: int, *, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("light", [keep_light, photometric, WIDELY], ids=["keep", "photometric", "broad"])
+@pytest.mark.parametrize("light", [keep_light, WIDELY], ids=["keep", "broad"])
 @given(seed=SEEDS, height=SIDES, width=SIDES)
 def test_light_is_pure_and_keeps_shape_and_type(light, seed, height, width):
     image_HW3 = picture(height, width, seed=seed)
@@ -40,36 +40,16 @@ def test_light_is_pure_and_keeps_shape_and_type(light, seed, height, width):
     assert np.array_equal(lit, light(image_HW3, np.random.default_rng(seed)))
 
 
-@pytest.mark.parametrize("light", [photometric, WIDELY], ids=["photometric", "broad"])
 @pytest.mark.parametrize("value", [0, 255])
 @given(seed=SEEDS)
-def test_light_stays_in_range_at_black_and_white(light, value, seed):
+def test_light_stays_in_range_at_black_and_white(value, seed):
     """An overflow of uint8 would turn the whole image over: white to black."""
-    lit = light(np.full((40, 40, 3), value, np.uint8), np.random.default_rng(seed))
+    lit = WIDELY(np.full((40, 40, 3), value, np.uint8), np.random.default_rng(seed))
     assert abs(np.median(lit).item() - value) < 250
 
 
-def test_broad_light_varies_more_than_the_photometric_one():
-    image_HW3 = ToyTown(split="training", count=1).load(Task(0), "00000").image_HW3
-    spread = [
-        np.mean([np.abs(light(image_HW3, np.random.default_rng(seed)) - image_HW3.astype(float)) for seed in range(20)])
-        for light in (photometric, WIDELY)
-    ]
-    assert spread[1] > spread[0] > 1
-
-
-def test_without_photometric_and_broad_the_light_is_kept():
-    assert NONE.probability == 0
-    assert light_of(use_photometric=False, broad_settings=NONE) is keep_light
-
-
-@given(seed=SEEDS)
-def test_broad_light_comes_after_the_photometric_one_from_the_same_generator(seed):
-    image_HW3, rng = picture(40, 50, seed=seed), np.random.default_rng(seed)
-    both = light_of(use_photometric=True, broad_settings=WIDE)(image_HW3, np.random.default_rng(seed))
-    assert np.array_equal(both, broad(photometric(image_HW3, rng), rng, WIDE))
-    alone = light_of(use_photometric=True, broad_settings=NONE)(image_HW3, np.random.default_rng(seed))
-    assert np.array_equal(alone, photometric(image_HW3, np.random.default_rng(seed)))
+def test_without_broad_the_light_is_kept():
+    assert light_of(dataclasses.replace(WIDE, probability=0)) is keep_light
 
 
 def test_crops_never_load_the_test_corruptions():

@@ -17,7 +17,6 @@ from segadapt.errors import UserError
 from segadapt.models.discriminative.load import load_segmenter
 from segadapt.parse import from_overrides
 from segadapt.training import autoencoder as train_autoencoder
-from segadapt.training.augment import keep_light
 
 BOTH = pytest.mark.parametrize(
     ("verb", "prepared"),
@@ -38,11 +37,32 @@ BOTH = pytest.mark.parametrize(
         ("experiment.any_version=true", r"experiment\.any_version=true.*no effect.*false"),
         ("data.limit=2", r"data\.limit=2.*no effect.*data\.limit=null"),
         ("logging.predictions=all", r"logging\.predictions=all.*logging\.predictions=none"),
-        ("train.scale_low=9", r"train\.scale_low=9\.0 is above train\.scale_high=1\.5"),
-        ("train.broad.grain_min_px=5", r"train\.broad\.grain_min_px=5 is above train\.broad\.grain_max_px=4"),
     ],
 )
 def test_what_training_would_pass_over_is_refused(tmp_path, verb, prepared, override, said):
+    with pytest.raises(UserError, match=said):
+        verb.run(prepared(tmp_path, override))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("verb", "prepared", "override", "said"),
+    [
+        (train_generative, generative_training, "train.scale_low=9",
+         r"train\.scale_low=9\.0 is above train\.scale_high=1\.5"),
+        (train_generative, generative_training, "train.sigma_low=0.9",
+         r"train\.sigma_low=0\.9 is above train\.sigma_high=0\.6"),
+        (train_generative, generative_training, "train.broad.grain_min_px=5",
+         r"train\.broad\.grain_min_px=5 is above train\.broad\.grain_max_px=4"),
+        (train, training, "train.transforms.scale_low=9",
+         r"train\.transforms\.scale_low=9\.0 is above train\.transforms\.scale_high=1\.5"),
+        (train, training, "train.transforms.aspect_low=2",
+         r"train\.transforms\.aspect_low=2\.0 is above train\.transforms\.aspect_high=1\.0"),
+        (train, training, "train.transforms.broad.grain_min_px=5",
+         r"train\.transforms\.broad\.grain_min_px=5 is above train\.transforms\.broad\.grain_max_px=4"),
+    ],
+)  # fmt: skip
+def test_a_range_upside_down_is_refused(tmp_path, verb, prepared, override, said):
     with pytest.raises(UserError, match=said):
         verb.run(prepared(tmp_path, override))
     assert not any(tmp_path.iterdir())
@@ -193,7 +213,12 @@ def test_loss_of_nothing_labelled_is_zero_with_zero_gradient():
 def test_two_images_are_learned(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "LOG_EVERY", 10)
     settings = training(
-        tmp_path, "data.count=2", "train.iters=40", "train.lr=0.01", "train.scale_low=1", "train.scale_high=1"
+        tmp_path,
+        "data.count=2",
+        "train.iters=40",
+        "train.lr=0.01",
+        "train.transforms.scale_low=1",
+        "train.transforms.scale_high=1",
     )
     losses = [line["loss"] for line in lines_of(train.run(settings)["folder"]) if "loss" in line]
     assert losses[-1] < 0.3 * math.log(len(CLASSES))  # 0.24 measured
@@ -255,13 +280,3 @@ def test_training_without_labels_is_refused(tmp_path):
         train.run(
             training(tmp_path, "data=folder", "data.classes=toytown", f"data.data_root={tmp_path}", "data.count=null")
         )
-
-
-@pytest.mark.parametrize("balanced", ["true", "false"])
-def test_a_segmenter_trains_under_broad_light_and_balanced_crops(tmp_path, balanced, monkeypatch):
-    seen = []
-    real = train.Crops
-    monkeypatch.setattr(train, "Crops", lambda *arguments, **named: seen.append(named) or real(*arguments, **named))
-    train.run(training(tmp_path, "train/broad=wide", f"train.balanced={balanced}"))
-    assert (seen[0]["places"] is not None) == (balanced == "true")
-    assert seen[0]["light"] is not keep_light

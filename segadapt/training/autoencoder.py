@@ -21,7 +21,8 @@ from segadapt.models.set_up import devices_of
 from segadapt.record import JsonLines
 from segadapt.seeds import derive
 from segadapt.train import LOG_EVERY
-from segadapt.training.augment import Crops, keep_light, light_of, places_of_classes
+from segadapt.training.augment import Crops, keep_light, light_of
+from segadapt.training.order import places_of_classes
 
 # Of AutoencoderKL's settings, those that `train_autoencoder` decides itself.
 DECIDED = ("down_block_types", "up_block_types", "use_quant_conv", "use_post_quant_conv")
@@ -51,7 +52,7 @@ def batches(
         short_side_px=settings.data.short_side_px,
         crop_px=settings.model.generative.window_px,
         scale=(1.0, 1.0) if plain else (t.scale_low, t.scale_high),
-        light=keep_light if plain else light_of(use_photometric=False, broad_settings=t.broad),
+        light=keep_light if plain else light_of(t.broad),
         first=first * t.batch_size,
         places=places_of_classes(dataset, workers=settings.data.workers) if t.balanced and not plain else None,
     )

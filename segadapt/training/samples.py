@@ -1,0 +1,104 @@
+"""The segmenter's training data: an endless stream of transformed crops, put together to batches.
+
+B images of a batch   H W px of a batch   h w crop px   3 RGB
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from segadapt.config_training import TrainConfig
+from segadapt.datasets import Dataset, Task
+from segadapt.errors import UserError
+from segadapt.seeds import numpy_generator
+from segadapt.stream import one_thread_each
+from segadapt.training import sizes
+from segadapt.training.order import Order, places_of_classes
+from segadapt.training.sizes import TrainingCrop
+from segadapt.training.transforms import transform
+
+
+class TrainingSamples(torch.utils.data.Dataset):
+    """Items `first` .. `count` - 1 of the endless stream; item i depends on (seed, i) alone, whatever the workers.
+
+    A loader needs `collate`; `batches` gives what it loads. What a whole batch draws (size_mode=multi) depends on
+    (seed, i // train.batch_size) of its first item i alone, so that parts of one optimizer step have one size.
+    """
+
+    def __init__(self, settings: TrainConfig, dataset: Dataset, order: Order, *, count: int, first: int = 0):
+        self.dataset, self.order, self.count, self.first = dataset, order, count, first
+        self.transforms, self.batch_size = settings.train.transforms, settings.train.batch_size
+        self.seed, self.short_side_px = settings.experiment.seed, settings.data.short_side_px
+
+    def __len__(self) -> int:
+        return self.count - self.first
+
+    def __getitem__(self, index: int) -> TrainingCrop | UserError:
+        """A UserError is given back and not raised: torch would wrap it in a worker's traceback."""
+        item = index + self.first
+        rng = numpy_generator(self.seed, "crop", item)
+        key, shows = self.order.choose(item, rng)
+        try:
+            sample = self.dataset.load(Task(0), key)
+        except UserError as error:
+            return error
+        assert sample.label_HW is not None, "training needs labels; the verbs check it first"
+        image_hw3, label_hw = transform(
+            sample.image_HW3, sample.label_HW, rng, self.transforms, short_side_px=self.short_side_px, shows=shows
+        )
+        return TrainingCrop(item, image_hw3, label_hw)
+
+    def collate(self, crops: Sequence[TrainingCrop | UserError]) -> tuple[Tensor, Tensor] | UserError:
+        """image_B3HW float32 RGB in 0..1 and label_BHW int64; or the first error."""
+        for crop in crops:
+            if isinstance(crop, UserError):
+                return crop
+        whole = [crop for crop in crops if isinstance(crop, TrainingCrop)]
+        return sizes.collate(whole, self.transforms, seed=self.seed, batch=whole[0].item // self.batch_size)
+
+
+def build_samples(settings: TrainConfig, dataset: Dataset, *, count: int, first: int = 0) -> TrainingSamples:
+    """The stream that the settings ask for; balanced=true reads all labels first.
+
+    Args:
+        dataset: labelled; `datasets.cache.Cached` where images are to be decoded once.
+        count: items in all.
+        first: items before it are passed over, to go on after an interruption.
+    Raises:
+        UserError: balanced, and a sample that cannot be read.
+    """
+    balanced, seed = settings.train.transforms.balanced, settings.experiment.seed
+    places = places_of_classes(dataset, workers=settings.data.workers) if balanced else None
+    return TrainingSamples(settings, dataset, Order(dataset, seed=seed, places=places), count=count, first=first)
+
+
+def batches(samples: TrainingSamples, batch_size: int, *, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches in order, read by `workers` processes. A UserError, of a broken file, arrives as it was raised."""
+    loader = DataLoader(
+        samples, batch_size, num_workers=workers, collate_fn=samples.collate, worker_init_fn=one_thread_each
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def check_transforms(settings: TrainConfig) -> None:
+    """UserError: a range upside down, or sizes of crop and batch that do not go together."""
+    t, name = settings.train.transforms, "train.transforms"
+    check_range(name, t, "scale_low", "scale_high")
+    check_range(name, t, "aspect_low", "aspect_high")
+    check_range(name, t, "box_short_px", "box_long_px")
+    check_range(f"{name}.broad", t.broad, "grain_min_px", "grain_max_px")
+    sizes.check_sizes(t, batch_size=settings.train.batch_size)
+
+
+def check_range(section: str, settings: Any, low: str, high: str) -> None:
+    """UserError: the first of two settings of a section is above the second."""
+    ends = getattr(settings, low), getattr(settings, high)
+    if ends[0] > ends[1]:
+        raise UserError(f"{section}.{low}={ends[0]} is above {section}.{high}={ends[1]}: expected the lower end of a "
+                        "range and its upper end. Swap them.")  # fmt: skip
