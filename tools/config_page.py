@@ -14,7 +14,7 @@ from segadapt.corruptions import COMMON
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 MARK = "<!-- From here on: tools/config_page.py. -->\n"
-OWN_TABLE = ("train.broad",)  # two verbs share it
+OWN_TABLE = ("train.broad", "train.losses")  # shared by two verbs; long
 LAST = ("train-generative", "train")  # their sections `train` differ; `adapt` comes first
 
 
