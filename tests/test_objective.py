@@ -275,3 +275,27 @@ def test_class_weights_are_no_part_of_the_state():
     expected = F.cross_entropy(resized(outputs.logits_BChw), label_BHW, weight=weights_C, ignore_index=255)
     torch.testing.assert_close(weighted(outputs, label_BHW, step=1).total, expected)
     assert not weighted.state_dict()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_every_loss_is_that_of_the_cpu_under_deterministic_algorithms():
+    on = (f"train.losses.{name}.weight=1" for name in (*LOSSES, "auxiliary"))
+    small = (*MEMORY, *on, "train.losses.ohem.min_kept=50")
+    found = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for device in ("cpu", "cuda"):
+            summed, losses = build(*small).to(device), []
+            for step in range(1, 6):
+                given, label_BHW = batch(step, auxiliary=True)
+                maps = [each.detach().to(device).requires_grad_() for each in vars(given).values()]
+                terms = summed(Outputs(*maps), label_BHW.to(device), step=step)
+                terms.total.backward()
+                summed.remember()
+                losses.append({name: value.cpu() for name, value in terms.values.items()})
+                losses.append({str(i): each.grad.cpu() for i, each in enumerate(maps)})
+            found.append(losses)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
