@@ -279,7 +279,8 @@ def test_class_weights_are_no_part_of_the_state():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_every_loss_is_that_of_the_cpu_under_deterministic_algorithms():
+def test_on_a_gpu_every_loss_is_that_of_the_cpu_under_deterministic_algorithms(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     on = (f"train.losses.{name}.weight=1" for name in (*LOSSES, "auxiliary"))
     small = (*MEMORY, *on, "train.losses.ohem.min_kept=50")
     found = []

@@ -3,9 +3,10 @@
 Wang et al., "Exploring Cross-Image Pixel Contrast for Semantic Segmentation", ICCV 2021, equation 3.
 
 B images  C classes  D embedding width  y x grid of the features  E (image, class) pairs  S slots for anchors
-R rows of the memory  A both, S + R
+R rows of the memory  K the most similar of them  A both, S + R
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from segadapt.losses.memory import Rows, entry_of_pixels, in_groups
 
-NOTHING = -1e30  # exp gives 0 as for -inf; but a log-sum of -inf alone would have a gradient of NaN
+NOTHING = -1e30  # exp gives 0 as for -inf, and inf - inf arises nowhere
 
 
 class Projection(nn.Sequential):
@@ -146,7 +147,8 @@ def _with_memory(
 def _drawn(logits_SR: Tensor, may_be_SR: Tensor, count: int, share: float) -> Tensor:
     """For each anchor `count` of the `share` most similar rows that may be: the first in the rows' random order."""
     if share < 1:
-        sorted_SR = logits_SR.masked_fill(~may_be_SR, NOTHING).sort(dim=1, descending=True).values
+        most = math.ceil(share * logits_SR.shape[1])
+        nearest_SK = logits_SR.masked_fill(~may_be_SR, NOTHING).topk(most, dim=1).values
         last_S1 = (share * may_be_SR.sum(dim=1, keepdim=True)).ceil().long() - 1
-        may_be_SR = may_be_SR & (logits_SR >= sorted_SR.gather(1, last_S1.clamp(min=0)))
+        may_be_SR = may_be_SR & (logits_SR >= nearest_SK.gather(1, last_S1.clamp(min=0)))
     return may_be_SR & (may_be_SR.cumsum(dim=1) <= count)
