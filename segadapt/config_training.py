@@ -83,6 +83,91 @@ class AlignSettings:
 
 
 @dataclass
+class ClassWeightsSettings:
+    recipe: str = setting(
+        "of class weights in cross_entropy, auxiliary, ohem and focal, from the training labels; list: `values`",
+        choices=("none", "list", "inverse_sqrt", "enet_log", "median_frequency", "effective_number", "max_over_count"),
+    )
+    values: list[float] = setting("recipe=list: a weight for each class, in label order")
+    cap: float | None = setting("recipe=max_over_count: largest weight; null: 10", low=1)
+    absent: list[str] = setting("names of classes that no training label shows; any other such class is an error")
+
+
+@dataclass
+class PlainLossSettings:
+    weight: float = setting("of this loss in the sum; 0: off", low=0)
+
+
+@dataclass
+class OhemSettings(PlainLossSettings):
+    threshold: float = setting("pixels whose true class has a smaller probability are kept", low=0, high=1)
+    min_kept: int = setting("pixels of a batch that are kept at least, the hardest", low=1)
+
+
+@dataclass
+class FocalSettings(PlainLossSettings):
+    gamma: float = setting("exponent of 1 - probability of the true class; 0: cross-entropy", low=0)
+
+
+@dataclass
+class DiceSettings(PlainLossSettings):
+    smooth: float = setting("added to numerator and denominator, pixels", low=1e-6)
+
+
+@dataclass
+class RmiSettings(PlainLossSettings):
+    share: float = setting("of the mutual information; the rest is binary cross-entropy", low=0, high=1)
+
+
+@dataclass
+class MemorySettings:
+    enabled: bool = setting("anchors also meet embeddings of earlier batches")
+    region_rows: int = setting("rows of a class: mean embeddings of an image", low=1)
+    pixel_rows: int = setting("rows of a class: single pixels", low=1)
+    pixels_per_image: int = setting("pixel rows that an image adds for each class it shows", low=1)
+    min_filled: int = setting("rows that a class needs before they are read", low=1)
+    read_rows: int = setting("rows of each class that a step reads of each kind, at random", low=1)
+    negatives: int = setting("rows of other classes that an anchor meets, drawn from those that were read", low=1)
+    hardest_share: float = setting("they are drawn from this share, the most similar; 1: from all", low=1e-6, high=1)
+
+
+@dataclass
+class ContrastSettings(PlainLossSettings):
+    warmup_iters: int = setting("optimizer steps before which the weight is 0; published: an eighth of all", low=0)
+    temperature: float = setting("of the similarities", low=1e-6)
+    base_temperature: float = setting("the loss is scaled by temperature / base_temperature", low=1e-6)
+    projection: str = setting("features to embeddings: two 1x1 convolutions with BatchNorm and ReLU, or one",
+                              choices=("mlp", "linear"))  # fmt: skip
+    width: int = setting("channels of an embedding", low=1)
+    max_samples: int = setting("anchors of a batch", low=2)
+    max_views: int = setting("anchors of one class in one image", low=1)
+    min_views: int | None = setting(
+        "pixels, on the grid of the features, that a class of an image needs to take part; null: more than max_views",
+        low=1,
+    )
+    fill: str = setting("a class with less pixels than its share of anchors: repeat them, or shrink to them",
+                        choices=("repeat", "shrink"))  # fmt: skip
+    memory: MemorySettings = setting("embeddings of earlier batches")
+
+
+@dataclass
+class LossesSettings:
+    reduction: str = setting(
+        "of cross_entropy, auxiliary and focal: mean over labelled pixels, or sum over all pixels (mmseg's default)",
+        choices=("valid", "all"),
+    )
+    class_weights: ClassWeightsSettings = setting("of the classes")
+    cross_entropy: PlainLossSettings = setting("of the logits")
+    auxiliary: PlainLossSettings = setting("cross-entropy of the auxiliary head's logits; 0.4 is usual")
+    ohem: OhemSettings = setting("cross-entropy of the hardest pixels")
+    focal: FocalSettings = setting("cross-entropy that weighs sure pixels less")
+    lovasz: PlainLossSettings = setting("Lovasz-Softmax")
+    dice: DiceSettings = setting("overlap")
+    rmi: RmiSettings = setting("region mutual information")
+    contrast: ContrastSettings = setting("pixel contrast")
+
+
+@dataclass
 class TrainSettings:
     iters: int = setting("optimizer steps", low=1)
     batch_size: int = setting("images a step", low=1)
@@ -93,6 +178,7 @@ class TrainSettings:
     power: float = setting("of the polynomial decay to 0", low=0)
     transforms: TransformSettings = setting("from an image of the data set to a batch")
     preview: int = setting("training crops drawn into the run folder before the first step; 0: none", low=0)
+    losses: LossesSettings = setting("what is minimised: a weighted sum")
     validate_every: int = setting("steps between validations; the last step always validates", low=1)
     validation_split: str = setting("split of the validation images")
     validation_images: int | None = setting("images of a validation; null: all", low=1)

@@ -1,6 +1,6 @@
-"""Train a segmenter on clean images: cross-entropy at full resolution, AdamW, poly schedule.
+"""Train a segmenter on clean images: the losses of train.losses at full resolution, AdamW, poly schedule.
 
-B images of a batch   C classes   H W px of a batch   s label px   h w logits, ceil(px / 4)
+B images of a batch   C classes   H W px of a batch
 """
 
 import copy
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from segadapt import metrics, stream
 from segadapt.config_training import TrainConfig, TrainGenerativeConfig
@@ -22,6 +21,7 @@ from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset
 from segadapt.datasets.cache import Cached
 from segadapt.errors import UserError
+from segadapt.losses import Objective, check_losses, class_weights_of
 from segadapt.models.build import build_segmenter, refuse_unexpected_weights
 from segadapt.models.discriminative.load import make_segmenter
 from segadapt.models.discriminative.segmenter import NetSegmenter
@@ -40,26 +40,6 @@ def poly(step: int, *, iters: int, warmup_iters: int, power: float) -> float:
     if step < warmup_iters:
         return (step + 1) / (warmup_iters + 1)
     return (1 - (step - warmup_iters) / max(1, iters - warmup_iters)) ** power
-
-
-def cross_entropy(logits_BCss: Tensor, label_Bss: Tensor, is_counted_Bss: Tensor) -> Tensor:
-    """Mean of -log softmax(logits)[label] over the pixels that count; 0 where there are none.
-
-    As F.cross_entropy, which refuses images on CUDA under deterministic algorithms.
-
-    Args:
-        label_Bss: int64, 0..C-1 where a pixel counts, anything elsewhere.
-        is_counted_Bss: bool.
-    """
-    index_B1ss = label_Bss.masked_fill(~is_counted_Bss, 0)[:, None]
-    own_Bss = logits_BCss.log_softmax(dim=1).gather(1, index_B1ss)[:, 0]
-    return -own_Bss.masked_fill(~is_counted_Bss, 0).sum() / is_counted_Bss.sum().clamp(min=1)
-
-
-def segmentation_loss(logits_BChw: Tensor, label_Bss: Tensor) -> Tensor:
-    """Cross-entropy of logits resized to the label, mean over pixels that are not 255; 0 where there are none."""
-    logits_BCss = F.interpolate(logits_BChw, size=label_Bss.shape[1:], mode="bilinear", align_corners=False)
-    return cross_entropy(logits_BCss, label_Bss, label_Bss != 255)
 
 
 def parameter_groups(segmenter: NetSegmenter, *, lr: float, head_lr_factor: float, weight_decay: float) -> list[dict]:
@@ -183,21 +163,25 @@ def run(settings: TrainConfig) -> dict[str, Any]:
     """
     check_settings(settings)
     t, console, main = settings.train, Console(), set_up(settings.runtime)
+    check_losses(t.losses, iters=t.iters)
     dataset, held_out = labelled_split(settings, settings.data.split), labelled_split(settings, t.validation_split)
     entries = stream.order(held_out, Task(0), seed=settings.experiment.seed, shuffle=True, limit=t.validation_images)
     segmenter = build(settings, dataset.classes, main)
+    weights = class_weights_of(t.losses, dataset, dataset.keys(Task(0)), workers=settings.data.workers)
+    objective = build_objective(settings, segmenter, weights.weights_C)
     began = time.perf_counter()
     with open_folder(settings) as folder, mirrored(settings, folder, job_type="train") as mirror:
         with JsonLines(folder.path / "records.jsonl") as records:
             samples = build_samples(settings, cached(dataset, settings), count=t.iters * t.batch_size)
             write_preview(folder.path / "preview", samples, count=t.preview)
             crops = batches(samples, t.batch_size, workers=settings.data.workers)
-            scores = fit(segmenter, crops, held_out, entries, settings, records, mirror, console)
+            scores = fit(segmenter, objective, crops, held_out, entries, settings, records, mirror, console)
         segmenter.eval()
         segmenter.net.to(getattr(torch, t.save_dtype))
         segmenter.save(folder.path / "model")
         results = {"steps": t.iters, "validation": {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc},
                    "per_class": dict(zip(dataset.classes, scores.iou_C.tolist(), strict=True)),
+                   "class_weights": weights.shown(dataset.classes),
                    "seconds": round(time.perf_counter() - began, 1), "seed": settings.experiment.seed,
                    "versions": versions(main)}  # fmt: skip
         write_json(folder.path / "results.json", results)
@@ -206,8 +190,23 @@ def run(settings: TrainConfig) -> dict[str, Any]:
     return results | {"folder": str(folder.path)}
 
 
+def build_objective(settings: TrainConfig, segmenter: NetSegmenter, class_weights_C: torch.Tensor | None) -> Objective:
+    """The losses of the settings, for the features that the segmenter is seen to have, on its device."""
+    t, device = settings.train, segmenter.net.device
+    with torch.no_grad():
+        seen = segmenter.outputs(torch.zeros(1, 3, t.transforms.crop_px, t.transforms.crop_px, device=device))
+    return Objective(
+        t.losses,
+        num_classes=seen.logits_BChw.shape[1],
+        feature_channels=seen.features_BDyx.shape[1],
+        class_weights_C=class_weights_C,
+        seed=settings.experiment.seed,
+    ).to(device)
+
+
 def fit(
     segmenter: NetSegmenter,
+    objective: Objective,
     crops: Iterable[tuple[Tensor, Tensor]],
     held_out: Dataset,
     entries: list,
@@ -218,9 +217,9 @@ def fit(
 ) -> metrics.Scores:
     """The loop over random crops; returns the scores of the last validation."""
     t, main = settings.train, next(segmenter.net.parameters()).device
-    optimizer = torch.optim.AdamW(
-        parameter_groups(segmenter, lr=t.lr, head_lr_factor=t.head_lr_factor, weight_decay=t.weight_decay)
-    )
+    groups = parameter_groups(segmenter, lr=t.lr, head_lr_factor=t.head_lr_factor, weight_decay=t.weight_decay)
+    groups.append({"params": list(objective.parameters()), "lr": t.lr * t.head_lr_factor})
+    optimizer = torch.optim.AdamW(groups, weight_decay=t.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: poly(step, iters=t.iters, warmup_iters=t.warmup_iters, power=t.power)
     )
@@ -229,28 +228,33 @@ def fit(
     began, scores = time.perf_counter(), None
     for step, (image_B3HW, label_BHW) in enumerate(crops, start=1):
         with torch.autocast(main.type, torch.bfloat16, enabled=settings.runtime.precision == "bf16"):
-            logits_BChw = segmenter.logits(image_B3HW.to(main, non_blocking=True))
-        loss = segmentation_loss(logits_BChw, label_BHW.to(main, non_blocking=True))
-        loss.backward()
+            outputs = segmenter.outputs(image_B3HW.to(main, non_blocking=True))
+            terms = objective(outputs, label_BHW.to(main, non_blocking=True), step=step)
+        terms.total.backward()
         # once in a while: read the loss (a CPU-GPU sync), stop before a broken model is saved
         if is_read := step % LOG_EVERY == 0 or step % t.validate_every == 0 or step == t.iters:
-            value = loss.item()
-            grads = [parameter.grad for parameter in segmenter.net.parameters() if parameter.grad is not None]
+            value = terms.total.item()
+            moved = [*segmenter.net.parameters(), *objective.parameters()]
+            grads = [parameter.grad for parameter in moved if parameter.grad is not None]
             if not math.isfinite(value) or not math.isfinite(norm := torch.nn.utils.get_total_norm(grads).item()):
                 what = f"loss is {value}" if not math.isfinite(value) else f"norm of the gradient is {norm}"
                 raise UserError(f"train.lr={t.lr}: the {what} at step {step}; expected a finite number. "
                                 "Lower train.lr or set runtime.precision=fp32.")  # fmt: skip
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        objective.remember()
         schedule.step()
         if is_read:
-            records.append({"step": step, "loss": value, "lr": schedule.get_last_lr()[0]})
+            of_terms = {
+                name: {"value": each.item(), "weight": terms.weights[name]} for name, each in terms.values.items()
+            }
+            records.append({"step": step, "loss": value, "terms": of_terms, "lr": schedule.get_last_lr()[0]})
             mirror.log({"train/loss": value}, step=step)
         if step % t.validate_every == 0 or step == t.iters:
             scores = validate(segmenter, held_out, entries, settings=settings)
             records.append({"step": step, "miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc})
             mirror.log({"validation/miou": scores.miou}, step=step)
-            said = f"step {step}/{t.iters}: loss {loss.item():.4f}, validation mIoU {100 * scores.miou:.2f} %"
+            said = f"step {step}/{t.iters}: loss {value:.4f}, validation mIoU {100 * scores.miou:.2f} %"
             console.print(f"{said}, {time.perf_counter() - began:.0f} s", highlight=False)
     assert scores is not None
     return scores

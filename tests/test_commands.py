@@ -50,6 +50,7 @@ NOT_RUN = {
 SD3 = "model.generative.checkpoint=weights/stable-diffusion-3-medium-diffusers"
 SEGFORMER = "model.discriminative.checkpoint=weights/segformer-b5-finetuned-ade-640-640"
 ONE = ["data.corruptions=[fog]", "data.limit=1"]
+FEW_STEPS = ["train.iters=2", "train.batch_size=1", "data.count=4", "train.validation_images=1", "runtime=cpu"]
 # Beginning of a command: what stands behind it here, the first that fits.
 BEHIND = {
     "segadapt demo": ["data.limit=1"],
@@ -60,6 +61,8 @@ BEHIND = {
     "segadapt adapt experiment=toytown_c": ["data.limit=1"],
     "segadapt diagnose experiment=toytown_c": ["data.limit=1", "diagnose.sigmas=[0.25]"],
     "segadapt adapt data=folder": [SEGFORMER, SD3, "data.limit=1"],
+    "segadapt train train/losses=lovasz": FEW_STEPS,
+    "segadapt train train/losses=contrast_memory": [*FEW_STEPS, "train.losses.contrast.warmup_iters=1"],
     "segadapt train-generative data=ade20k": [SD3, "train.iters=1", "train.validation_images=1"],
     "segadapt adapt --config-dir configs experiment=mine --multirun": ["data.corruptions=[fog]", "data.limit=1"],
 }

@@ -34,7 +34,7 @@ USED_BY = {  # groups of each primary config
     "demo": GROUPS,
     "grid": ("grid",),
     "evaluate": ("data", "model/discriminative", "logging", "runtime"),
-    "train": ("data", "model/discriminative", "logging", "runtime"),
+    "train": ("data", "model/discriminative", "train/losses", "logging", "runtime"),
     "train_generative": ("data", "model/generative", "logging", "runtime"),
     "corrupt": ("data",),
 }

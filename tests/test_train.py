@@ -3,17 +3,16 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import functional as F
 from training_runs import QUIET, TINY, generative_training, lines_of, training
 
 from segadapt import adapt, config, train, train_generative
 from segadapt.datasets.toytown import CLASSES
 from segadapt.errors import UserError
+from segadapt.losses import LOSSES
 from segadapt.models.discriminative.load import load_segmenter
 from segadapt.parse import from_overrides
 from segadapt.training import autoencoder as train_autoencoder
@@ -97,12 +96,12 @@ def test_the_copy_is_finished_even_if_the_run_fails(tmp_path, verb, prepared, mi
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step_under_a_finite_loss(tmp_path, monkeypatch):
     """Of the last step nothing else would tell, and its model would be saved."""
-    loss_of = train.segmentation_loss
+    loss_of = LOSSES["cross_entropy"]
 
-    def steep(logits_BChw, label_Bss):
-        return loss_of(logits_BChw, label_Bss) + (0 * logits_BChw).sum().sqrt()  # adds 0, with a gradient of nan
+    def steep(logits_BCss, *rest):
+        return loss_of(logits_BCss, *rest) + (0 * logits_BCss).sum().sqrt()  # adds 0, with a gradient of nan
 
-    monkeypatch.setattr(train, "segmentation_loss", steep)
+    monkeypatch.setitem(LOSSES, "cross_entropy", steep)
     with pytest.raises(UserError, match=r"^train\.lr=\S+: the norm of the gradient is nan at step \d+; [^\n]*$"):
         train.run(training(tmp_path, "train.iters=1"))
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -164,50 +163,6 @@ def test_each_parameter_is_in_one_group_with_its_own_rate_and_decay(build_segmen
     for name, parameter in segmenter.net.named_parameters():
         assert of[id(parameter)]["lr"] == (10.0 if name.startswith("decode_head.") else 1.0), name
         assert of[id(parameter)]["weight_decay"] == (0 if id(parameter) in norms else 0.5), name
-
-
-def test_loss_is_the_mean_over_labelled_pixels():
-    generator = torch.Generator().manual_seed(0)
-    logits_BChw = torch.randn(2, 3, 4, 4, generator=generator)
-    label_Bss = torch.randint(0, 3, (2, 16, 16), generator=generator)
-    label_Bss[0, :5] = 255
-    wide_BCss = F.interpolate(logits_BChw, (16, 16), mode="bilinear", align_corners=False).double()
-    terms = [
-        -wide_BCss[b, :, y, x].log_softmax(0)[label_Bss[b, y, x]].item()
-        for b in range(2) for y in range(16) for x in range(16) if label_Bss[b, y, x] != 255
-    ]  # fmt: skip
-    assert train.segmentation_loss(logits_BChw, label_Bss).item() == pytest.approx(np.mean(terms), rel=1e-5)
-
-
-@given(seed=st.integers(0, 2**32 - 1), num_classes=st.integers(1, 6), share=st.floats(0, 1))
-def test_cross_entropy_and_its_gradient_are_torchs(seed, num_classes, share):
-    generator = torch.Generator().manual_seed(seed)
-    logits_BCss = 9 * torch.randn(2, num_classes, 5, 5, generator=generator, dtype=torch.float64)
-    label_Bss = torch.randint(0, num_classes, (2, 5, 5), generator=generator)
-    label_Bss[torch.rand(2, 5, 5, generator=generator) < share] = 255
-    label_Bss[0, 0, 0] = 0  # the mean of nothing is NaN in torch
-    ours, torchs = (logits_BCss.clone().requires_grad_() for _ in range(2))
-    loss = train.cross_entropy(ours, label_Bss, label_Bss != 255)
-    expected = F.cross_entropy(torchs, label_Bss, ignore_index=255)
-    loss.backward()
-    expected.backward()
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(ours.grad, torchs.grad)
-
-
-def test_a_pixel_that_does_not_count_may_hold_anything():
-    logits_BCss = torch.tensor([[1.0, math.inf], [2.0, math.nan]]).view(1, 2, 1, 2)
-    loss = train.cross_entropy(logits_BCss, torch.tensor([[[0, 255]]]), torch.tensor([[[True, False]]]))
-    assert loss.item() == pytest.approx(math.log1p(math.e))
-
-
-def test_loss_of_nothing_labelled_is_zero_with_zero_gradient():
-    logits_BChw = torch.randn(1, 3, 4, 4, requires_grad=True)
-    loss = train.segmentation_loss(logits_BChw, torch.full((1, 16, 16), 255))
-    loss.backward()
-    assert loss.item() == 0
-    assert logits_BChw.grad is not None
-    assert not logits_BChw.grad.any()
 
 
 def test_two_images_are_learned(tmp_path, monkeypatch):
@@ -280,3 +235,38 @@ def test_training_without_labels_is_refused(tmp_path):
         train.run(
             training(tmp_path, "data=folder", "data.classes=toytown", f"data.data_root={tmp_path}", "data.count=null")
         )
+
+
+# Its losses
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.losses.cross_entropy.weight=0"], r"every weight is 0"),
+        (["train.losses.class_weights.recipe=list", "train.losses.class_weights.values=[1,2]"], r"2 numbers.*12 cl"),
+        (["train/losses=contrast"], r"warmup_iters=625 with train\.iters=6"),
+    ],
+)
+def test_losses_that_cannot_be_are_refused_before_a_folder_is_made(tmp_path, overrides, said):
+    with pytest.raises(UserError, match=rf"train\.losses.*{said}"):
+        train.run(training(tmp_path, *overrides))
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_record_has_the_value_and_the_weight_of_each_term(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    done = train.run(
+        training(
+            tmp_path, "train/losses=contrast_memory", "train.losses.contrast.warmup_iters=3",
+            "train.losses.contrast.min_views=1", "train.losses.contrast.memory.min_filled=1",
+            "train.losses.class_weights.recipe=inverse_sqrt", "train.losses.contrast.projection=linear",
+        )
+    )  # fmt: skip
+    lines = [line for line in lines_of(done["folder"]) if "terms" in line]
+    assert [line["terms"]["contrast"]["weight"] for line in lines] == [0, 0, 0, 0.1, 0.1, 0.1]
+    for line in lines:
+        assert line["loss"] == pytest.approx(sum(t["value"] * t["weight"] for t in line["terms"].values()), rel=1e-5)
+        assert all(term["value"] > 0 for term in line["terms"].values())
+    assert sum(done["class_weights"]["weight"].values()) == pytest.approx(len(CLASSES))
+    assert sum(done["class_weights"]["pixels"].values()) == 4 * 240 * 320

@@ -14,7 +14,7 @@ from segadapt.corruptions import COMMON
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 MARK = "<!-- From here on: tools/config_page.py. -->\n"
-OWN_TABLE = ("train.broad", "train.transforms.broad", "train.transforms")  # the first that fits
+OWN_TABLE = ("train.broad", "train.transforms.broad", "train.transforms", "train.losses")  # the first that fits
 LAST = ("train-generative", "train")  # their sections `train` differ; `adapt` comes first
 
 

@@ -33,9 +33,9 @@ def _effective_number(pixels_NC: np.ndarray) -> np.ndarray:
     return _mean_one((1 - beta) / (1 - beta ** (pixels_NC > 0).sum(axis=0)))
 
 
-def _max_over_count(pixels_NC: np.ndarray) -> np.ndarray:
+def _max_over_count(pixels_NC: np.ndarray, cap: float = LARGEST) -> np.ndarray:
     pixels_C = pixels_NC.sum(axis=0)
-    return np.minimum(pixels_C.max() / pixels_C, LARGEST)
+    return np.minimum(pixels_C.max() / pixels_C, cap)
 
 
 def _mean_one(weights_C: np.ndarray) -> np.ndarray:
@@ -43,7 +43,7 @@ def _mean_one(weights_C: np.ndarray) -> np.ndarray:
 
 
 # Name -> its formula, and int64 [N, C] pixels, every class in some image, to float64 [C].
-RECIPES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+RECIPES: dict[str, tuple[str, Callable[..., np.ndarray]]] = {
     "inverse_sqrt": ("1 / sqrt(f_c), mean 1", _inverse_sqrt),
     "enet_log": ("1 / ln(1.02 + f_c)", _enet_log),
     "median_frequency": ("median over classes of g / g_c, g_c the share of c in the images that show it",
@@ -53,17 +53,19 @@ RECIPES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
 }  # fmt: skip
 
 
-def class_weights(recipe: str, pixels_NC: np.ndarray) -> np.ndarray:
+def class_weights(recipe: str, pixels_NC: np.ndarray, *, cap: float | None = None) -> np.ndarray:
     """Weight of each class by RECIPES[recipe]: float64 [C], NaN for a class that no image shows.
 
     Args:
         pixels_NC: int64, labelled pixels; classes without any take no part in means and medians.
+        cap: of max_over_count alone, its largest weight; None: LARGEST.
     """
+    options = {} if cap is None else {"cap": cap}
     weights_C = np.full(pixels_NC.shape[1], np.nan)
     is_there_C = pixels_NC.any(axis=0)
     labelled_NC = pixels_NC[pixels_NC.any(axis=1)][:, is_there_C]
     if labelled_NC.size:
-        weights_C[is_there_C] = RECIPES[recipe][1](labelled_NC)
+        weights_C[is_there_C] = RECIPES[recipe][1](labelled_NC, **options)
     return weights_C
 
 

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from transformers import Dinov2Model
 
 from segadapt.config_training import AlignSettings, TrainGenerativeSettings
+from segadapt.datasets.labels import IGNORE
 from segadapt.errors import UserError
+from segadapt.losses.cross_entropy import cross_entropy
 from segadapt.models.checkpoint_errors import explain_checkpoint_errors, local_folder
 from segadapt.models.discriminative.families import IMAGENET_MEAN, IMAGENET_STD
 from segadapt.models.discriminative.load import without_load_report
@@ -24,7 +26,6 @@ from segadapt.models.generative.prompts import PromptEmbeddings
 from segadapt.models.generative.sd3 import Sd3, add_noise
 from segadapt.models.generative.teacher import true_classes
 from segadapt.seeds import derive
-from segadapt.train import cross_entropy
 
 
 class ClassTokens(nn.Module):
@@ -89,7 +90,7 @@ def teacher_loss(
     is_hit_Byx = (logits_BNyx.argmax(dim=1) == own_Byx) & is_asked_Byx
     accuracy = is_hit_Byx.sum() / is_asked_Byx.sum().clamp(min=1)
     flow = own_flow if flow_mask else error_BNyx.mean()
-    return TeacherLoss(flow, cross_entropy(logits_BNyx, own_Byx, is_asked_Byx), accuracy)
+    return TeacherLoss(flow, cross_entropy(logits_BNyx, own_Byx.masked_fill(~is_asked_Byx, IGNORE)), accuracy)
 
 
 def draw_prompts(classes_Byx: Tensor, num_classes: int, count: int, generator: torch.Generator) -> Tensor:
