@@ -380,9 +380,9 @@ class ResultsConfig:
         "a row a method, a column a task, with gains; or a row a run, the best first, a table each data set and rule",
         choices=("gains", "ranked"),
     )
-    against: str = setting("method whose row the gains are against")
+    against: str = setting("table=gains: method whose row the gains are against")
     format: str = setting("of the text", choices=("markdown", "csv", "latex", "json"))
-    resamples: int = setting("of the bootstrap of the gains; 0: no intervals", low=0)
+    resamples: int = setting("table=gains: of the bootstrap; 0: no intervals", low=0)
     output: str | None = setting("file; null: the terminal")
 
 
