@@ -46,29 +46,31 @@ class Ranked:
 
 
 def build(folders: Iterable[Path]) -> list[Ranked]:
-    """One table for each set of images and rule. Runs that have not finished are left out, and named on stderr.
+    """One table for each set of images and rule. Runs without a score are left out, and named on stderr.
 
-    UserError: a run without labels, or of a version that recorded no rule.
+    UserError: a run of a version that recorded no rule.
     """
     tables: dict[str, Ranked] = {}
-    unfinished = []
+    without_score = []
     for folder in folders:
-        if not (folder / "results.json").is_file():
-            unfinished.append(folder.name)
+        results = read_json(folder / "results.json") if (folder / "results.json").is_file() else {}
+        if results.get("mean", {}).get("miou") is None:
+            without_score.append(folder.name)
             continue
-        settings, results = load(folder).settings, read_json(folder / "results.json")
+        settings = load(folder).settings
         if "rule" not in results:
             raise UserError(f"{folder}: results.json without the column rule, by which runs are told apart; expected a "
                             "run of this version. Run it again with experiment.restart=true.")  # fmt: skip
         shared = {name: value for name, value in settings.items() if _is_condition(name)}
-        data = f"{settings['data.name']} {settings['data.split']}"
-        table = tables.setdefault(json.dumps(shared, sort_keys=True), Ranked(data, results["rule"], shared, []))
-        scores = (results["mean"][name] for name in ("miou", "macc", "aacc"))
+        data, rule = f"{settings['data.name']} {settings['data.split']}", results["rule"]
+        table = tables.setdefault(json.dumps([shared, rule], sort_keys=True), Ranked(data, rule, shared, []))
+        model, mean = settings["model.discriminative.checkpoint"], results["mean"]
         images = sum(task["images"] for task in results["tasks"])
-        checkpoint = settings["model.discriminative.checkpoint"]
-        table.rows.append(Row(checkpoint, results["method"], *scores, images, folder.name))
-    if unfinished:
-        sys.stderr.write(f"left out, {len(unfinished)} runs that have not finished: {', '.join(unfinished)}\n")
+        scores = {name: mean[name] for name in ("miou", "macc", "aacc")}
+        table.rows.append(Row(model, results["method"], **scores, images=images, run=folder.name))
+    if without_score:
+        names = ", ".join(without_score)
+        sys.stderr.write(f"left out, not finished or without labels: {len(without_score)} runs ({names})\n")
     for table in tables.values():
         table.rows.sort(key=lambda row: (-row.miou, row.model, row.method, row.run))
     return [tables[key] for key in sorted(tables)]

@@ -47,7 +47,7 @@ def check(config: Any) -> None:
     if (e.window_px is None) != (e.stride_px is None):
         raise UserError(f"evaluate.window_px={e.window_px} and evaluate.stride_px={e.stride_px}: windows need both, "
                         "the whole input neither. Set both, or both to null.")  # fmt: skip
-    if e.window_px is not None and e.stride_px > e.window_px:
+    if e.window_px is not None and e.stride_px is not None and e.stride_px > e.window_px:
         raise UserError(f"evaluate.stride_px={e.stride_px} is larger than evaluate.window_px={e.window_px}: strips of "
                         f"{e.stride_px - e.window_px} px would be left out. Use {e.window_px} px or less.")  # fmt: skip
     has_box = e.input_resize in ("box", "aligned32")

@@ -91,10 +91,14 @@ def test_every_format_shows_every_score_with_its_rule(runs, form):
         assert {len(line) for line in lines} == {1 + len(ranking.COLUMNS)}
 
 
-def test_what_has_not_finished_is_left_out_and_named(runs, capsys):
+def test_what_has_no_score_is_left_out_and_named(runs, capsys):
     (runs / "run2" / "results.json").unlink()
-    assert "run2" not in [row.run for table in ranked(runs) for row in table.rows]
-    assert capsys.readouterr().err == "left out, 1 runs that have not finished: run2\n"
+    path = runs / "run3" / "results.json"
+    unlabelled = json.loads(path.read_text())
+    unlabelled["mean"]["miou"] = unlabelled["tasks"][0]["miou"] = None
+    path.write_text(json.dumps(unlabelled))
+    assert sorted(row.run for table in ranked(runs) for row in table.rows) == ["run0", "run1"]
+    assert capsys.readouterr().err == "left out, not finished or without labels: 2 runs (run2, run3)\n"
 
 
 def test_a_run_that_names_no_rule_is_refused(runs):
