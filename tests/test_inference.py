@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from quick_settings import quick_settings
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from training_runs import training
 
-from segadapt import adapt, scoring, stream
+from segadapt import adapt, scoring, stream, train
 from segadapt.config import EvaluateConfig, EvaluateSettings
 from segadapt.datasets import Task
 from segadapt.datasets.build import build_dataset
@@ -342,7 +343,7 @@ def run(root: Path, *overrides: str) -> dict:
 
 
 def test_validation_counts_what_evaluate_counts_under_every_rule(tmp_path):
-    for index, name in enumerate(("default", "mmseg", "dinov2")):
+    for index, name in enumerate(("default", "openseg", "dinov2")):
         overrides = (f"evaluate={name}", "data.short_side_px=64")
         settings = settings_of(*overrides)
         dataset = build_dataset(settings.data)
@@ -360,7 +361,14 @@ def test_validation_counts_what_evaluate_counts_under_every_rule(tmp_path):
         assert results["rule"] in results["protocol"]
 
 
-def test_the_default_rule_wraps_nothing(tmp_path):
+@pytest.mark.parametrize("given", ["per_class=true", "confusion_picture=true", "submission=ids"])
+def test_training_refuses_what_a_validation_would_not_write(given, tmp_path):
+    with pytest.raises(UserError, match=rf"evaluate\.{given.partition('=')[0]}=\w+: a validation writes scores alone"):
+        train.run(training(tmp_path, f"evaluate.{given}"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_rule_wraps_nothing():
     """Its predictions are one forward of the loaded image, once resized: as before there were rules."""
     settings = settings_of("data.short_side_px=64")
     dataset = build_dataset(settings.data)
