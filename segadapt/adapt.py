@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from segadapt import __version__, samples, stream
+from segadapt import __version__, class_scores, samples, stream, submission
 from segadapt.checkpoint import Checkpoints
-from segadapt.config import AdaptConfig, RunConfig
+from segadapt.config import AdaptConfig, EvaluateConfig, RunConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.errors import UserError
 from segadapt.models.build import Models, build_models
 from segadapt.models.discriminative import Segmenter
 from segadapt.models.generative import Teacher
-from segadapt.protocol import identity, method_of, peak_memory_gib, protocol, versions
+from segadapt.protocol import identity, method_of, peak_memory_gib, protocol, rule_of, versions
 from segadapt.record import JsonLines, RunFolder, refuse_changes, write_json
+from segadapt.rules import loaded_px
 from segadapt.signals import Stopped, noted_signals
 from segadapt.task_loop import MEANS, Run, TaskLoop, TaskResult, row_of
 from segadapt.terminal import (
@@ -61,6 +62,7 @@ def run(
     _check_leaves_something(settings)
     _check_can_diagnose(settings)
     dataset, tasks = build_dataset(settings.data), build_tasks(settings.data)
+    submission.file_ids(settings, len(dataset.classes))  # or a UserError, before anything is read
     entries = _all_entries(settings, dataset, tasks, terminal.warnings)
     flat = [entry for stretch in entries for entry in stretch]
     stream.verify(dataset, flat, workers=settings.data.workers)
@@ -85,6 +87,8 @@ def run(
             console.print(f"{folder.path} is finished; experiment.restart=true would start anew", highlight=False,
                           soft_wrap=True)  # fmt: skip
     _print_results(terminal, results, folder.path)
+    if isinstance(settings, EvaluateConfig) and settings.evaluate.per_class:
+        console.print(*class_scores.tables(folder.path), sep="\n")
     return results | {"folder": str(folder.path)}
 
 
@@ -121,7 +125,7 @@ def _adapt(
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     started = now if state is None else state["started"]
     data = settings.data
-    prepared = stream.read(dataset, flat[done:], short_side_px=data.short_side_px, workers=data.workers)
+    prepared = stream.read(dataset, flat[done:], short_side_px=loaded_px(settings), workers=data.workers)
     with (
         noted_signals() as asked,
         mirrored(settings, folder, job_type=method_of(settings), protocol=sentence) as mirror,
@@ -130,7 +134,8 @@ def _adapt(
     ):
         timings.append({"started": now, "images": done, "segadapt": __version__})
         shown = samples.choose(flat, seed=settings.experiment.seed, count=settings.logging.samples)
-        shared = Run(settings, dataset, models, folder, mirror, terminal, records, timings, prepared, shown,
+        file_ids_C = submission.file_ids(settings, len(dataset.classes))
+        shared = Run(settings, dataset, models, folder, mirror, terminal, records, timings, prepared, shown, file_ids_C,
                      num_tasks=num_tasks)  # fmt: skip
         loops, first = [], 0
         for stretch in entries:
@@ -163,6 +168,7 @@ def _adapt(
                         raise Stopped(asked.signum, f"{asked.signum.name} {where}; the same command goes on from there")
         results = {
             "protocol": sentence,
+            "rule": rule_of(settings),
             "method": method_of(settings),
             "started": started,
             **_scores([result for loop in loops for result in loop.results], dataset.classes),
@@ -237,10 +243,11 @@ def _earlier(
 
 
 def _check_leaves_something(settings: RunConfig) -> None:
-    """UserError: unlabelled images, and neither predictions nor an adapted model to keep."""
+    """UserError: unlabelled images, and neither predictions, a submission nor an adapted model to keep."""
     is_unlabelled = settings.data.kind == "files" and settings.data.label_path is None
     saves_model = isinstance(settings, AdaptConfig) and settings.tta.save_adapted
-    if is_unlabelled and settings.logging.predictions == "none" and not saves_model:
+    submits = isinstance(settings, EvaluateConfig) and settings.evaluate.submission != "none"
+    if is_unlabelled and settings.logging.predictions == "none" and not saves_model and not submits:
         raise UserError("data.label_path=null and logging.predictions=none: the run would leave nothing. Set "
                         "logging.predictions=all, or give labels.")  # fmt: skip
 

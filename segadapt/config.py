@@ -253,6 +253,34 @@ class RuntimeSettings:
 
 
 @dataclass
+class EvaluateSettings:
+    input_resize: str = setting(
+        "the network's input: at data.short_side_px; in the box long_side_px x data.short_side_px; that, both sides up "
+        "to multiples of 32; as on disk",
+        choices=("short_side", "box", "aligned32", "original"),
+    )
+    long_side_px: int | None = setting("input_resize=box, aligned32: the box's long side, px; null: no box", low=16)
+    size_divisor: int = setting("the input is padded up to a multiple of this, px; 1: not", low=1)
+    padding: str = setting("size_divisor: where the padding goes", choices=("right_down", "centre"))
+    window_px: int | None = setting("sliding windows of this side, px; null: the whole input at once", low=16)
+    stride_px: int | None = setting("between the starts of two windows, px; null: no windows", low=1)
+    logit_resize: str = setting(
+        "logits straight to the label's size, or to the input's and from there to the label's",
+        choices=("direct", "two_step"),
+    )
+    scales: list[float] = setting("factors on the input's size; several are averaged")
+    flip: bool = setting("average with the prediction of the mirrored input, at each scale")
+    average: str = setting("of several scales and flips: their probabilities, or their logits",
+                           choices=("softmax", "logits"))  # fmt: skip
+    per_class: bool = setting("print the scores of each class; tasks/TASK.classes.csv has them in any case")
+    confusion_picture: bool = setting("draw the confusion matrix, each row as shares of its label")
+    submission: str = setting(
+        "grey PNGs for a benchmark's server: none, class ids, ids + 1 (ADE20K), Cityscapes' label ids",
+        choices=("none", "ids", "ids_plus_one", "cityscapes"),
+    )
+
+
+@dataclass
 class CorruptSettings:
     output: str = setting("folder of the corrupted set")
     image_format: str = setting("png is lossless; jpg imitates published sets", choices=("png", "jpg"))
@@ -313,7 +341,7 @@ class RunConfig:
 
 @dataclass
 class EvaluateConfig(RunConfig):
-    """Of `evaluate`."""
+    evaluate: EvaluateSettings = setting("how the segmenter is asked, and what is written beside its scores")
 
 
 @dataclass
@@ -348,9 +376,13 @@ class CorruptConfig:
 @dataclass
 class ResultsConfig:
     runs: list[str] = setting("run folders, and folders of run folders")
-    against: str = setting("method whose row the gains are against")
+    table: str = setting(
+        "a row a method, a column a task, with gains; or a row a run, the best first, a table each data set and rule",
+        choices=("gains", "ranked"),
+    )
+    against: str = setting("table=gains: method whose row the gains are against")
     format: str = setting("of the text", choices=("markdown", "csv", "latex", "json"))
-    resamples: int = setting("of the bootstrap of the gains; 0: no intervals", low=0)
+    resamples: int = setting("table=gains: of the bootstrap; 0: no intervals", low=0)
     output: str | None = setting("file; null: the terminal")
 
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from segadapt.config import (
     DataSettings,
+    EvaluateConfig,
     ExperimentSettings,
     GenerativeSettings,
     LoggingSettings,
-    RunConfig,
     RuntimeSettings,
     setting,
 )
@@ -220,7 +220,7 @@ class TrainGenerativeSettings:
 
 
 @dataclass
-class TrainConfig(RunConfig):
+class TrainConfig(EvaluateConfig):
     train: TrainSettings = setting("training of the segmenter")
 
 

@@ -86,27 +86,33 @@ class Scores:
     mrecall: float
     iou_C: np.ndarray  # NaN: neither present nor predicted; 0: predicted, never present
     acc_C: np.ndarray  # recall; NaN: not present
+    f1_C: np.ndarray  # Dice; NaN as iou_C
+    precision_C: np.ndarray  # NaN: not predicted
 
 
 def scores(counts_CC: np.ndarray) -> Scores:
     """Derive all scores from counts [C label, C prediction], as mmseg's IoUMetric defines them, in float64.
 
-    IoU = n_cc / (row + col - n_cc), acc = recall = n_cc / row, precision = n_cc / col, F1 = 2 n_cc / (row + col).
+    IoU = n_cc / (row + col - n_cc), acc = recall = n_cc / row, precision = n_cc / col,
+    F1 = Dice = 2 n_cc / (row + col).
     """
     hit_C = np.diagonal(counts_CC)
     label_C, predicted_C = counts_CC.sum(axis=1), counts_CC.sum(axis=0)
     iou_C = _ratio(hit_C, label_C + predicted_C - hit_C)
     acc_C = _ratio(hit_C, label_C)
+    f1_C, precision_C = _ratio(2 * hit_C, label_C + predicted_C), _ratio(hit_C, predicted_C)
     macc = _mean_of_defined(acc_C)
     return Scores(
         miou=_mean_of_defined(iou_C),
         macc=macc,
         aacc=float(_ratio(hit_C.sum(keepdims=True), counts_CC.sum(keepdims=True).ravel())[0]),
-        mf1=_mean_of_defined(_ratio(2 * hit_C, label_C + predicted_C)),
-        mprecision=_mean_of_defined(_ratio(hit_C, predicted_C)),
+        mf1=_mean_of_defined(f1_C),
+        mprecision=_mean_of_defined(precision_C),
         mrecall=macc,
         iou_C=iou_C,
         acc_C=acc_C,
+        f1_C=f1_C,
+        precision_C=precision_C,
     )
 
 

@@ -13,6 +13,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from segadapt import rules
 from segadapt.config import TtaSettings, fields_of
 from segadapt.errors import UserError, did_you_mean
 
@@ -192,6 +193,8 @@ def _check_fields_together(config: Any) -> None:
             )
     if hasattr(config, "model"):
         _check_short_sides(config)
+    if hasattr(config, "evaluate"):
+        rules.check(config)
     generative = getattr(getattr(config, "model", None), "generative", None)
     if generative is None or (tta is not None and not wants_teacher(tta)):
         return

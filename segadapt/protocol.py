@@ -13,6 +13,7 @@ from segadapt import __version__
 from segadapt.config import (
     AdaptConfig,
     DataSettings,
+    EvaluateConfig,
     GenerativeSettings,
     LossSettings,
     ModelSettings,
@@ -23,6 +24,7 @@ from segadapt.methods import METHODS
 from segadapt.methods.learner import Learner
 from segadapt.models.generative.guided import MOST_BOXES
 from segadapt.models.source import Source
+from segadapt.rules import in_words, is_plain
 
 PACKAGES = (
     "torch",
@@ -49,6 +51,9 @@ FREE = (
     "runtime.checkpoint_images",
     "tta.diagnose_every",
     "train.preview",
+    "evaluate.per_class",
+    "evaluate.confusion_picture",
+    "evaluate.submission",
     "model.sha256",
     "model.generative.prompts.cache_dir",
 )
@@ -75,6 +80,8 @@ def identity(settings: RunConfig) -> dict[str, Any]:
     values, method = without(asdict(settings), (*FREE, "tta.method")), METHODS[method_of(settings)]
     if not method.has_teacher:  # what nothing reads does not make another run
         values["model"] = {"discriminative": values["model"]["discriminative"]}
+    if isinstance(settings, EvaluateConfig) and is_plain(settings.evaluate):  # the rule of `adapt`
+        values.pop("evaluate")
     if method is Source:
         values.pop("tta", None)
     else:  # the id of a run does not change with a setting that is new and at its default
@@ -130,8 +137,7 @@ def protocol(settings: RunConfig, *, order_sha256: str) -> str:
         if settings.tta.non_finite == "reset":
             parts.append("reset also where a loss is not finite")
     parts += [
-        f"scored {METHODS[method_of(settings)].scored} at label size, one bilinear resize",
-        short_sides(settings),
+        rule_of(settings),
         f"shuffle seed {seed}" if data.shuffle else "not shuffled",
         f"{runtime.precision} {'autocast over fp32 weights' if runtime.precision == 'bf16' else ''}".strip(),
         f"data {data.name} {data.split}, {_shift(data)}, order {order_sha256[:12]}",
@@ -146,6 +152,14 @@ def _steps(opt: OptimizerSettings) -> str:
         + (f", rates rise over {opt.warmup} steps" if opt.warmup else "")
         + (f", a step every {opt.accumulate} images" if opt.accumulate > 1 else "")
     )
+
+
+def rule_of(settings: RunConfig) -> str:
+    """What is scored, and through which resizes: a score without it is not comparable."""
+    if isinstance(settings, EvaluateConfig) and not is_plain(settings.evaluate):
+        return in_words(settings.evaluate, settings.data.short_side_px)
+    scored = METHODS[method_of(settings)].scored
+    return f"scored {scored} at label size, one bilinear resize; {short_sides(settings)}"
 
 
 def short_sides(settings: RunConfig) -> str:

@@ -30,6 +30,7 @@ RESULTS = (
     "mirrored.json",
     "tasks",
     "predictions",
+    "submission",
     "samples",
     "preview",
     "report.html",
@@ -98,6 +99,15 @@ def write_png_palette(path: Path, ids_HW: np.ndarray, palette_C3: np.ndarray) ->
     colours_2563[: len(palette_C3)] = palette_C3
     image = Image.fromarray(ids_HW)
     image.putpalette(colours_2563.tobytes())
+    _write_png(path, image)
+
+
+def write_png_grey(path: Path, ids_HW: np.ndarray) -> None:
+    """Write ids (uint8 [H, W]) as an 8-bit grey PNG: pixels are ids."""
+    _write_png(path, Image.fromarray(ids_HW))
+
+
+def _write_png(path: Path, image: Image.Image) -> None:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     write_bytes(path, buffer.getvalue())

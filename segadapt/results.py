@@ -1,5 +1,7 @@
 """The verb `results`: any set of run folders to tables, a row a method, a column a task; one table a protocol.
 
+With table=ranked a row a run instead, see ranking.py.
+
 T tasks   S seeds
 """
 
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from segadapt import ranking
 from segadapt.config import ResultsConfig
 from segadapt.corruptions import COMMON, EXTRA
 from segadapt.errors import UserError, did_you_mean
@@ -22,6 +25,7 @@ from segadapt.tables import FORMATS, Row, Table
 
 SEEDS = ("experiment.seed", "data.corruption_seed")
 ANYWHERE = ("data.data_root", "data.corruptions", *SEEDS)  # the same data elsewhere; its tasks in other folders
+RULE = "evaluate."  # settings of the rule by which a run scores; none: that of `adapt`
 OTHER_VERBS = ("train.", "diagnose.")  # their run folders are passed over
 
 
@@ -33,9 +37,13 @@ def run(settings: ResultsConfig) -> None:
     """
     if settings.against not in METHODS:
         raise UserError(f"against={settings.against} is not a method.{did_you_mean(settings.against, METHODS)}")
-    runs = [read(folder) for folder in run_folders(settings.runs)]
-    made = build_tables(runs, against=settings.against, resamples=settings.resamples, is_timed=True)
-    text = FORMATS[settings.format](made)
+    folders = run_folders(settings.runs)
+    if settings.table == "ranked":
+        text = ranking.FORMATS[settings.format](ranking.build(folders))
+    else:
+        runs = [read(folder) for folder in folders]
+        made = build_tables(runs, against=settings.against, resamples=settings.resamples, is_timed=True)
+        text = FORMATS[settings.format](made)
     if settings.output is None:
         sys.stdout.write(text)
     else:
@@ -92,10 +100,12 @@ def is_one_stream(settings: dict[str, Any]) -> bool:
 
 def protocol_of(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings beside the method's that all runs of a table share; a run that never learns has no reset rule."""
-    names = [name for name in settings if name.startswith(("data.", "model.discriminative.")) and name not in ANYWHERE]
+    sections = ("data.", "model.discriminative.", RULE)
+    names = [name for name in settings if name.startswith(sections) and name not in ANYWHERE]
     names += [name for name in ("runtime.precision", "tta.continual", "tta.episodic") if name in settings]
     names += ["data.corruptions"] if is_one_stream(settings) else []
-    return {name: settings[name] for name in names if name in settings}
+    rule = {} if any(name.startswith(RULE) for name in names) else {"evaluate": "as adapt"}  # in no table with another
+    return {name: settings[name] for name in names if name in settings} | rule
 
 
 def _learns(one: Run) -> bool:

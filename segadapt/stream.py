@@ -77,8 +77,11 @@ def manifest_hash(dataset: Dataset, entries: Sequence[Entry]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def read(dataset: Dataset, entries: Sequence[Entry], *, short_side_px: int, workers: int) -> Iterator[Prepared]:
-    """Yield the samples in order, `workers` processes reading ahead; the values do not depend on their number."""
+def read(dataset: Dataset, entries: Sequence[Entry], *, short_side_px: int | None, workers: int) -> Iterator[Prepared]:
+    """Yield the samples in order, `workers` processes reading ahead; the values do not depend on their number.
+
+    short_side_px: None: images keep their size.
+    """
     return ahead(partial(_prepare, dataset, short_side_px), entries, workers=workers)
 
 
@@ -148,7 +151,7 @@ def _as_it_is(result: Any) -> Any:
     return result
 
 
-def _prepare(dataset: Dataset, short_side_px: int, entry: Entry) -> Prepared:
+def _prepare(dataset: Dataset, short_side_px: int | None, entry: Entry) -> Prepared:
     sample = dataset.load(entry.task, entry.key)
     digest = hashlib.blake2b(np.ascontiguousarray(sample.image_HW3).data, digest_size=8)
     if sample.label_HW is not None:

@@ -152,13 +152,16 @@ def as_latex(tables: Sequence[Table]) -> str:
     parts = []
     for title, table in zip(titles(tables), tables, strict=True):
         comments = [*([title] if title else []), *(f"missing: {cell}" for cell in table.missing)]
-        body = [
-            " & ".join(map(_latex, line)) + r" \\" for line in (header(table.tasks), *lines(table.tasks, table.rows))
-        ]
-        parts.append("\n".join([
-            *(f"% {comment}" for comment in comments), rf"\begin{{tabular}}{{l{'r' * (len(table.tasks) + 4)}}}",
-            r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}"]))  # fmt: skip
+        parts.append("\n".join([*(f"% {comment}" for comment in comments),
+                                tabular(header(table.tasks), lines(table.tasks, table.rows))]))  # fmt: skip
     return "\n\n".join(parts) + "\n"
+
+
+def tabular(header: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in LaTeX, with rules of booktabs; the first column flush left, the others right."""
+    head, *body = (" & ".join(map(_latex, line)) + r" \\" for line in (header, *rows))
+    return "\n".join([rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", head, r"\midrule", *body,
+                      r"\bottomrule", r"\end{tabular}"])  # fmt: skip
 
 
 def _latex(text: str) -> str:

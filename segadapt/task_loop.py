@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from segadapt import metrics, samples, stream
-from segadapt.config import AdaptConfig, RunConfig
+from segadapt import class_scores, metrics, samples, stream, submission
+from segadapt.config import AdaptConfig, EvaluateConfig, RunConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.models.build import Models
 from segadapt.models.combined import Combined
@@ -61,6 +61,7 @@ class Run:
     timings: JsonLines
     prepared: Iterator[stream.Prepared]
     shown: frozenset[stream.Entry]  # kept to be looked at
+    file_ids_C: np.ndarray | None  # of a submission, see submission.py
     num_tasks: int
 
     @property
@@ -199,7 +200,11 @@ class TaskLoop:
         shared, result = self.shared, tally.result()
         row = row_of(result, shared.dataset.classes)
         counts_CC = {"confusion_matrix": result.counts_CC}
-        write_json(shared.folder.path / "tasks" / f"{tally.slug}.json", row | counts_CC)
+        folder, settings = shared.folder.path / "tasks", shared.settings
+        write_json(folder / f"{tally.slug}.json", row | counts_CC)
+        if isinstance(settings, EvaluateConfig) and tally.labelled:
+            has_picture = settings.evaluate.confusion_picture
+            class_scores.write(folder, tally.slug, result.counts_CC, shared.dataset.classes, has_picture=has_picture)
         shared.mirror.summary({f"{tally.slug}/{name}": row[name] for name in MEANS})
         if isinstance(shared.settings, AdaptConfig) and shared.settings.tta.save_adapted:
             shared.models.method.save(shared.folder.path / "adapted" / tally.slug)
@@ -243,13 +248,16 @@ class TaskLoop:
         logging = self.shared.settings.logging
         is_sampled = logging.predictions == "sample" and tally.images < logging.sample_images
         wants_file = logging.predictions == "all" or is_sampled
-        is_shown = sample.entry in self.shared.shown
-        if sample.label_HW is None and not wants_file and not is_shown:
+        is_shown, file_ids_C = sample.entry in self.shared.shown, self.shared.file_ids_C
+        if sample.label_HW is None and not wants_file and not is_shown and file_ids_C is None:
             return None, None
         classes_HW = metrics.predict_at_label_size(prediction.logits_Chw, sample.size_px)
         if wants_file:
             path = self.shared.folder.path / "predictions" / tally.slug / f"{sample.entry.key}.png"
             write_png_palette(path, classes_HW.cpu().numpy(), self.shared.dataset.palette_C3)
+        if file_ids_C is not None:
+            path = self.shared.folder.path / submission.FOLDER / tally.slug / f"{sample.entry.key}.png"
+            submission.write(path, classes_HW.cpu().numpy(), file_ids_C)
         if is_shown:
             folder = self.shared.folder.path / samples.FOLDER / tally.slug
             samples.write(folder, sample, classes_HW, self.shared.dataset.palette_C3, maps)

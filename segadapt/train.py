@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from segadapt import metrics, stream
+from segadapt import metrics, scoring, stream
 from segadapt.config_training import TrainConfig, TrainGenerativeConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset
@@ -59,20 +59,12 @@ def parameter_groups(segmenter: NetSegmenter, *, lr: float, head_lr_factor: floa
     ]
 
 
-@torch.no_grad()
 def validate(segmenter: NetSegmenter, dataset: Dataset, entries: list, *, settings: TrainConfig) -> metrics.Scores:
-    """Score the segmenter in eval mode and the run's precision, as `evaluate` does."""
+    """Score the segmenter in eval mode, as `evaluate` does under the same rule."""
     segmenter.eval()
-    device = next(segmenter.net.parameters()).device
-    matrix = metrics.ConfusionMatrix(len(dataset.classes), device)
-    data = settings.data
-    for sample in stream.read(dataset, entries, short_side_px=data.short_side_px, workers=data.workers):
-        assert sample.label_HW is not None
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.runtime.precision == "bf16"):
-            logits_Chw = segmenter.logits(sample.image_3HW[None].to(device))[0]
-        matrix.update(metrics.predict_at_label_size(logits_Chw, sample.size_px), sample.label_HW.to(device))
+    counts_CC = scoring.count(segmenter, dataset, entries, settings=settings)
     segmenter.train()
-    return metrics.scores(matrix.counts())
+    return metrics.scores(counts_CC)
 
 
 def labelled_split(settings: Any, split: str) -> Dataset:
@@ -101,6 +93,11 @@ def check_settings(settings: TrainConfig | TrainGenerativeConfig) -> None:
     if settings.logging.predictions != "none":
         raise UserError(f"logging.predictions={settings.logging.predictions}: training writes no predictions. Set "
                         "logging.predictions=none, and `evaluate` the trained model.")  # fmt: skip
+    for name in ("per_class", "confusion_picture", "submission"):
+        value = getattr(settings.evaluate, name) if isinstance(settings, TrainConfig) else False
+        if value not in (False, "none"):
+            raise UserError(f"evaluate.{name}={value}: a validation writes scores alone. Leave it out, and `evaluate` "
+                            "the trained model.")  # fmt: skip
     if settings.runtime.checkpoint_images is not None:
         raise UserError(f"runtime.checkpoint_images={settings.runtime.checkpoint_images}: training saves at its "
                         "validations, if at all. Set runtime.checkpoint_images=null.")  # fmt: skip

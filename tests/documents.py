@@ -109,6 +109,9 @@ def write_world(world: Path) -> None:
         for severity in range(1, 6):
             _draw(world / f"data/ade20k_c/ADE20K_val-c/{corruption}/{severity}/validation", None)
     _draw(None, world / "data/ade20k_c/annotations/validation")
+    _draw(world / "data/release_test/testing", None)
+    for split in ("val", "test"):
+        _draw_cityscapes(world / "data/cityscapes", split)
     _draw(world / "photos/images", None)
     _draw(world / "streets/photos/test", world / "streets/labels/test", zero_is_ignore=False)
     build_sd3_folder(world / "weights/stable-diffusion-3-medium-diffusers")
@@ -116,12 +119,27 @@ def write_world(world: Path) -> None:
               "sr_ratios": list(REDUCTIONS), "decoder_hidden_size": HEAD_WIDTH}  # fmt: skip
     folder = world / "weights/segformer-b5-finetuned-ade-640-640"
     make_segmenter("segformer", config, 150, seed=0).save(folder)
+    make_segmenter("segformer", config, 19).save(world / "weights/segformer-b5-finetuned-cityscapes-1024-1024")
     torch.save(
         nvidia_state(load_file(folder / "model.safetensors")), world / "weights/segformer.b5.640x640.ade.160k.pth"
     )
     mmseg = scramble(MmsegNet(150)).state_dict()
     torch.save({"state_dict": mmseg}, world / "weights/segformer_mit-b5_512x512_160k_ade20k.pth")
     (world / "FOLDER").symlink_to(folder)
+
+
+def _draw_cityscapes(root: Path, split: str) -> None:
+    """One image of a city, with label ids 0 to 33."""
+    rng = np.random.default_rng(0)
+    for array, path in (
+        (
+            rng.integers(0, 256, (64, 128, 3), dtype=np.uint8),
+            f"leftImg8bit/{split}/ulm/ulm_000000_000019_leftImg8bit.png",
+        ),
+        (rng.integers(0, 34, (64, 128), dtype=np.uint8), f"gtFine/{split}/ulm/ulm_000000_000019_gtFine_labelIds.png"),
+    ):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(root / path)
 
 
 def _draw(images: Path | None, labels: Path | None, *, zero_is_ignore: bool = True) -> None:

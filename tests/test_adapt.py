@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from quick_settings import quick_settings
 from transformers import SegformerForSemanticSegmentation
 
 from segadapt import adapt, config, corrupt, stream
@@ -211,6 +212,7 @@ def test_evaluate_scores_like_adapt_without_adaptation(settings_of, tmp_path):
             model=config.EvaluatedModelSettings(settings.model.discriminative, {}),
             logging=settings.logging,
             runtime=settings.runtime,
+            evaluate=quick_settings("evaluate", ["data=toytown"], config.EvaluateConfig).evaluate,
         )
     )
     predicted = adapt.run(settings)

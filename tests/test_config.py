@@ -33,8 +33,8 @@ USED_BY = {  # groups of each primary config
     "check": GROUPS,
     "demo": GROUPS,
     "grid": ("grid",),
-    "evaluate": ("data", "model/discriminative", "logging", "runtime"),
-    "train": ("data", "model/discriminative", "train/losses", "logging", "runtime"),
+    "evaluate": ("data", "model/discriminative", "evaluate", "logging", "runtime"),
+    "train": ("data", "model/discriminative", "train/losses", "evaluate", "logging", "runtime"),
     "train_generative": ("data", "model/generative", "logging", "runtime"),
     "corrupt": ("data",),
 }

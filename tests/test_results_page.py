@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from documents import ROOT
+from quick_settings import quick_settings
 
 from segadapt.adapt import run
+from segadapt.config import EvaluateConfig
 from segadapt.datasets.toytown import CLASSES
 
 PAGE = (ROOT / "docs" / "results.md").read_text()
@@ -23,14 +25,23 @@ def rows(heading: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def folders(compose_settings, saved_models, tmp_path_factory) -> list[Path]:
-    """Runs that leave all there is: a teacher with every kind of record, and the source alone."""
+    """Runs that leave all there is: a teacher with every kind of record, the source alone, and a scored segmenter."""
     models = saved_models(CLASSES)
     small = ("data.corruptions=[fog]", "data.limit=1", "data.workers=0", "logging.predictions=all")
     everything = ("model.generative.draws=2", "model.generative.windows=entropy", "tta.diagnose_every=1",
                   "tta.save_adapted=true")  # fmt: skip
     root = tmp_path_factory.mktemp("runs")
     runs = [(*small, *everything), (*small, "tta.forward_mode=discriminative_only")]
-    return [Path(run(compose_settings(*models, f"logging.root={root}", *each))["folder"]) for each in runs]
+    settings = [compose_settings(*models, f"logging.root={root}", *each) for each in runs]
+    evaluated = (
+        "data=toytown_c",
+        "runtime=cpu",
+        "evaluate.submission=ids",
+        "evaluate.confusion_picture=true",
+        models[0],
+    )
+    settings.append(quick_settings("evaluate", [*small, *evaluated, f"logging.root={root}"], EvaluateConfig))
+    return [Path(run(each)["folder"]) for each in settings]
 
 
 def test_every_file_is_on_the_page(folders):
@@ -39,9 +50,9 @@ def test_every_file_is_on_the_page(folders):
         for path in folder.rglob("*"):
             parts = path.relative_to(folder).parts
             if path.is_file():
-                task = [re.sub(r"00_fog-5", "TASK", part) for part in parts]
+                task = ["TASK".join(part.split("00_fog-5")) for part in parts]
                 name = "/".join(task) if task[0] != "adapted" else "adapted/TASK/"
-                found.add(re.sub(r"(predictions|samples)/TASK/[^/.]+", r"\1/TASK/KEY", name))
+                found.add(re.sub(r"(predictions|samples|submission)/TASK/[^/.]+", r"\1/TASK/KEY", name))
     assert sorted(found) == sorted(rows("Files") - GONE)
 
 

@@ -10,6 +10,7 @@ CONF = Path(config.__file__).parent / "conf"
 SCHEMAS = [
     config.CheckConfig,
     config.DiagnoseConfig,
+    config.EvaluateConfig,
     config_training.TrainConfig,
     config_training.TrainGenerativeConfig,
     config.CorruptConfig,

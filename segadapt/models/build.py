@@ -10,6 +10,7 @@ from torch import nn
 
 from segadapt.config import AdaptConfig, DiscriminativeSettings, RunConfig
 from segadapt.errors import UserError, did_you_mean
+from segadapt.inference import as_evaluated
 from segadapt.methods import METHODS
 from segadapt.methods.build import build_method
 from segadapt.models.combined import Combined
@@ -174,7 +175,8 @@ def build_models(
     if not isinstance(settings, AdaptConfig) or not wants_teacher(settings.tta):
         memory = Graphs(main).memory() if can_record and settings.runtime.compile else None
         refuse_unexpected_weights(settings.model.sha256, fingerprints)
-        return Models(build_method(settings, segmenter, memory=memory), (), fingerprints)
+        method = build_method(settings, as_evaluated(segmenter, settings), memory=memory)
+        return Models(method, (), fingerprints)
     update, accumulates = settings.model.update, settings.tta.optimizer.accumulate > 1
     if teacher is not None:
         refuse_settings_of_sd3(settings, teacher)
@@ -211,8 +213,8 @@ def build_models(
         }
     refuse_unexpected_weights(settings.model.sha256, fingerprints)
     window = dataclasses.replace(settings.model.generative, max_pairs=pairs)
-    method: Any = METHODS[settings.tta.method]
-    combined = method(
+    kind: Any = METHODS[settings.tta.method]
+    combined = kind(
         segmenter,
         teacher,
         dataclasses.replace(settings.model, generative=window),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from segadapt.errors import UserError
+from segadapt.inference import Inference
 from segadapt.models.combined import Combined
 from segadapt.models.generative.guided import MOST_BOXES
 from segadapt.models.generative.lora import lora_parameters
@@ -46,6 +47,8 @@ def at_work(method: Source, image_3HW: Tensor) -> str:
 
 def cures(method: Source) -> list[str]:
     """What would take less memory than the settings do, the cheapest first."""
+    if isinstance(method.segmenter, Inference):
+        return ["lower data.short_side_px or evaluate.scales, or set smaller windows (evaluate.window_px)"]
     if not isinstance(method, Combined):
         return [f"lower {'data' if method.segmenter.short_side_px is None else 'model.discriminative'}.short_side_px"]
     g, out = method.window, list[str]()
