@@ -32,12 +32,25 @@ class ExperimentSettings:
 class DataSettings:
     kind: str = setting("how samples are made: files, toytown, or another of DATASETS")
     name: str = setting("name of the data set, shown in records and in the embedding file's name")
-    classes: str = setting("a known class list (ade20k, camvid, toytown) or a text file with one name a line")
+    classes: str = setting(
+        "a known class list (ade20k, camvid, cityscapes, coco_stuff, pascal_voc, toytown) or a text file, a name a line"
+    )
     data_root: str | None = setting("folder of the data set")
     image_path: str | None = setting("template with {data_root} {split} {corruption} {severity} {key}; .* = any suffix")
     label_path: str | None = setting("the same for label maps; null: unlabelled, predictions only")
-    id_map: str = setting("label file ids to class ids: zero_is_ignore (k = class k-1), as_is, cityscapes_label_ids")
+    id_map: str = setting(
+        "label file ids to class ids: zero_is_ignore (k = class k-1), as_is, cityscapes_label_ids, coco_stuff_ids"
+    )
+    label_class_ids: list[int] = setting("the file id of each class, in label order, as [0, 50, 100]; []: by id_map")
+    unknown_ids: str = setting("ids of label files that are no class and not 255: refused, or ignored",
+                               choices=("error", "ignore"))  # fmt: skip
     split: str = setting("part of the data set, fills {split}")
+    keys_file: str | None = setting(
+        "text file with the keys of the split, one a line, a template with {data_root} {split}; null: all that is there"
+    )
+    subset: int = setting(
+        "every x-th of the sorted keys: 1/x of data.split, of no other split that a verb reads; 1: all", low=1
+    )
     corruptions: list[str] = setting("one task each, in this order; empty: the clean set is the only task")
     severity: int = setting("strength of every corruption, 1..5", low=1, high=5)
     corruption_seed: int = setting("seed of corruptions made on the fly", low=0)

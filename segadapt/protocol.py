@@ -51,6 +51,11 @@ FREE = (
     "model.sha256",
     "model.generative.prompts.cache_dir",
 )
+# Younger settings at the value that changes nothing: the id of an older run stays what it was.
+NEUTRAL: dict[str, dict[str, Any]] = {
+    "data": {"label_class_ids": [], "unknown_ids": "error", "keys_file": None, "subset": 1},
+    "tta": {"options": {}, "non_finite": "skip"},
+}
 
 
 def method_of(settings: RunConfig) -> str:
@@ -76,9 +81,9 @@ def identity(settings: RunConfig) -> dict[str, Any]:
         values["model"] = {"discriminative": values["model"]["discriminative"]}
     if method is Source:
         values.pop("tta", None)
-    else:  # the id of a run does not change with a setting that is new and at its default
-        neutral = {"options": {}, "non_finite": "skip"}
-        values["tta"] = {name: value for name, value in values["tta"].items() if (name, value) not in neutral.items()}
+    for section in NEUTRAL.keys() & values.keys():
+        neutral = NEUTRAL[section].items()
+        values[section] = {name: value for name, value in values[section].items() if (name, value) not in neutral}
     return values | {"method": method_of(settings)}
 
 

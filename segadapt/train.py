@@ -3,7 +3,6 @@
 B images of a batch   C classes   s crop px   h w logits, ceil(px / 4)
 """
 
-import copy
 import math
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader
 from segadapt import metrics, stream
 from segadapt.config_training import TrainConfig, TrainGenerativeConfig
 from segadapt.datasets import Dataset, Task
-from segadapt.datasets.build import build_dataset
+from segadapt.datasets.build import build_dataset, of_split
 from segadapt.datasets.cache import Cached
 from segadapt.errors import UserError
 from segadapt.models.build import build_segmenter, refuse_unexpected_weights
@@ -97,8 +96,7 @@ def validate(segmenter: NetSegmenter, dataset: Dataset, entries: list, *, settin
 
 def labelled_split(settings: Any, split: str) -> Dataset:
     """The data set of another split. UserError: it has no labels."""
-    data = copy.deepcopy(settings.data)
-    data.split = split
+    data = of_split(settings.data, split)
     if data.kind == "files" and data.label_path is None:
         raise UserError("data.label_path=null: training needs labels. Set data.label_path.")
     return build_dataset(data)
@@ -188,6 +186,7 @@ def run(settings: TrainConfig) -> dict[str, Any]:
     dataset, held_out = labelled_split(settings, settings.data.split), labelled_split(settings, t.validation_split)
     entries = stream.order(held_out, Task(0), seed=settings.experiment.seed, shuffle=True, limit=t.validation_images)
     segmenter = build(settings, dataset.classes, main)
+    trained_on = stream.order(dataset, Task(0), seed=0, shuffle=False, limit=None)
     began = time.perf_counter()
     with open_folder(settings) as folder, mirrored(settings, folder, job_type="train") as mirror:
         with JsonLines(folder.path / "records.jsonl") as records:
@@ -197,6 +196,7 @@ def run(settings: TrainConfig) -> dict[str, Any]:
         segmenter.save(folder.path / "model")
         results = {"steps": t.iters, "validation": {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc},
                    "per_class": dict(zip(dataset.classes, scores.iou_C.tolist(), strict=True)),
+                   "training": {"images": len(trained_on), "keys_sha256": stream.order_hash(trained_on)},
                    "seconds": round(time.perf_counter() - began, 1), "seed": settings.experiment.seed,
                    "versions": versions(main)}  # fmt: skip
         write_json(folder.path / "results.json", results)
