@@ -74,6 +74,10 @@ class DiscriminativeSettings:
     revision: str | None = setting("hub revision; null: the newest")
     allow_pickle: bool = setting("also read pytorch_model.bin, *.pth and *.pt, by torch's weights-only reader")
     short_side_px: int | None = setting("the loaded image is resized to this for the segmenter, px; null: not", low=16)
+    channel_order: str | None = setting(
+        "of the net's input, saved with its weights: rgb or bgr; null: as its config.json says, else rgb",
+        choices=("rgb", "bgr"),
+    )
     gradient_checkpointing: bool = setting("recompute activations in backward: less memory, more time")
     family: str = setting("train: of a model made from scratch, a model_type of FAMILIES; a checkpoint names its own")
     config: dict[str, Any] = setting("train: the family's config of a model made from scratch, where checkpoint=null")
@@ -274,6 +278,7 @@ class CorruptSettings:
 
 @dataclass
 class CheckSettings:
+    splits: list[str] = setting("splits to read beside data.split and to compare with it, as [val] with the training's")
     images: int | None = setting("images of each task to read; null: all", low=1)
     samples: int = setting("pictures of each task: image, label over it, windows; 0: none", low=0)
     class_weights: str = setting(

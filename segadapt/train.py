@@ -170,6 +170,7 @@ def build(settings: TrainConfig, classes: tuple[str, ...], main: torch.device) -
         len(classes),
         seed=settings.experiment.seed,
         device=main,
+        channel_order=chosen.channel_order,
         gradient_checkpointing=chosen.gradient_checkpointing,
     )
 
