@@ -91,6 +91,7 @@ def write_configs(world: Path) -> None:
         "configs/experiment/mine.yaml": ("README.md", "name: ade20k-c-sd3"),
         "configs/experiment/dusa.yaml": ("docs/reproduce.md", "name: dusa"),
         "configs/data/streets.yaml": ("docs/data.md", "name: streets"),
+        "configs/data/own.yaml": ("docs/data.md", "name: own"),
         "configs/grid/mine.yaml": ("docs/grid.md", "# configs/grid/mine.yaml"),
     }
     for file, (page, mark) in of_pages.items():
@@ -110,6 +111,7 @@ def write_world(world: Path) -> None:
             _draw(world / f"data/ade20k_c/ADE20K_val-c/{corruption}/{severity}/validation", None)
     _draw(None, world / "data/ade20k_c/annotations/validation")
     _draw(world / "photos/images", None)
+    _paint(world / "own")
     _draw(world / "streets/photos/test", world / "streets/labels/test", zero_is_ignore=False)
     build_sd3_folder(world / "weights/stable-diffusion-3-medium-diffusers")
     config = {"depths": list(DEPTHS), "hidden_sizes": list(WIDTHS), "num_attention_heads": list(HEADS),
@@ -122,6 +124,16 @@ def write_world(world: Path) -> None:
     mmseg = scramble(MmsegNet(150)).state_dict()
     torch.save({"state_dict": mmseg}, world / "weights/segformer_mit-b5_512x512_160k_ade20k.pth")
     (world / "FOLDER").symlink_to(folder)
+
+
+def _paint(own: Path) -> None:
+    """Photos and colour masks of two scenes of two frames."""
+    colours = np.array([[128, 64, 128], [70, 130, 180], [0, 0, 142], [0, 0, 0]], np.uint8)
+    mask_HW3 = colours[np.random.default_rng(0).integers(0, 4, (4, 6))].repeat(16, 0).repeat(16, 1)
+    for key in ("town_1", "town_2", "shore_1", "shore_2"):
+        for folder in ("photos", "masks"):
+            (own / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask_HW3).save(own / folder / f"{key}.png")
 
 
 def _draw(images: Path | None, labels: Path | None, *, zero_is_ignore: bool = True) -> None:
