@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from segadapt.check_models import check_models, estimated_s, step_lines
 from segadapt.check_samples import write_sample
 from segadapt.config import CheckConfig
 from segadapt.datasets import Dataset, Task
-from segadapt.datasets.build import build_dataset, build_tasks
+from segadapt.datasets.build import build_dataset, build_tasks, of_split
 from segadapt.errors import UserError
 from segadapt.record import write_json
 from segadapt.terminal import Cell, results_table
@@ -40,8 +41,13 @@ def run(settings: CheckConfig) -> None:
     """
     console = Console(highlight=False, soft_wrap=True, markup=False)
     folder = Path(settings.logging.root) / settings.experiment.name / FOLDER
-    dataset = build_dataset(settings.data)
-    found = read_tasks(settings, dataset, folder, console)
+    splits = [settings.data.split, *settings.check.splits]
+    if len(set(splits)) != len(splits):
+        raise UserError(f"check.splits={settings.check.splits} beside data.split={settings.data.split}: expected other "
+                        "splits, each once. Correct the list.")  # fmt: skip
+    datasets = {split: build_dataset(of_split(settings.data, split)) for split in splits}
+    dataset = datasets[settings.data.split]
+    found = read_tasks(settings, datasets, folder, console)
     problems, facts = found["problems"], found.pop("facts")
     if settings.check.load_models and facts:
         try:
@@ -69,64 +75,76 @@ def run(settings: CheckConfig) -> None:
     console.print("no problem found")
 
 
-def read_tasks(settings: CheckConfig, dataset: Dataset, folder: Path, console: Console) -> dict[str, Any]:
-    """Read the images of every condition of the stream once, say what is there, draw samples.
+def read_tasks(settings: CheckConfig, datasets: dict[str, Dataset], folder: Path, console: Console) -> dict[str, Any]:
+    """Read the images of every condition of the stream once, in each split; say what is there, draw samples.
 
     Returns:
         what check.json holds of the data, and under "facts" the ImageFacts of the first task that could be read.
     """
     data = settings.data
     found: dict[str, Any] = {"tasks": [], "class_weights": {}, "samples": [], "problems": [], "facts": []}
-    seen: dict[str, stream.Entry] = {}
+    seen: dict[str, tuple[str, str]] = {}
+    shown: dict[str, np.ndarray] = {}
     stream_images, read, seconds = 0, 0, 0.0
-    for task in build_tasks(data):
+    for (split, dataset), task in product(datasets.items(), build_tasks(data)):
+        part = task.name if len(datasets) == 1 else split if task.corruption is None else f"{split} {task.name}"
         try:
             entries = stream.order(dataset, task, seed=settings.experiment.seed, shuffle=data.shuffle, limit=data.limit)
         except UserError as error:
-            found["problems"].append(f"{task.name}: {error}")
+            found["problems"].append(f"{part}: {error}")
             continue
-        stream_images += len(entries)
+        stream_images += len(entries) if split == data.split else 0
         if task.visit > 1:  # the same images once more
             continue
         entries, start = entries[: settings.check.images], time.perf_counter()
         items = list(check_images.scan(dataset, entries, short_side_px=data.short_side_px, workers=data.workers))
         seconds, read = seconds + time.perf_counter() - start, read + len(entries)
         facts = [item for item in items if isinstance(item, ImageFacts)]
-        found["problems"] += [item for item in items if isinstance(item, str)]
-        row = _task_row(settings, dataset, task, facts, seen) | {"images": len(entries)}
+        found["problems"] += [f"{part}: {item}" for item in items if isinstance(item, str)]
+        row = {"task": part, "split": split, **_task_row(settings, dataset, task, facts, part, seen)}
+        row["images"] = len(entries)
         _print_task(console, row, found["tasks"])
         found["tasks"].append(row)
         pixels_NC = check_images.pixels_of(facts)
+        if pixels_NC is not None:
+            shown.setdefault(split, pixels_NC.sum(axis=0))
         if pixels_NC is not None and not found["class_weights"]:
             found["class_weights"] = {recipe: class_weights(recipe, pixels_NC) for recipe in RECIPES}
             recipe = settings.check.class_weights
-            line = weights_line(recipe, found["class_weights"][recipe], most=ratio(pixels_NC), split=data.split)
+            line = weights_line(recipe, found["class_weights"][recipe], most=ratio(pixels_NC), split=split)
             console.print(line)
         found["facts"] = found["facts"] or facts
+        pictures = folder / "samples" / (split if len(datasets) > 1 else "")
         for item in facts[: settings.check.samples]:
-            found["samples"].append(str(write_sample(folder / "samples", settings, dataset, item.entry)))
+            found["samples"].append(str(write_sample(pictures, settings, dataset, item.entry)))
+    found["split_notes"] = check_images.split_notes(shown, next(iter(datasets.values())).classes) if shown else []
+    console.print(*found["split_notes"], sep="\n", end="\n" if found["split_notes"] else "")
     return found | {"stream_images": stream_images, "read_s": seconds / max(1, read)}
 
 
 def _task_row(
-    settings: CheckConfig, dataset: Dataset, task: Task, facts: Sequence[ImageFacts], seen: dict[str, stream.Entry]
+    settings: CheckConfig,
+    dataset: Dataset,
+    task: Task,
+    facts: Sequence[ImageFacts],
+    part: str,
+    seen: dict[str, tuple[str, str]],
 ) -> dict[str, Any]:
-    """What check.json holds of a task."""
-    repeated, missing = check_images.repeats(facts, seen), getattr(dataset, "missing_images", lambda _: [])(task)
+    """What check.json holds of a task, beside its names; see `check_images.repeats`."""
+    repeated, missing = check_images.repeats(facts, part, seen), getattr(dataset, "missing_images", lambda _: [])(task)
     pixels_NC = check_images.pixels_of(facts)
     classes = []
     if pixels_NC is not None:
         totals = zip(dataset.classes, pixels_NC.sum(axis=0), (pixels_NC > 0).sum(axis=0), strict=True)
         classes = [{"class": name, "pixels": int(pixels), "images": int(shown)} for name, pixels, shown in totals]
     return {
-        "task": task.name,
         "origin": check_images.origin(settings, task),
         "read": len(facts),
         "portrait": sum(item.size_px[0] > item.size_px[1] for item in facts),
         "turned": [item.entry.key for item in facts if item.is_turned],
-        "repeated": [[entry.key, first.task.name, first.key] for entry, first in repeated],
+        "repeated": [[key, *first] for key, first in repeated],
         "labels_without_image": missing,
-        "notes": check_images.notes(facts, dataset.classes, missing_images=missing, repeated=repeated),
+        "notes": check_images.notes(facts, dataset.classes, part=part, missing_images=missing, repeated=repeated),
         "sizes": check_images.sizes(facts, settings),
         "classes": classes,
         "ignored_pixels": sum(item.ignored for item in facts),

@@ -51,7 +51,7 @@ def _facts(dataset: Dataset, short_side_px: int, entry: stream.Entry) -> ImageFa
     try:
         sample, source = dataset.load(entry.task, entry.key), dataset.source(entry.task, entry.key)
     except UserError as error:
-        return f"{entry.task.name}: {error}"
+        return str(error)
     height, width = resize_short_side(sample.image_HW3, short_side_px).shape[1:]
     pixels_C, ignored = None, 0
     if sample.label_HW is not None:
@@ -76,20 +76,29 @@ def origin(settings: CheckConfig, task: Task) -> str:
     return "as they are on disk" if on_disk else "corrupted on the fly"
 
 
-def repeats(facts: Sequence[ImageFacts], seen: dict[str, stream.Entry]) -> list[tuple[stream.Entry, stream.Entry]]:
-    """Images whose pixels an earlier image has, and that one; `seen` is what earlier tasks held, and grows."""
-    pairs = [(item.entry, seen.setdefault(item.digest, item.entry)) for item in facts]
-    return [(entry, first) for entry, first in pairs if entry != first]
+def repeats(
+    facts: Sequence[ImageFacts], part: str, seen: dict[str, tuple[str, str]]
+) -> list[tuple[str, tuple[str, str]]]:
+    """Keys of a part whose pixels an earlier image has, and that one's part and key; `seen` is what there was, and
+    grows."""
+    pairs = [(item.entry.key, seen.setdefault(item.digest, (part, item.entry.key))) for item in facts]
+    return [(key, first) for key, first in pairs if first != (part, key)]
 
 
 def notes(
     facts: Sequence[ImageFacts],
     classes: Sequence[str],
     *,
+    part: str,
     missing_images: Sequence[str],
-    repeated: Sequence[tuple[stream.Entry, stream.Entry]],
+    repeated: Sequence[tuple[str, tuple[str, str]]],
 ) -> list[str]:
-    """What would not stop a run, but is worth a look."""
+    """What would not stop a run, but is worth a look.
+
+    Args:
+        part: name of the task, or of the split.
+        repeated: see `repeats`.
+    """
     lines, pixels_NC = [], pixels_of(facts)
     labelled = [item.entry.key for item in facts if item.pixels_C is not None]
     if missing_images:
@@ -109,14 +118,31 @@ def notes(
         lines.append(f"{len(turned)} images are turned as their EXIF says (first: {turned[0]}); labels are not: they "
                      "must show the turned image")  # fmt: skip
     if repeated:
-        named = [f"{_named(entry, first)} = {_named(first, entry)}" for entry, first in repeated[:NAMED]]
+        named = [f"{key} = {other}" if of == part else f"{key} of {part} = {other} of {of}"
+                 for key, (of, other) in repeated[:NAMED]]  # fmt: skip
         lines.append(f"{len(repeated)} images repeat the pixels of another: {', '.join(named)}")
     return lines
 
 
-def _named(entry: stream.Entry, other: stream.Entry) -> str:
-    """The key, with its task if the other one is of another."""
-    return entry.key if entry.task == other.task else f"{entry.key} of {entry.task.name}"
+def split_notes(pixels: dict[str, np.ndarray], classes: Sequence[str]) -> list[str]:
+    """Classes that one split shows and another does not.
+
+    Args:
+        pixels: by split, int64 [C], labelled pixels; the first is the one to train on.
+    """
+    (trained, trained_C), *others = pixels.items()
+    lines = []
+    for split, other_C in others:
+        for shown, hidden, shown_C, hidden_C, means in (
+            (trained, split, trained_C, other_C, "they have no score there"),
+            (split, trained, other_C, trained_C, "nothing can learn them"),
+        ):
+            if names := [name for c, name in enumerate(classes) if shown_C[c] and not hidden_C[c]]:
+                listed = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+                lines.append(
+                    f"{len(names)} classes are in labels of {shown}, but in none of {hidden}: {listed}; {means}"
+                )
+    return lines
 
 
 def sizes(facts: Sequence[ImageFacts], settings: CheckConfig) -> list[dict[str, Any]]:

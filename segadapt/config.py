@@ -32,12 +32,25 @@ class ExperimentSettings:
 class DataSettings:
     kind: str = setting("how samples are made: files, toytown, or another of DATASETS")
     name: str = setting("name of the data set, shown in records and in the embedding file's name")
-    classes: str = setting("a known class list (ade20k, camvid, toytown) or a text file with one name a line")
+    classes: str = setting(
+        "a known class list (ade20k, camvid, cityscapes, coco_stuff, pascal_voc, toytown) or a text file, a name a line"
+    )
     data_root: str | None = setting("folder of the data set")
     image_path: str | None = setting("template with {data_root} {split} {corruption} {severity} {key}; .* = any suffix")
     label_path: str | None = setting("the same for label maps; null: unlabelled, predictions only")
-    id_map: str = setting("label file ids to class ids: zero_is_ignore (k = class k-1), as_is, cityscapes_label_ids")
+    id_map: str = setting(
+        "label file ids to class ids: zero_is_ignore (k = class k-1), as_is, cityscapes_label_ids, coco_stuff_ids"
+    )
+    label_class_ids: list[int] = setting("the file id of each class, in label order, as [0, 50, 100]; []: by id_map")
+    unknown_ids: str = setting("ids of label files that are no class and not 255: refused, or ignored",
+                               choices=("error", "ignore"))  # fmt: skip
     split: str = setting("part of the data set, fills {split}")
+    keys_file: str | None = setting(
+        "text file with the keys of the split, one a line, a template with {data_root} {split}; null: all that is there"
+    )
+    subset: int = setting(
+        "every x-th of the sorted keys: 1/x of data.split, of no other split that a verb reads; 1: all", low=1
+    )
     corruptions: list[str] = setting("one task each, in this order; empty: the clean set is the only task")
     severity: int = setting("strength of every corruption, 1..5", low=1, high=5)
     corruption_seed: int = setting("seed of corruptions made on the fly", low=0)
@@ -61,6 +74,10 @@ class DiscriminativeSettings:
     revision: str | None = setting("hub revision; null: the newest")
     allow_pickle: bool = setting("also read pytorch_model.bin, *.pth and *.pt, by torch's weights-only reader")
     short_side_px: int | None = setting("the loaded image is resized to this for the segmenter, px; null: not", low=16)
+    channel_order: str | None = setting(
+        "of the net's input, saved with its weights: rgb or bgr; null: as its config.json says, else rgb",
+        choices=("rgb", "bgr"),
+    )
     gradient_checkpointing: bool = setting("recompute activations in backward: less memory, more time")
     family: str = setting("train: of a model made from scratch, a model_type of FAMILIES; a checkpoint names its own")
     config: dict[str, Any] = setting("train: the family's config of a model made from scratch, where checkpoint=null")
@@ -289,6 +306,7 @@ class CorruptSettings:
 
 @dataclass
 class CheckSettings:
+    splits: list[str] = setting("splits to read beside data.split and to compare with it, as [val] with the training's")
     images: int | None = setting("images of each task to read; null: all", low=1)
     samples: int = setting("pictures of each task: image, label over it, windows; 0: none", low=0)
     class_weights: str = setting(

@@ -7,20 +7,16 @@
 
 import hashlib
 import io
-import json
 import multiprocessing
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from segadapt import __version__
 from segadapt.config import CorruptConfig, DataSettings
@@ -29,10 +25,10 @@ from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.errors import UserError, did_you_mean
 from segadapt.untrusted import check_inside, read_json
+from segadapt.written_set import WRITE_ANEW, as_json, check_key, claim, progress_bar, write_whole
 
 FORMATS = {"png": "PNG", "jpg": "JPEG"}  # file suffix -> Pillow's name
 CLEAN = Task(0)
-WRITE_ANEW = "Delete the whole set and write it again."
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ def write_set(
     _check_arguments(tasks, image_format=image_format, quality=quality, workers=workers, limit=limit)
     all_keys = dataset.keys(CLEAN)
     for key in all_keys:
-        _check_key(key)
+        check_key(key)
     keys = all_keys[:limit]
     settings = Settings(
         dataset=_identity(dataset, all_keys),
@@ -104,16 +100,16 @@ def write_set(
         version=__version__,
     )
     identity = {**(origin or {}), **asdict(settings)}
-    _claim(output, identity)
+    claim(output, identity)
 
     sha256_of = _earlier_images(output)
     work = _Work(dataset, tuple(tasks), output, settings)
-    with _progress_bar(shown=progress) as bar:
+    with progress_bar(shown=progress) as bar:
         for hashes in bar.track(_run(work, keys, workers=workers), total=len(keys), description="corrupting images"):
             sha256_of |= hashes
     manifest = {"settings": identity, "count": len(sha256_of), "sha256": dict(sorted(sha256_of.items()))}
     path = output / "manifest.json"
-    _write_whole(path, _json(manifest))
+    write_whole(path, as_json(manifest))
     return path
 
 
@@ -149,7 +145,7 @@ def _write_key(work: _Work, key: str) -> dict[str, str]:
             assert task.corruption is not None
             corrupted = corrupt(image_HW3, task.corruption, severity=task.severity, seed=work.settings.seed, key=key)
             content = _encode(corrupted, work.settings)
-            _write_whole(path, content)
+            write_whole(path, content)
         sha256_of[name] = hashlib.sha256(content).hexdigest()
     return sha256_of
 
@@ -159,50 +155,6 @@ def _encode(image_HW3: np.ndarray, settings: Settings) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image_HW3).save(file, FORMATS[settings.image_format], **options)
     return file.getvalue()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write under a temporary name, flush to disk, rename: a reader sees all of the file or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}). Free space or correct the folder's permissions, "
-            "then run the same command again: finished files are kept."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _claim(output: Path, identity: Mapping[str, str | int | None]) -> None:
-    """Store the settings in a new set; compare them with those of an existing one."""
-    path = output / "settings.json"
-    if output.is_file():
-        raise UserError(f"{output} is a file; expected a folder. Choose another output.")
-    if not path.is_file():
-        entries = output.iterdir() if output.is_dir() else ()
-        foreign = next((entry.name for entry in entries if not entry.name.endswith(".tmp")), None)
-        if foreign is not None:
-            raise UserError(
-                f"{output}: holds {foreign!r} but no settings.json, so it was not started by this command. "
-                "Choose a new or empty folder."
-            )
-        _write_whole(path, _json(dict(identity)))
-        return
-    stored = read_json(path, cure=WRITE_ANEW)
-    for field in [*identity, *(field for field in stored if field not in identity)]:
-        old, new = stored.get(field), identity.get(field)
-        if old != new:
-            raise UserError(
-                f"{output} was started with {field}={old!r}; now {new!r}. A set is continued only unchanged. "
-                "Choose another output folder, or restore the value."
-            )
 
 
 def _earlier_images(output: Path) -> dict[str, str]:
@@ -244,32 +196,6 @@ def _check_arguments(
         raise UserError(f"workers={workers}; expected 1 or more processes. Use workers=1 to work in this process.")
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit}; expected 1 or more images. Leave it out to take all.")
-
-
-def _check_key(key: str) -> None:
-    parts = key.split("/")
-    if any(part in ("", ".", "..") for part in parts) or PurePosixPath(key).is_absolute() or {"\\", "\0"} & set(key):
-        raise UserError(
-            f"image key {key!r} would not stay inside the output folder; expected names joined by single slashes. "
-            "Rename the image."
-        )
-
-
-@contextmanager
-def _progress_bar(*, shown: bool) -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not shown) as bar:
-        yield bar
-
-
-def _json(document: dict) -> bytes:
-    return (json.dumps(document, indent=1) + "\n").encode()
 
 
 def origin_of(data: DataSettings) -> dict[str, str | int | None]:

@@ -165,7 +165,7 @@ def options_of(tta: TtaSettings) -> Any:
 
 def _check_value(name: str, value: Any, rule: Any) -> None:
     """UserError: a value outside its choices or its range."""
-    if rule["choices"] and value not in rule["choices"]:
+    if rule["choices"] and value is not None and value not in rule["choices"]:
         raise UserError(
             f"{name}={value!r} is not a choice ({rule['help']}).{did_you_mean(str(value), rule['choices'])}"
         )

@@ -4,6 +4,7 @@ import platform
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import reduce
 from importlib.metadata import version
 from typing import Any
 
@@ -57,6 +58,16 @@ FREE = (
     "model.sha256",
     "model.generative.prompts.cache_dir",
 )
+# Younger settings at the value that changes nothing: the id of an older run stays what it was.
+NEUTRAL: dict[str, Any] = {
+    "data.label_class_ids": [],
+    "data.unknown_ids": "error",
+    "data.keys_file": None,
+    "data.subset": 1,
+    "model.discriminative.channel_order": None,
+    "tta.options": {},
+    "tta.non_finite": "skip",
+}
 
 
 def method_of(settings: RunConfig) -> str:
@@ -84,10 +95,13 @@ def identity(settings: RunConfig) -> dict[str, Any]:
         values.pop("evaluate")
     if method is Source:
         values.pop("tta", None)
-    else:  # the id of a run does not change with a setting that is new and at its default
-        neutral = {"options": {}, "non_finite": "skip"}
-        values["tta"] = {name: value for name, value in values["tta"].items() if (name, value) not in neutral.items()}
+    values = without(values, [name for name, neutral in NEUTRAL.items() if _value(values, name) == neutral])
     return values | {"method": method_of(settings)}
+
+
+def _value(values: Mapping[str, Any], name: str) -> Any:
+    """Of a dotted name; {} where there is no such section."""
+    return reduce(lambda section, key: section.get(key, {}), name.split("."), values)
 
 
 def protocol(settings: RunConfig, *, order_sha256: str) -> str:

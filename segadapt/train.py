@@ -3,7 +3,6 @@
 B images of a batch   C classes   H W px of a batch
 """
 
-import copy
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from segadapt import metrics, scoring, stream
 from segadapt.config_training import TrainConfig, TrainGenerativeConfig
 from segadapt.datasets import Dataset, Task
-from segadapt.datasets.build import build_dataset
+from segadapt.datasets.build import build_dataset, of_split
 from segadapt.datasets.cache import Cached
 from segadapt.errors import UserError
 from segadapt.losses import Objective, check_losses, class_weights_of
@@ -69,8 +68,7 @@ def validate(segmenter: NetSegmenter, dataset: Dataset, entries: list, *, settin
 
 def labelled_split(settings: Any, split: str) -> Dataset:
     """The data set of another split. UserError: it has no labels."""
-    data = copy.deepcopy(settings.data)
-    data.split = split
+    data = of_split(settings.data, split)
     if data.kind == "files" and data.label_path is None:
         raise UserError("data.label_path=null: training needs labels. Set data.label_path.")
     return build_dataset(data)
@@ -147,6 +145,7 @@ def build(settings: TrainConfig, classes: tuple[str, ...], main: torch.device) -
         len(classes),
         seed=settings.experiment.seed,
         device=main,
+        channel_order=chosen.channel_order,
         gradient_checkpointing=chosen.gradient_checkpointing,
     )
 
@@ -166,6 +165,7 @@ def run(settings: TrainConfig) -> dict[str, Any]:
     segmenter = build(settings, dataset.classes, main)
     weights = class_weights_of(t.losses, dataset, dataset.keys(Task(0)), workers=settings.data.workers)
     objective = build_objective(settings, segmenter, weights.weights_C)
+    trained_on = stream.order(dataset, Task(0), seed=0, shuffle=False, limit=None)
     began = time.perf_counter()
     with open_folder(settings) as folder, mirrored(settings, folder, job_type="train") as mirror:
         with JsonLines(folder.path / "records.jsonl") as records:
@@ -179,6 +179,7 @@ def run(settings: TrainConfig) -> dict[str, Any]:
         results = {"steps": t.iters, "validation": {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc},
                    "per_class": dict(zip(dataset.classes, scores.iou_C.tolist(), strict=True)),
                    "class_weights": weights.shown(dataset.classes),
+                   "training": {"images": len(trained_on), "keys_sha256": stream.order_hash(trained_on)},
                    "seconds": round(time.perf_counter() - began, 1), "seed": settings.experiment.seed,
                    "versions": versions(main)}  # fmt: skip
         write_json(folder.path / "results.json", results)

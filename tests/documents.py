@@ -91,6 +91,7 @@ def write_configs(world: Path) -> None:
         "configs/experiment/mine.yaml": ("README.md", "name: ade20k-c-sd3"),
         "configs/experiment/dusa.yaml": ("docs/reproduce.md", "name: dusa"),
         "configs/data/streets.yaml": ("docs/data.md", "name: streets"),
+        "configs/data/own.yaml": ("docs/data.md", "name: own"),
         "configs/grid/mine.yaml": ("docs/grid.md", "# configs/grid/mine.yaml"),
     }
     for file, (page, mark) in of_pages.items():
@@ -113,6 +114,7 @@ def write_world(world: Path) -> None:
     for split in ("val", "test"):
         _draw_cityscapes(world / "data/cityscapes", split)
     _draw(world / "photos/images", None)
+    _paint(world / "own")
     _draw(world / "streets/photos/test", world / "streets/labels/test", zero_is_ignore=False)
     build_sd3_folder(world / "weights/stable-diffusion-3-medium-diffusers")
     config = {"depths": list(DEPTHS), "hidden_sizes": list(WIDTHS), "num_attention_heads": list(HEADS),
@@ -140,6 +142,16 @@ def _draw_cityscapes(root: Path, split: str) -> None:
     ):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(array).save(root / path)
+
+
+def _paint(own: Path) -> None:
+    """Photos and colour masks of two scenes of two frames."""
+    colours = np.array([[128, 64, 128], [70, 130, 180], [0, 0, 142], [0, 0, 0]], np.uint8)
+    mask_HW3 = colours[np.random.default_rng(0).integers(0, 4, (4, 6))].repeat(16, 0).repeat(16, 1)
+    for key in ("town_1", "town_2", "shore_1", "shore_2"):
+        for folder in ("photos", "masks"):
+            (own / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask_HW3).save(own / folder / f"{key}.png")
 
 
 def _draw(images: Path | None, labels: Path | None, *, zero_is_ignore: bool = True) -> None:

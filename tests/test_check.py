@@ -40,14 +40,18 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def settings_of(compose_settings, folder):
     def build(
-        *overrides: str, images: int | None = None, samples: int = 0, load_models: bool = False
+        *overrides: str,
+        images: int | None = None,
+        samples: int = 0,
+        load_models: bool = False,
+        splits: tuple[str, ...] = (),
     ) -> config.CheckConfig:
         adapt = compose_settings(
             "data=folder", f"data.data_root={folder}", f"data.classes={folder / 'names.txt'}", "data.workers=0",
             "data.label_path='{data_root}/labels/{key}.png'", f"logging.root={folder / 'out'}", *overrides,
         )  # fmt: skip
         return config.CheckConfig(
-            **vars(adapt), check=config.CheckSettings(images, samples, "inverse_sqrt", load_models)
+            **vars(adapt), check=config.CheckSettings([*splits], images, samples, "inverse_sqrt", load_models)
         )
 
     return build
@@ -367,3 +371,85 @@ def test_a_method_without_teacher_has_no_windows_and_ignored_pixels_are_plain(se
     shown_HW3 = pixels_of(folder / "out" / "adapt" / "check" / "samples" / "00_clean" / "c.png")
     image_HW3 = pixels_of(folder / "images" / "c.png")
     assert np.array_equal(shown_HW3, np.concatenate([image_HW3, image_HW3], axis=1))
+
+
+# Training
+
+
+@pytest.fixture
+def two_splits(folder) -> tuple[str, ...]:
+    """The layout of the notes, train/{image,label} and val/{image,label}: the car in train alone, the road in val."""
+    for split, shown in (("train", (0, 2)), ("val", (0, 1))):
+        for number in range(4):
+            label_HW = np.full((32, 32), shown[0], np.uint8)
+            label_HW[:8] = shown[1]
+            brightness = 40 * number + (split == "val")
+            draw(folder / f"set/{split}/image/{number}.png", np.full((32, 32, 3), brightness, np.uint8))
+            draw(folder / f"set/{split}/label/{number}.png", label_HW)
+    labels = "data.label_path='{data_root}/{split}/label/{key}.png'"  # of data=own_folder; the fixture has another
+    return "data=own_folder", f"data.data_root={folder / 'set'}", labels, "data.split=train", "data.shuffle=false"
+
+
+def test_classes_of_one_split_alone_are_named(settings_of, two_splits, written, capsys):
+    check.run(settings_of(*two_splits, splits=("val",)))
+    out, found = capsys.readouterr().out, written()
+    assert "1 classes are in labels of train, but in none of val: car; they have no score there" in out
+    assert "1 classes are in labels of val, but in none of train: road; nothing can learn them" in out
+    assert len(found["split_notes"]) == 2
+    assert [(row["task"], row["split"], row["read"]) for row in found["tasks"]] == [
+        ("train",) * 2 + (4,),
+        ("val",) * 2 + (4,),
+    ]
+    assert [line["pixels"] for line in found["tasks"][0]["classes"]] == [4 * 32 * 24, 0, 4 * 32 * 8]
+    assert found["class_weights"]["max_over_count"] == [1.0, None, 3.0]  # of train alone
+    assert found["stream_images"] == 4
+
+
+def test_an_image_of_both_splits_is_named(settings_of, two_splits, folder, capsys):
+    (folder / "set/val/image/3.png").write_bytes((folder / "set/train/image/0.png").read_bytes())
+    check.run(settings_of(*two_splits, splits=("val",)))
+    assert "1 images repeat the pixels of another: 3 of val = 0 of train" in capsys.readouterr().out
+
+
+def test_a_subset_thins_the_split_to_train_on_alone(settings_of, two_splits, written):
+    check.run(settings_of(*two_splits, "data.subset=2", splits=("val",)))
+    assert [row["read"] for row in written()["tasks"]] == [2, 4]
+
+
+def test_the_same_split_twice_is_refused(settings_of, two_splits):
+    with pytest.raises(UserError, match=r"check\.splits=\['train'\] beside data\.split=train: expected other splits"):
+        check.run(settings_of(*two_splits, splits=("train",)))
+
+
+def relabel(shape: tuple[int, ...], value: int = 0):
+    return lambda val: draw(val / "label/2.png", np.full(shape, value, np.uint8))
+
+
+FAULTS = {
+    "missing label": (lambda val: (val / "label/2.png").unlink(), "no label for 1 of 4 images (2)"),
+    "size mismatch": (relabel((32, 31)), "label of 31 x 32 px, but its image"),
+    "stray id": (relabel((32, 32), 74), "label id 74 at row 0, column 0"),
+    "images for image": (lambda val: (val / "image").rename(val / "images"), "val holds images, label."),
+    "photos for labels": (relabel((32, 32, 3)), "correct data.label_path if it leads to images"),
+    "swapped folders": (
+        lambda val: swap(val / "image", val / "label"),
+        "correct data.label_path if it leads to images",
+    ),
+}
+
+
+def swap(one: Path, other: Path) -> None:
+    spare = one.rename(one.with_name("spare"))
+    other.rename(one)
+    spare.rename(other)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_the_other_split_are_problems(settings_of, two_splits, folder, capsys, fault):
+    harm, said = FAULTS[fault]
+    harm(folder / "set/val")
+    with pytest.raises(UserError, match=r"^problems found: "):
+        check.run(settings_of(*two_splits, splits=("val",)))
+    problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
+    assert len(problems) == (4 if fault == "swapped folders" else 1)
+    assert all(line.startswith("problem: val: ") and said in line for line in problems)

@@ -37,11 +37,13 @@ USED_BY = {  # groups of each primary config
     "train": ("data", "model/discriminative", "train/losses", "evaluate", "logging", "runtime"),
     "train_generative": ("data", "model/generative", "logging", "runtime"),
     "corrupt": ("data",),
+    "split": ("data",),
 }
 REQUIRED = {  # what the shipped files leave to the user
     "data.name": "own", "data.classes": "toytown", "data.data_root": "folder", "data.image_path": "{data_root}/{key}.*",
     "model.discriminative.checkpoint": "folder", "model.generative.checkpoint": "folder",
     "model.generative.autoencoder": "folder", "corrupt.output": "folder", "data.count": 3,
+    "convert.source": "masks", "convert.output": "folder", "split.output": "folder",
     "runs": ["folder"],
 }  # fmt: skip
 CROSS_FIELD = {"model.generative.window_px", "model.generative.stride_px", "data.short_side_px"}

@@ -135,11 +135,95 @@ def test_two_files_of_one_key_are_refused(root):
 
 
 def test_missing_and_empty_folders_are_named(root):
-    with pytest.raises(UserError, match=r"data\.image_path: .*images/test is not a folder. Set data\.data_root"):
+    with pytest.raises(UserError, match=r"data\.image_path: .*images/test is not a folder; .*images holds val\. Set"):
         files(root, split="test").keys(CLEAN)
     (root / "images/test").mkdir()
-    with pytest.raises(UserError, match=r"no file in .*images/test ends in \.\*; expected at least one"):
+    with pytest.raises(
+        UserError, match=r"no file in .*images/test ends in \.\*; expected at least one, it holds nothing"
+    ):
         files(root, split="test").keys(CLEAN)
+
+
+def test_another_name_or_another_suffix_shows_in_what_the_folder_holds(root):
+    with pytest.raises(
+        UserError, match=r"data\.image_path: .*/image/val is not a folder; .* holds images, labels\. Set"
+    ):
+        files(root, image_path="{data_root}/image/{split}/{key}.*").keys(CLEAN)
+    with pytest.raises(
+        UserError, match=r"no file in .*labels/val ends in \.tif; expected at least one, it holds 1 \.png"
+    ):
+        files(root, label_path="{data_root}/labels/{split}/{key}.tif").keys(CLEAN)
+
+
+# Parts of a set
+
+
+@pytest.fixture
+def ten(root) -> Path:
+    """Pairs 00 to 09 in place of a."""
+    for key in ("a", *(f"{number:02d}" for number in range(10))):
+        for kind in ("images", "labels"):
+            (root / kind / "val" / f"{key}.png").write_bytes((root / kind / "val/a.png").read_bytes())
+    for kind in ("images", "labels"):
+        (root / kind / "val/a.png").unlink()
+    return root
+
+
+def test_keys_file_chooses_in_sorted_order_and_nothing_else_needs_a_label(ten):
+    (ten / "lists").mkdir()
+    (ten / "lists/val.txt").write_text("07\n\n 03 \n05\n")
+    (ten / "labels/val/04.png").unlink()
+    data = files(ten, keys_file="{data_root}/lists/{split}.txt")
+    assert data.keys(CLEAN) == ["03", "05", "07"]
+    assert data.load(CLEAN, "05").key == "05"
+    assert files(ten, keys_file=str(ten / "lists/val.txt"), subset=2).keys(CLEAN) == ["05"]
+    (ten / "labels/val/05.png").unlink()
+    with pytest.raises(UserError, match=r"labels/val: no label for 1 of 3 images \(05\)"):
+        data.keys(CLEAN)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"03\n11\n", r"no image for 1 of 2 keys of .*val\.txt \(11\); keys of images look like 00, 01, 02, \.\.\."),
+        (b"03\n03\n", r"val\.txt has 2 keys, 1 different; expected each once"),
+        (b"\n", r"val\.txt has 0 keys, 0 different"),
+        (b"03\n\xff\n", r"byte 3 of .*val\.txt is not UTF-8"),
+        (None, r"val\.txt is not a file; .* holds images, labels\."),
+    ],
+)
+def test_a_keys_file_that_does_not_fit_is_named(ten, content, message):
+    if content is not None:
+        (ten / "val.txt").write_bytes(content)
+    with pytest.raises(UserError, match=rf"^data\.keys_file: .*{message}"):
+        files(ten, keys_file="{data_root}/{split}.txt").keys(CLEAN)
+
+
+def test_a_missing_label_is_an_error_whatever_the_subset(ten):
+    assert files(ten, subset=4).keys(CLEAN) == ["03", "07"]
+    assert files(ten, subset=10).keys(CLEAN) == ["09"]
+    (ten / "labels/val/00.png").unlink()  # the script of the notes would now pair 04 with the label of 05
+    with pytest.raises(UserError, match=r"no label for 1 of 10 images \(00\)"):
+        files(ten, subset=4).keys(CLEAN)
+
+
+def test_a_subset_larger_than_the_set_is_refused(ten):
+    with pytest.raises(UserError, match=r"data\.subset=11: there are only 10 images"):
+        files(ten, subset=11).keys(CLEAN)
+
+
+def test_subsets_of_ade20k_are_those_of_thinning_again_and_again(tmp_path, monkeypatch):
+    """The sizes of cheapseg's ds_1, ds_2, ds_4 ... ds_2048; its script keeps every second file of a sorted list."""
+    kept = [f"ADE_train_{number:08d}" for number in range(1, 20211)]
+    paths = {key: tmp_path / f"{key}.jpg" for key in kept}
+    monkeypatch.setattr("segadapt.datasets.files.Template.list", lambda *_: paths)
+    sizes = []
+    for power in range(12):
+        keys = files(tmp_path, label_path=None, subset=2**power).keys(CLEAN)
+        assert keys == kept
+        sizes.append(len(keys))
+        kept = [key for number, key in enumerate(kept, start=1) if number % 2 == 0]
+    assert sizes == [20210, 10105, 5052, 2526, 1263, 631, 315, 157, 78, 39, 19, 9]
 
 
 @pytest.mark.parametrize(

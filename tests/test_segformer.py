@@ -225,3 +225,24 @@ def test_built_net_checks_its_settings():
     with pytest.raises(UserError, match="names 2 classes, but the data set has 3"):
         make_segmenter("segformer", {"id2label": {0: "a", 1: "b"}}, 3)
     assert make_segmenter("segformer", TINY | {"id2label": {0: "a", 1: "b", 2: "c"}}, 3).net.config.num_labels == 3
+
+
+def test_a_bgr_net_sees_the_channels_turned_each_with_its_own_mean_and_keeps_that_when_saved(saved, tmp_path):
+    plain, bgr = load(saved), load(saved, channel_order="bgr")
+    turned = (image() - torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_DEFAULT_STD).view(
+        3, 1, 1
+    )
+    with torch.no_grad():
+        expected = plain.net(pixel_values=turned[:, [2, 1, 0]]).logits
+        assert torch.equal(bgr.logits(image()), expected)
+        bgr.save(tmp_path / "bgr")
+        assert torch.equal(load(tmp_path / "bgr").logits(image()), expected)
+        assert torch.equal(load(tmp_path / "bgr", channel_order="rgb").logits(image()), plain.logits(image()))
+
+
+def test_a_net_from_random_weights_takes_the_channel_order_too(tmp_path):
+    made = [make_segmenter("segformer", TINY, 5, seed=3, channel_order=order) for order in ("bgr", None)]
+    with torch.no_grad():
+        assert not torch.equal(made[0].logits(image()), made[1].logits(image()))
+    made[0].save(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["channel_order"] == "bgr"

@@ -4,7 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-from segadapt import config, config_training
+from segadapt import config, config_data, config_training
 
 CONF = Path(config.__file__).parent / "conf"
 SCHEMAS = [
@@ -14,6 +14,8 @@ SCHEMAS = [
     config_training.TrainConfig,
     config_training.TrainGenerativeConfig,
     config.CorruptConfig,
+    config_data.ConvertConfig,
+    config_data.SplitConfig,
     config.GridConfig,
     config.ResultsConfig,
     config.ReportConfig,

@@ -1,5 +1,6 @@
 """From the data settings to a data set and its tasks."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,17 +63,25 @@ def build_files(data: DataSettings) -> Files:
         classes=names,
         palette_C3=NAMED_PALETTES[data.classes] if data.classes in NAMED_PALETTES else palette(len(names)),
         id_map=data.id_map,
+        class_ids=data.label_class_ids,
+        unknown_ids=data.unknown_ids,
         split=data.split,
+        keys_file=data.keys_file,
+        subset=data.subset,
         corruption_seed=data.corruption_seed,
         max_pixels=data.max_pixels,
     )
 
 
 def build_toytown(data: DataSettings) -> ToyTown:
-    """The bundled world. UserError: no count, or other classes than its own."""
+    """The bundled world. UserError: no count, other classes than its own, or a setting of files."""
     if data.count is None or data.classes != "toytown":
         raise UserError(f"data.count={data.count} and data.classes={data.classes}: data.kind=toytown needs a number "
                         "of images and data.classes=toytown. Use data=toytown.")  # fmt: skip
+    if data.subset > 1 or data.keys_file is not None or data.label_class_ids:
+        raise UserError(f"data.subset={data.subset}, data.keys_file={data.keys_file}, data.label_class_ids="
+                        f"{data.label_class_ids}: data.kind=toytown reads no files. Set them to 1, null and []; "
+                        "data.count is the number of images.")  # fmt: skip
     return ToyTown(
         split=data.split,
         count=data.count,
@@ -93,6 +102,11 @@ def build_dataset(data: DataSettings) -> Dataset:
     if data.kind not in DATASETS:
         raise UserError(f"data.kind={data.kind} is not a kind of data.{did_you_mean(data.kind, DATASETS)}")
     return DATASETS[data.kind](data)
+
+
+def of_split(data: DataSettings, split: str) -> DataSettings:
+    """The settings of a split; of another one than data.split all images count, as data.subset thins that one alone."""
+    return dataclasses.replace(data, split=split, subset=data.subset if split == data.split else 1)
 
 
 def build_tasks(data: DataSettings) -> list[Task]:

@@ -102,7 +102,8 @@ def read_ids(path: Path, *, max_pixels: int) -> np.ndarray:
         if image.mode not in {"L", "P"} | _16_BIT_MODES:
             raise UserError(
                 f"{path}: label of pixel format {image.mode}; expected one id a pixel (gray or palette PNG, 8 or 16 "
-                f"bit). Convert the colours to class ids."
+                f"bit). Convert the colours to ids with `segadapt convert`, or correct data.label_path if it leads to "
+                f"images."
             )
         stretch = _STRETCH.get(str(image.tile[0].args), 1) if image.tile else 1
         ids_HW = np.array(image)
@@ -113,6 +114,21 @@ def read_ids(path: Path, *, max_pixels: int) -> np.ndarray:
             f"not instance ids."
         )
     return ids_HW.astype(np.uint8) // np.uint8(stretch)
+
+
+def read_colours(path: Path, *, max_pixels: int) -> np.ndarray:
+    """Decode a label file of colours as stored: uint8 [H, W, 3] RGB; a palette is looked up, EXIF is not applied, alpha
+    is dropped.
+
+    Raises:
+        UserError: not an image, truncated, empty, more than max_pixels, or a pixel format without exact 8-bit colours.
+    """
+    with _opened(path, max_pixels=max_pixels) as image:
+        if image.mode not in _PLAIN_MODES - {"CMYK", "YCbCr"}:
+            raise UserError(f"{path}: label of pixel format {image.mode}; expected 8-bit colours, a palette or gray. "
+                            "Save it as RGB PNG.")  # fmt: skip
+        has_alpha = "transparency" in image.info  # straight to RGB, Pillow warns about a palette's alpha
+        return np.array((image.convert("RGBA") if has_alpha else image).convert("RGB"))
 
 
 def _check_mode(path: Path, mode: str) -> None:

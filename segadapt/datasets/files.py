@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -15,6 +16,8 @@ from segadapt.errors import UserError, did_you_mean
 from segadapt.untrusted import check_inside
 
 PLACEHOLDERS = ("data_root", "split", "corruption", "severity", "key")
+NAMED = 3  # keys of a message
+NEAR = 8  # names of a folder in a message
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -63,15 +66,18 @@ class Template:
         """
         if not folder.is_dir():
             raise UserError(
-                f"{self.setting}: {folder} is not a folder. Set data.data_root to the folder of the data set."
+                f"{self.setting}: {folder} is not a folder; {_nearest(folder)} Set data.data_root to the folder of the "
+                f"data set, or correct {self.setting}."
             )
         paths: dict[str, Path] = {}
+        others: Counter[str] = Counter()
         for parent, folders, names in os.walk(folder):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for name in names:
                 path = Path(parent, name)
                 key = self.key_of(path.relative_to(folder).as_posix())
                 if key is None or name.startswith("."):
+                    others[os.path.splitext(name)[1] or name] += 1
                     continue
                 if key in paths:
                     raise UserError(
@@ -82,8 +88,10 @@ class Template:
                     check_inside(path, folder, data_root, cure="Copy the file, or set data.data_root above both.")
                 paths[key] = path
         if not paths:
+            there = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(NAMED)) or "nothing"
             raise UserError(
-                f"{self.setting}: no file in {folder} ends in {self.tail}; expected at least one. Correct the template."
+                f"{self.setting}: no file in {folder} ends in {self.tail}; expected at least one, it holds {there}. "
+                "Correct the template."
             )
         return dict(sorted(paths.items()))
 
@@ -105,6 +113,10 @@ class Files:
         id_map: str,
         split: str,
         corruption_seed: int,
+        class_ids: Sequence[int] = (),
+        unknown_ids: str = "error",
+        keys_file: str | None = None,
+        subset: int = 1,
         max_pixels: int = 2**26,
     ):
         """Check the settings; no file is touched.
@@ -116,6 +128,11 @@ class Files:
             id_map: a name of `labels.ID_MAPS`.
             split: fills {split}.
             corruption_seed: of the corruptions made here, see `segadapt.corruptions.corrupt`.
+            class_ids, unknown_ids: see `labels.id_table`.
+            keys_file: text file with the keys of the split, one a line; {data_root} and {split} are filled in. None:
+                the keys of all images.
+            subset: X >= 1: of the sorted keys those at X - 1, 2 X - 1, ..., a 1/X of the set. Those of 2 X are among
+                those of X (the rule of cheapseg's subsample_dataset.sh).
             max_pixels: larger files are refused by their header, before decoding.
         Raises:
             UserError: a bad template, an unknown id map, too many classes, a split with '..', or max_pixels too large.
@@ -124,26 +141,55 @@ class Files:
         if not 1 <= max_pixels <= pillow_limit:
             raise UserError(f"data.max_pixels={max_pixels}; expected 1..{pillow_limit}. Choose a number in that range.")
         self.classes, self.palette_C3 = classes, palette_C3
-        self._table_256 = id_table(id_map, len(classes))
+        self._table_256 = id_table(id_map, len(classes), class_ids=class_ids, unknown_ids=unknown_ids)
         self._image = Template("data.image_path", image_path)
         self._label = Template("data.label_path", label_path) if label_path is not None else None
         self._values: dict[str, str | Path] = {"data_root": data_root, "split": _inside("data.split", split)}
         self._seed, self._max_pixels = corruption_seed, max_pixels
+        self._keys_file, self._subset = keys_file, subset
         self._listed: dict[tuple[str, Path], dict[str, Path]] = {}
 
     def keys(self, task: Task) -> list[str]:
-        """List the folders anew and return the sorted keys of the images. UserError: see Dataset, `Template.list`."""
+        """List the folders anew and return the sorted keys of the images. UserError: see Dataset, `Template.list`;
+        a key of keys_file without image, or a subset without any."""
         self._listed.clear()
         images, labels = self._paths(self._image, task), self._paths(self._label, task)
-        missing = [key for key in images if key not in labels]
+        keys = list(images) if self._keys_file is None else self._listed_keys(images)
+        missing = [key for key in keys if key not in labels]
         if self._label and missing:
-            stray = len(labels) - len(images) + len(missing)
+            stray = sum(key not in images for key in labels)
             raise UserError(
-                f"{self._folder(self._label, task)}: no label for {len(missing)} of {len(images)} images "
+                f"{self._folder(self._label, task)}: no label for {len(missing)} of {len(keys)} images "
                 f"({_first(missing)}); {stray} of {len(labels)} labels have no image. Add the labels, remove the "
                 f"images, or correct data.label_path."
             )
-        return list(images)
+        chosen = keys[self._subset - 1 :: self._subset]
+        if not chosen:
+            raise UserError(
+                f"data.subset={self._subset}: there are only {len(keys)} images, so none is left. Lower it."
+            )
+        return chosen
+
+    def _listed_keys(self, images: Mapping[str, Path]) -> list[str]:
+        """The keys of keys_file, sorted. UserError: no such file, none in it, one twice, or one without image."""
+        path = Path(re.sub(r"\{(data_root|split)\}", lambda match: str(self._values[match[1]]), str(self._keys_file)))
+        path = path.expanduser()
+        if not path.is_file():
+            raise UserError(f"data.keys_file: {path} is not a file; {_nearest(path)} Correct data.keys_file or "
+                            "data.split.")  # fmt: skip
+        try:
+            keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"data.keys_file: byte {error.start} of {path} is not UTF-8. Save it as UTF-8.") from error
+        if not keys or len(set(keys)) != len(keys):
+            raise UserError(f"data.keys_file: {path} has {len(keys)} keys, {len(set(keys))} different; expected each "
+                            "once. Correct the file.")  # fmt: skip
+        if missing := [key for key in keys if key not in images]:
+            raise UserError(
+                f"data.keys_file: no image for {len(missing)} of {len(keys)} keys of {path} ({_first(missing)}); keys "
+                f"of images look like {_first(list(images))}. Correct the file or data.image_path."
+            )
+        return sorted(keys)
 
     def missing_images(self, task: Task) -> list[str]:
         """Sorted keys of the labels without image: a folder may hold part of a set, but the caller should say so."""
@@ -240,4 +286,12 @@ def _check_equal(label_path: Path, label_px: tuple[int, ...], image_path: Path, 
 
 def _first(keys: list[str]) -> str:
     """'a, b, c, ...'."""
-    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+    return ", ".join(keys[:NAMED]) + (", ..." if len(keys) > NAMED else "")
+
+
+def _nearest(path: Path) -> str:
+    """What there is in place of a path: a sentence on the folder nearest to it."""
+    parent = next(parent for parent in path.absolute().parents if parent.is_dir())
+    names = sorted(child.name for child in parent.iterdir() if not child.name.startswith("."))
+    shown = ", ".join(names[:NEAR]) + (", ..." if len(names) > NEAR else "")
+    return f"{parent} holds {shown or 'nothing'}."

@@ -3,7 +3,7 @@
 A class name is the word that goes into a prompt, so it has spaces, not underscores, and no space at either end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,42 @@ CITYSCAPES_IDS = {
 }
 CITYSCAPES = tuple(CITYSCAPES_IDS)
 MOST_CITYSCAPES_ID = 33
-CLASS_SETS: dict[str, tuple[str, ...]] = {"ade20k": ADE20K, "camvid": CAMVID, "cityscapes": CITYSCAPES}
+# The labels of COCO-Stuff in the order of their ids 1..182, as in its labels.txt; its PNGs hold the id - 1, and 255.
+_COCO_STUFF_LABELS = (
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, street sign, "
+    "stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, hat, "
+    "backpack, umbrella, shoe, eye glasses, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, "
+    "baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, plate, wine glass, cup, fork, knife, "
+    "spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, "
+    "potted plant, bed, mirror, dining table, window, desk, toilet, door, tv, laptop, mouse, remote, keyboard, "
+    "cell phone, microwave, oven, toaster, sink, refrigerator, blender, book, clock, vase, scissors, teddy bear, "
+    "hair drier, toothbrush, hair brush, banner, blanket, branch, bridge, building-other, bush, cabinet, cage, "
+    "cardboard, carpet, ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard, curtain, desk-stuff, "
+    "dirt, door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile, floor-wood, flower, fog, "
+    "food-other, fruit, furniture-other, grass, gravel, ground-other, hill, house, leaves, light, mat, metal, "
+    "mirror-stuff, moss, mountain, mud, napkin, net, paper, pavement, pillow, plant-other, plastic, platform, "
+    "playingfield, railing, railroad, river, road, rock, roof, rug, salad, sand, sea, shelf, sky-other, skyscraper, "
+    "snow, solid-other, stairs, stone, straw, structural-other, table, tent, textile-other, towel, tree, vegetable, "
+    "wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops, "
+    "window-blind, window-other, wood"
+)
+_IN_NO_LABEL = "street sign, hat, shoe, eye glasses, plate, mirror, window, desk, door, blender, hair brush"
+COCO_STUFF_IDS = {
+    name: file_id for file_id, name in enumerate(_COCO_STUFF_LABELS.split(", ")) if name not in _IN_NO_LABEL.split(", ")
+}
+COCO_STUFF = tuple(COCO_STUFF_IDS)
+_PASCAL_VOC_NAMES = (
+    "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog, horse, "
+    "motorbike, person, potted plant, sheep, sofa, train, tv monitor"
+)
+PASCAL_VOC = tuple(_PASCAL_VOC_NAMES.split(", "))
+CLASS_SETS: dict[str, tuple[str, ...]] = {
+    "ade20k": ADE20K,
+    "camvid": CAMVID,
+    "cityscapes": CITYSCAPES,
+    "coco_stuff": COCO_STUFF,
+    "pascal_voc": PASCAL_VOC,
+}
 
 
 def _from_hex(colours: str) -> np.ndarray:
@@ -90,7 +125,7 @@ def palette(num_classes: int) -> np.ndarray:
 
 
 # As published with each data set (ADE20K: color150 of the scene parsing challenge, which paints road and skyscraper
-# alike; CamVid: the 11 classes of the SegNet split; Cityscapes: its labels.py).
+# alike; CamVid: the 11 classes of the SegNet split; Cityscapes: its labels.py; VOC: its colour map).
 PALETTES: dict[str, np.ndarray] = {
     "ade20k": _from_hex(
         """
@@ -111,6 +146,7 @@ PALETTES: dict[str, np.ndarray] = {
         "003c64 005064 0000e6 770b20"
     ),
     "camvid": _from_hex("808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0"),
+    "pascal_voc": np.concatenate([np.zeros((1, 3), np.uint8), palette(len(PASCAL_VOC) - 1)]),
 }
 
 
@@ -142,16 +178,41 @@ def _cityscapes_label_ids(num_classes: int) -> np.ndarray:
     return table_256
 
 
+def _coco_stuff_ids(num_classes: int) -> np.ndarray:
+    """File ids are COCO-Stuff's, 0..181 less the 11 that are in no label."""
+    if num_classes != len(COCO_STUFF):
+        raise UserError(f"data.id_map=coco_stuff_ids is for the {len(COCO_STUFF)} classes of COCO-Stuff; data.classes "
+                        f"has {num_classes}. Set data.classes=coco_stuff.")  # fmt: skip
+    return _table_of(list(COCO_STUFF_IDS.values()))
+
+
+def _table_of(class_ids: Sequence[int]) -> np.ndarray:
+    """The file id class_ids[c] is class c, 255 is ignore."""
+    table_256 = np.full(256, -1, np.int16)
+    table_256[list(class_ids)] = np.arange(len(class_ids))
+    table_256[IGNORE] = IGNORE
+    return table_256
+
+
 # Number of classes -> int16 [256]: the class (0..C-1, or 255 = ignore) of every file id, -1 where the id is unknown.
 ID_MAPS: dict[str, Callable[[int], np.ndarray]] = {
     "zero_is_ignore": _zero_is_ignore,
     "as_is": _as_is,
     "cityscapes_label_ids": _cityscapes_label_ids,
+    "coco_stuff_ids": _coco_stuff_ids,
 }
 
 
-def id_table(id_map: str, num_classes: int) -> np.ndarray:
-    """Return ID_MAPS[id_map](num_classes), int16 [256]. UserError: unknown map, or more classes than a byte holds."""
+def id_table(id_map: str, num_classes: int, *, class_ids: Sequence[int] = (), unknown_ids: str = "error") -> np.ndarray:
+    """The class of every file id: int16 [256], 0..C-1, 255 = ignore, -1 = an error where it is met.
+
+    Args:
+        id_map: a name of ID_MAPS.
+        class_ids: data.label_class_ids, the file id of each class in label order, 0..254; empty: ID_MAPS[id_map].
+        unknown_ids: data.unknown_ids, error or ignore; ids that neither of the two names.
+    Raises:
+        UserError: unknown map, more classes than a byte holds; class_ids beside a map, or not one id a class.
+    """
     if id_map not in ID_MAPS:
         raise UserError(f"data.id_map={id_map} is not an id map.{did_you_mean(id_map, ID_MAPS)}")
     if not 1 <= num_classes <= MAX_CLASSES:
@@ -159,7 +220,24 @@ def id_table(id_map: str, num_classes: int) -> np.ndarray:
             f"data.classes has {num_classes} names; expected 1..{MAX_CLASSES}, as label ids are bytes and 255 is "
             f"ignore. Merge classes."
         )
-    return ID_MAPS[id_map](num_classes)
+    if class_ids:
+        _check_class_ids(class_ids, num_classes, id_map)
+    table_256 = _table_of(class_ids) if class_ids else ID_MAPS[id_map](num_classes)
+    return np.where(table_256 < 0, IGNORE, table_256).astype(np.int16) if unknown_ids == "ignore" else table_256
+
+
+def _check_class_ids(class_ids: Sequence[int], num_classes: int, id_map: str) -> None:
+    """UserError: see `id_table`."""
+    given = f"data.label_class_ids={list(class_ids)}"
+    if id_map != "as_is":
+        raise UserError(f"{given} and data.id_map={id_map}: two rules for the same ids. Set data.id_map=as_is; ids "
+                        "that the list leaves out are refused, or with data.unknown_ids=ignore ignored.")  # fmt: skip
+    if len(class_ids) != num_classes or len(set(class_ids)) != num_classes:
+        raise UserError(f"{given}: {len(set(class_ids))} different ids; expected {num_classes}, one for each name of "
+                        "data.classes, in that order. Correct the list.")  # fmt: skip
+    if not all(0 <= file_id < IGNORE for file_id in class_ids):
+        raise UserError(f"{given}: expected ids of 0..254, as 255 is ignore. Where 255 is a class, let `segadapt "
+                        f"convert convert.grey={list(class_ids)}` write the labels anew.")  # fmt: skip
 
 
 def map_ids(ids_HW: np.ndarray, table_256: np.ndarray, *, path: Path) -> np.ndarray:
@@ -170,14 +248,21 @@ def map_ids(ids_HW: np.ndarray, table_256: np.ndarray, *, path: Path) -> np.ndar
         table_256: int16, from `id_table`.
         path: the label file, for the message.
     Raises:
-        UserError: an id that the table does not know; names the first such pixel.
+        UserError: an id that the table does not know; names the first such pixel, and the table.
     """
     label_HW = table_256[ids_HW]
     if label_HW.min(initial=0) < 0:
         row, column = np.argwhere(label_HW < 0)[0]
         known = np.flatnonzero((table_256 >= 0) & (np.arange(256) != IGNORE))
         raise UserError(
-            f"{path}: label id {ids_HW[row, column]} at row {row}, column {column}; expected {known[0]}..{known[-1]} "
-            f"or 255 (ignore). Set data.id_map and data.classes to the folder's ids, or correct the file."
+            f"{path}: label id {ids_HW[row, column]} at row {row}, column {column}; expected {_runs(known)} or 255 "
+            f"(ignore). Set data.id_map or data.label_class_ids, and data.classes, to the folder's ids, correct the "
+            f"file, or set data.unknown_ids=ignore."
         )
     return label_HW.astype(np.uint8)
+
+
+def _runs(ids: np.ndarray) -> str:
+    """[0, 1, 2, 50] to '0..2, 50'."""
+    runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
+    return ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)

@@ -55,6 +55,7 @@ def build_segmenter(settings: DiscriminativeSettings, num_classes: int, device: 
         revision=settings.revision,
         num_classes=num_classes,
         device=device,
+        channel_order=settings.channel_order,
         gradient_checkpointing=settings.gradient_checkpointing,
         allow_pickle=settings.allow_pickle,
     )

@@ -25,6 +25,7 @@ def load_segmenter(
     revision: str | None = None,
     num_classes: int,
     device: str | torch.device,
+    channel_order: str | None = None,
     gradient_checkpointing: bool = False,
     allow_pickle: bool = False,
 ) -> NetSegmenter:
@@ -35,6 +36,7 @@ def load_segmenter(
             FAMILIES; or a SegFormer file of NVIDIA's own code or of mmsegmentation, recognised by its keys.
         revision: branch, tag or commit of the hub id.
         num_classes: classes of the data set; the head is never made anew.
+        channel_order: of the net's input, rgb or bgr; None: as its config says, else rgb.
         allow_pickle: also read pytorch_model.bin, *.pth and *.pt, with torch's weights-only reader.
     Raises:
         UserError: missing, gated or damaged checkpoint; another architecture; a head with other classes; a key that is
@@ -58,7 +60,7 @@ def load_segmenter(
             f"{SETTING}={checkpoint}: the weights do not fit {to_fit}: {shown}. Expected every key once, in its shape. "
             f"{cure}"
         )
-    return NetSegmenter(net.to(device), gradient_checkpointing=gradient_checkpointing)
+    return NetSegmenter(net.to(device), channel_order=channel_order, gradient_checkpointing=gradient_checkpointing)
 
 
 def _read_folder(
@@ -136,6 +138,7 @@ def make_segmenter(
     *,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    channel_order: str | None = None,
     gradient_checkpointing: bool = False,
 ) -> NetSegmenter:
     """A segmenter with random weights, for training; float32.
@@ -167,7 +170,7 @@ def make_segmenter(
         torch.manual_seed(seed)
         net = kind.net(kind.config(**{**config, "id2label": id2label, "label2id": label2id}))
     net.to(torch.device(device))
-    return NetSegmenter(net, gradient_checkpointing=gradient_checkpointing)
+    return NetSegmenter(net, channel_order=channel_order, gradient_checkpointing=gradient_checkpointing)
 
 
 def _check_torch_reads_pickles_safely(version: str) -> None:

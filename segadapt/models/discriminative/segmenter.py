@@ -22,7 +22,12 @@ class NetSegmenter:
     The net's config may say image_mean, image_std (RGB in 0..1; default: ImageNet's) and channel_order ("bgr").
     """
 
-    def __init__(self, net: PreTrainedModel, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self, net: PreTrainedModel, *, channel_order: str | None = None, gradient_checkpointing: bool = False
+    ) -> None:
+        """channel_order: rgb or bgr, put into the config, with which it is saved; None: as it is there."""
+        if channel_order is not None:
+            net.config.channel_order = channel_order
         self.net, self.family = net, FAMILIES[net.config.model_type]
         self.short_side_px: int | None = None  # of its own input; None: as loaded
         mean = getattr(net.config, "image_mean", None) or IMAGENET_MEAN
