@@ -1,5 +1,7 @@
 """ResNet, DeepLabV3, HRNet, OCR: as large as published, their arithmetic against loops, names of ImageNet's files."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -46,18 +48,29 @@ def test_deeplabv3_is_as_large_as_published(file, resnet, deeplabv3):
 
 
 @pytest.mark.parametrize(
-    ("file", "millions"),  # of parameters, Wang et al. 2020, table 3 (Cityscapes, 19 classes); the code's README
-    [("hrnet_w48_scratch", 65.8), ("hrnet_w18_scratch", 9.6)],
+    ("file", "millions"),  # of parameters, of the classifier of ImageNet: mmclassification's table of HRNet
+    [("hrnet_w18_scratch", 21.30), ("hrnet_w32_scratch", 41.23), ("hrnet_w48_scratch", 77.47)],
 )
-def test_hrnet_is_as_large_as_published(file, millions):
-    """Its authors' head is a 1x1 convolution with bias where ours, openseg's, is a 3x3 one."""
-    width = sum(shipped(file).config["hidden_sizes"])
-    head = width * width + width + 2 * width + 19 * (width + 1)
-    assert (parameters_of(file, 19)["encoder"] + head) / 1e6 == pytest.approx(millions, abs=0.1)
+def test_hrnet_as_encoder_of_a_classifier_is_as_large_as_published(file, millions):
+    """Each branch is widened by a bottleneck block, joined to the next coarser one, and all to 2048 and 1000."""
+    total, wide = parameters_of(file, 1)["encoder"], [128, 256, 512, 1024]
+    for channels, out in zip(shipped(file).config["hidden_sizes"], wide, strict=True):
+        width = out // 4
+        convolutions = channels * width + 9 * width**2 + width * out + channels * out
+        total += convolutions + 2 * (width + width + out + out)
+    total += sum(9 * fine * coarse + 3 * coarse for fine, coarse in itertools.pairwise(wide))
+    total += 1024 * 2048 + 3 * 2048 + 1000 * (2048 + 1)
+    assert total / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_hrnet_as_segmenter_is_as_large_as_published():
+    """65.8 M on Cityscapes, whose head is a 1x1 convolution with bias where ours, openseg's, is a 3x3 one."""
+    head = 720 * 720 + 3 * 720 + 19 * (720 + 1)
+    assert (parameters_of("hrnet_w48_scratch", 19)["encoder"] + head) / 1e6 == pytest.approx(65.8, abs=0.1)
 
 
 def test_ocr_is_as_large_as_published():
-    """70.5 M on ADE20K (Xie et al. 2021, table 7), whose auxiliary head is a 1x1 convolution where ours is 3x3."""
+    """70.5 M on ADE20K (Xie et al. 2021, figure 1), with a 1x1 convolution in the auxiliary head where ours is 3x3."""
     parts = parameters_of("hrnet_w48_ocr_scratch", 150)
     assert (sum(parts.values()) - 8 * 720 * 720) / 1e6 == pytest.approx(70.5, abs=0.05)
     assert sum(parameters_of("hrnet_w48_ocr_b_scratch", 150).values()) < sum(parts.values())

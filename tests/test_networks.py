@@ -136,6 +136,20 @@ def test_sync_batch_norm_takes_the_place_of_every_norm(family):
     assert net.state_dict().keys() == converted.state_dict().keys()
 
 
+@pytest.mark.slow
+@EVERY
+@pytest.mark.parametrize("training", [False, True])
+def test_a_net_is_one_graph_to_the_compiler(family, training):
+    segmenter = make(family)
+    net = segmenter.net.train(training)
+    for module in net.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p = 0.0
+    image_B3HW = torch.rand(2, 3, 64, 80, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(lambda pixels: net(pixel_values=pixels).logits, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(image_B3HW), net(pixel_values=image_B3HW).logits, rtol=1e-4, atol=1e-5)
+
+
 @EVERY
 def test_twenty_steps_lower_the_loss_of_one_batch(family):
     segmenter = make(family).train()
