@@ -156,6 +156,8 @@ class Rotta(Learner):
     def _follow(self) -> None:
         """Statistics take up alpha of those of all images just seen, as one batch."""
         for index, seen in enumerate(self._place["seen"]):
+            if not seen:  # of a head that only training asks
+                continue
             var_NC, mean_NC = (torch.stack(each) for each in zip(*seen, strict=True))
             mean_C = mean_NC.mean(dim=0)
             var_C = (var_NC + mean_NC.square()).mean(dim=0) - mean_C.square()

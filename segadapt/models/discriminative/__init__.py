@@ -17,8 +17,8 @@ class Outputs:
     """What training asks a net for; adaptation and scores take `Segmenter.logits` alone."""
 
     logits_BChw: Tensor  # raw
-    auxiliary_BChw: Tensor | None  # of an auxiliary head on an earlier stage, on a grid of its own
-    features_BDyx: Tensor  # what the classifier sees, before dropout; for the contrast loss
+    auxiliary_BChw: Tensor | None  # of an auxiliary head in train mode, on a grid of its own
+    features_BDyx: Tensor  # for the contrast loss; of a convolutional encoder its map, else what the classifier sees
 
 
 class Segmenter(Protocol):

@@ -11,8 +11,11 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig, SegformerConfig, SegformerForSemanticSegmentation
 
-from segadapt.models.discriminative import Outputs
+from segadapt.models.discriminative import Outputs, convolutional
+from segadapt.models.discriminative.deeplabv3 import DeepLabV3, DeepLabV3Config
+from segadapt.models.discriminative.hrnet import HrnetConfig, HrnetSegmenter
 from segadapt.models.discriminative.mmseg import MmsegSegformer, MmsegSegformerConfig
+from segadapt.models.discriminative.ocr import HrnetOcr, HrnetOcrConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in 0..1, as in torchvision and in SegFormer's training
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -54,5 +57,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "segadapt_segformer_mmseg": Family(
         MmsegSegformerConfig, MmsegSegformer, ("decode_head",), segformer_tops, segformer_outputs
+    ),
+    "segadapt_deeplabv3": Family(
+        DeepLabV3Config, DeepLabV3, convolutional.HEADS, convolutional.tops, convolutional.outputs
+    ),
+    "segadapt_hrnet": Family(
+        HrnetConfig, HrnetSegmenter, convolutional.HEADS, convolutional.tops, convolutional.outputs
+    ),
+    "segadapt_hrnet_ocr": Family(
+        HrnetOcrConfig, HrnetOcr, convolutional.HEADS, convolutional.tops, convolutional.outputs
     ),
 }

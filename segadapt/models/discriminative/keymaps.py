@@ -119,10 +119,14 @@ def renamed(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         for name, rows in zip(names, shares, strict=False):  # too few rows: what is missing is found missing
             is_matrix = name.endswith(("dense1.weight", "dense2.weight"))
             out[name] = rows.flatten(1) if is_matrix and rows.ndim == 4 else rows
-    for name in [name for name in out if name.endswith(".running_mean")]:
-        # a counter that nothing reads at BatchNorm's fixed momentum; files from before torch 0.4.1 lack it
-        out.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
+    add_counters(out)
     return out
+
+
+def add_counters(state: dict[str, Tensor]) -> None:
+    """BatchNorm's, which nothing reads at its fixed momentum, where they are not: files from before torch 0.4.1."""
+    for name in [name for name in state if name.endswith(".running_mean")]:
+        state.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
 
 
 def sizes(state: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Any], list[str]]:

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -148,7 +149,8 @@ def make_segmenter(
         config: keyword arguments of its config class (depths, hidden_sizes ...); id2label may name the classes.
         seed: the weights depend on it alone; the global generator is left as it was.
     Raises:
-        UserError: no such family, a key that its config does not have, or id2label of another length.
+        UserError: no such family, a key that its config does not have, a value of another type, id2label of another
+            length, or gradient_checkpointing with a family that cannot recompute.
     """
     if family not in FAMILIES:
         raise UserError(f"model.discriminative.family={family} is not a family.{did_you_mean(family, FAMILIES)}")
@@ -168,7 +170,13 @@ def make_segmenter(
     label2id = {label: index for index, label in id2label.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = kind.net(kind.config(**{**config, "id2label": id2label, "label2id": label2id}))
+        try:
+            of_family = kind.config(**{**config, "id2label": id2label, "label2id": label2id})
+        except StrictDataclassError as error:
+            raise UserError(
+                f"model.discriminative.config: {str(error).splitlines()[-1].strip()}. Correct it, or leave it out."
+            ) from error
+        net = kind.net(of_family)
     net.to(torch.device(device))
     return NetSegmenter(net, channel_order=channel_order, gradient_checkpointing=gradient_checkpointing)
 

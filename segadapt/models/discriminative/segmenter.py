@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from segadapt.errors import UserError
 from segadapt.models.discriminative import Outputs, norm_parameters
 from segadapt.models.discriminative.families import FAMILIES, IMAGENET_MEAN, IMAGENET_STD
 
@@ -36,6 +37,9 @@ class NetSegmenter:
         # on the device from the start: a copy from the host would wait for all that the device was given before
         self._mean_std_2311 = torch.tensor([mean, std], device=net.device)[:, :, None, None]
         if gradient_checkpointing:
+            if not net.supports_gradient_checkpointing:
+                raise UserError("model.discriminative.gradient_checkpointing=true: a net of model_type "
+                                f"{net.config.model_type} cannot recompute. Set it to false.")  # fmt: skip
             # renamed within transformers 5: 5.17 knows the second name only, 6 will know the first only
             enable = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable
             enable({"use_reentrant": False})
