@@ -13,6 +13,7 @@ SCHEMAS = [
     config_training.TrainConfig,
     config_training.TrainGenerativeConfig,
     config.CorruptConfig,
+    config.AlignConfig,
     config.GridConfig,
     config.ResultsConfig,
     config.ReportConfig,
