@@ -37,6 +37,8 @@ VERBS: dict[str, tuple[str, type, str, str]] = {
     "diagnose": ("diagnose", config.DiagnoseConfig, "segadapt.diagnose:run",
                  "ask whether the teacher can teach; reads labels: never choose settings by it on a test split"),
     "check": ("check", config.CheckConfig, "segadapt.check:run", "read data and models before a run"),
+    "align": ("align", config.AlignConfig, "segadapt.align:run",
+              "compare a checkpoint with stored logits, and save it as a folder"),
     "grid": ("grid", config.GridConfig, "segadapt.grid:run", "adapt: methods x streams x seeds, on GPUs or a cluster"),
     "results": ("results", config.ResultsConfig, "segadapt.results:run", "run folders to tables: results FOLDER ..."),
     "report": ("report", config.ReportConfig, "segadapt.report.page:run", "run folders to one page: report FOLDER ..."),

@@ -71,7 +71,10 @@ class DataSettings:
 @dataclass
 class DiscriminativeSettings:
     checkpoint: str | None = setting("hub id, local folder, file of NVIDIA or mmseg, or segadapt:NAME (bundled)")
-    revision: str | None = setting("hub revision; null: the newest")
+    backbone: str | None = setting(
+        "train: pretrained encoder of a model made from scratch, hub id, local folder or file; null: random weights"
+    )
+    revision: str | None = setting("hub revision of checkpoint or backbone; null: the newest")
     allow_pickle: bool = setting("also read pytorch_model.bin, *.pth and *.pt, by torch's weights-only reader")
     short_side_px: int | None = setting("the loaded image is resized to this for the segmenter, px; null: not", low=16)
     channel_order: str | None = setting(
@@ -389,6 +392,21 @@ class CorruptConfig:
         "the clean set; corruptions and severity say what is made, limit takes the first sorted keys"
     )
     corrupt: CorruptSettings = setting("what is written")
+
+
+@dataclass
+class AlignmentSettings:
+    reference: str | None = setting("safetensors file to compare with: `image` and `logits`; null: write one instead")
+    tolerance: float = setting("largest difference of a logit, as a share of the largest reference logit", low=0)
+    write: str | None = setting("file to write such a reference of the checkpoint to; null: none")
+    image: str | None = setting("image file that a written reference is of; null: none is written")
+    output: str | None = setting("folder that the checkpoint is saved to, as transformers reads it; null: none")
+
+
+@dataclass
+class AlignConfig:
+    model: EvaluatedModelSettings = setting("the segmenter")
+    align: AlignmentSettings = setting("what it is compared with, and where it is saved")
 
 
 @dataclass

@@ -22,6 +22,7 @@ from segadapt.datasets.cache import Cached
 from segadapt.errors import UserError
 from segadapt.losses import Objective, check_losses, class_weights_of
 from segadapt.models.build import build_segmenter, refuse_unexpected_weights
+from segadapt.models.discriminative.backbone import start_from
 from segadapt.models.discriminative.load import make_segmenter
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.set_up import fingerprint, set_up
@@ -137,9 +138,9 @@ def build(settings: TrainConfig, classes: tuple[str, ...], main: torch.device) -
                             "effect. Set checkpoint=null to start from random weights, or config={}.")  # fmt: skip
         segmenter = build_segmenter(chosen, len(classes), main)
         refuse_unexpected_weights(settings.model.sha256, {"discriminative": fingerprint(segmenter.net)})
-        return segmenter
+        return start_from(chosen, segmenter)
     refuse_unexpected_weights(settings.model.sha256, {})
-    return make_segmenter(
+    segmenter = make_segmenter(
         chosen.family,
         dict(chosen.config) | {"id2label": dict(enumerate(classes))},
         len(classes),
@@ -148,6 +149,7 @@ def build(settings: TrainConfig, classes: tuple[str, ...], main: torch.device) -
         channel_order=chosen.channel_order,
         gradient_checkpointing=chosen.gradient_checkpointing,
     )
+    return start_from(chosen, segmenter)
 
 
 def run(settings: TrainConfig) -> dict[str, Any]:

@@ -65,6 +65,15 @@ BEHIND = {
     "segadapt train train/losses=lovasz": FEW_STEPS,
     "segadapt train train/losses=contrast_memory": [*FEW_STEPS, "train.losses.contrast.warmup_iters=1"],
     "segadapt train-generative data=ade20k": [SD3, "train.iters=1", "train.validation_images=1"],
+    "segadapt train experiment=segformer_b0_ade20k": [
+        "model.discriminative.backbone=null",
+        "train.iters=1",
+        "train.schedule.warmup_iters=0",
+        "train.batch_size=2",
+        "train.transforms.crop_px=64",
+        "train.validation_images=1",
+        "data.workers=0",
+    ],
     "segadapt adapt --config-dir configs experiment=mine --multirun": ["data.corruptions=[fog]", "data.limit=1"],
 }
 LEAVES = {  # file that a verb writes last

@@ -38,6 +38,7 @@ USED_BY = {  # groups of each primary config
     "train_generative": ("data", "model/generative", "logging", "runtime"),
     "corrupt": ("data",),
     "split": ("data",),
+    "align": ("model/discriminative",),
 }
 REQUIRED = {  # what the shipped files leave to the user
     "data.name": "own", "data.classes": "toytown", "data.data_root": "folder", "data.image_path": "{data_root}/{key}.*",

@@ -205,10 +205,10 @@ def test_code_in_a_pickle_never_runs(copy, tmp_path, allow_pickle):
 @pytest.mark.parametrize(("version", "fine"), [("2.9.1+cu128", False), ("2.10.0", True), ("3.0.0a0", True)])
 def test_old_torch_may_not_read_pickles(version, fine):
     if fine:
-        loading._check_torch_reads_pickles_safely(version)
+        loading.check_torch_reads_pickles_safely(version)
     else:
         with pytest.raises(UserError, match=r"expected torch 2\.10 or later"):
-            loading._check_torch_reads_pickles_safely(version)
+            loading.check_torch_reads_pickles_safely(version)
 
 
 def test_built_weights_depend_on_the_seed_alone():

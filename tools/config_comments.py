@@ -16,6 +16,7 @@ SCHEMAS = [
     config.CorruptConfig,
     config_data.ConvertConfig,
     config_data.SplitConfig,
+    config.AlignConfig,
     config.GridConfig,
     config.ResultsConfig,
     config.ReportConfig,
@@ -28,14 +29,19 @@ def prefix_of(path: Path) -> str:
     return "" if folder.parts[:1] in ((), ("base",), ("experiment",), ("tuned",)) else ".".join(folder.parts) + "."
 
 
+def is_of_train(path: Path) -> bool:
+    """Whether a file's section `train` is the segmenter's; otherwise it is the teacher's."""
+    return "segmenter" in path.stem or "# segadapt train experiment=" in path.read_text()
+
+
 def commented(path: Path) -> str:
     """The file's text with every setting's comment as config.py words it."""
     helps: dict[str, str] = {}
     for schema in SCHEMAS:
-        if "segmenter" in path.stem and schema is config_training.TrainGenerativeConfig:
+        if is_of_train(path) and schema is config_training.TrainGenerativeConfig:
             continue
         helps |= {name: item.metadata["help"] for name, item in config.fields_of(schema).items()}
-    if "segmenter" in path.stem:
+    if is_of_train(path):
         helps |= {name: item.metadata["help"] for name, item in config.fields_of(config_training.TrainConfig).items()}
     lines, stack = [], []
     for line in path.read_text().splitlines():

@@ -48,8 +48,8 @@ class Models:
                 placing.assert_placed(transformer, placement)
 
 
-def build_segmenter(settings: DiscriminativeSettings, num_classes: int, device: torch.device) -> NetSegmenter:
-    """The source model, on the main device."""
+def build_segmenter(settings: DiscriminativeSettings, num_classes: int | None, device: torch.device) -> NetSegmenter:
+    """The source model, on the main device; num_classes as in load_segmenter."""
     return load_segmenter(
         resolve(settings.checkpoint, "model.discriminative.checkpoint"),
         revision=settings.revision,

@@ -4,18 +4,28 @@
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedConfig, SegformerConfig, SegformerForSemanticSegmentation
+from transformers import (
+    Mask2FormerConfig,
+    PreTrainedConfig,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    UperNetConfig,
+)
 
 from segadapt.models.discriminative import Outputs, convolutional
 from segadapt.models.discriminative.deeplabv3 import DeepLabV3, DeepLabV3Config
-from segadapt.models.discriminative.hrnet import HrnetConfig, HrnetSegmenter
+from segadapt.models.discriminative.dinov2 import Dinov2Segmenter, Dinov2SegmenterConfig
+from segadapt.models.discriminative.hrnet import HrnetConfig, HrnetSegmenter, hrnet_names
+from segadapt.models.discriminative.keymaps import encoder_names
 from segadapt.models.discriminative.mmseg import MmsegSegformer, MmsegSegformerConfig
 from segadapt.models.discriminative.ocr import HrnetOcr, HrnetOcrConfig
+from segadapt.models.discriminative.resnet import resnet_names
+from segadapt.models.discriminative.semantic_map import SemanticMask2Former, SemanticUperNet
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in 0..1, as in torchvision and in SegFormer's training
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,8 +39,12 @@ class Family:
     net: Any  # a PreTrainedModel; its forward takes pixel_values and returns an object with `logits`
     heads: tuple[str, ...]  # modules that are no encoder
     is_top: Callable[[Any], re.Pattern[str]]  # of a config: names of norms in the last encoder stage and in the head
-    outputs: Callable[[Any, Tensor], Outputs]  # of (net, normalised image), see NetSegmenter.outputs
-    frozen: tuple[str, ...] = ()  # modules that training leaves as they are
+    # of (net, normalised image), see NetSegmenter.outputs; None: it is scored and adapted only
+    outputs: Callable[[Any, Tensor], Outputs] | None
+    encoder: str | None  # module that a pretrained backbone goes into; None: it comes with its weights only
+    # of a file's weights: the same under the encoder's own names, see backbone.py; None: they have them
+    encoder_names: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    frozen: Callable[[Any], tuple[str, ...]] = lambda _: ()  # of a config: modules that training leaves as they are
 
 
 def segformer_outputs(net: Any, pixels_B3HW: Tensor) -> Outputs:
@@ -45,26 +59,100 @@ def segformer_outputs(net: Any, pixels_B3HW: Tensor) -> Outputs:
     return Outputs(logits_BChw, None, seen[-1])
 
 
+def dinov2_outputs(net: Any, pixels_B3HW: Tensor) -> Outputs:
+    """There is no auxiliary head."""
+    features_BDhw = net.features(pixels_B3HW)
+    return Outputs(net.decode_head.classifier(features_BDhw), None, features_BDhw)
+
+
 def segformer_tops(config: Any) -> re.Pattern[str]:
     """`stages.3`, in older versions of transformers `block.3`; and the head."""
     last = len(config.depths) - 1
     return re.compile(rf"decode_head\.|(.*\.)?(stages|patch_embeddings|block|layer_norm)\.{last}\.")
 
 
+def dinov2_tops(config: Any) -> re.Pattern[str]:
+    """The last layer, and what stands behind it."""
+    last = config.backbone_config.num_hidden_layers - 1
+    return re.compile(rf"decode_head\.|backbone\.(encoder\.layer\.{last}|layernorm)\.")
+
+
+def dinov2_frozen(config: Any) -> tuple[str, ...]:
+    """The embeddings at least: nothing reads the mask token among them, so that it would have no gradient."""
+    return ("backbone",) if config.frozen else ("backbone.embeddings",)
+
+
+def pyramid_tops(config: Any) -> re.Pattern[str]:
+    """Of Mask2Former and UPerNet: all but the encoder's first stages; it is a Swin, ConvNeXt or ResNet."""
+    last = len(config.backbone_config.depths) - 1
+    encoder = r"(model\.pixel_level_module\.encoder|backbone)\."
+    stage = rf"(swin\.)?encoder\.(layers|stages)\.{last}|hidden_states_norms\.stage{last + 1}|swin\.layernorm"
+    return re.compile(rf"(?!{encoder})|{encoder}({stage})\.")
+
+
 FAMILIES: dict[str, Family] = {
     "segformer": Family(
-        SegformerConfig, SegformerForSemanticSegmentation, ("decode_head",), segformer_tops, segformer_outputs
+        SegformerConfig,
+        SegformerForSemanticSegmentation,
+        ("decode_head",),
+        segformer_tops,
+        segformer_outputs,
+        "segformer",
+        encoder_names,
     ),
     "segadapt_segformer_mmseg": Family(
-        MmsegSegformerConfig, MmsegSegformer, ("decode_head",), segformer_tops, segformer_outputs
+        MmsegSegformerConfig,
+        MmsegSegformer,
+        ("decode_head",),
+        segformer_tops,
+        segformer_outputs,
+        "segformer",
+        encoder_names,
+    ),
+    "segadapt_dinov2": Family(
+        Dinov2SegmenterConfig,
+        Dinov2Segmenter,
+        ("decode_head",),
+        dinov2_tops,
+        dinov2_outputs,
+        "backbone",
+        frozen=dinov2_frozen,
+    ),
+    "mask2former": Family(
+        Mask2FormerConfig,
+        SemanticMask2Former,
+        ("model.pixel_level_module.decoder", "model.transformer_module", "class_predictor"),
+        pyramid_tops,
+        None,
+        None,
+    ),
+    "upernet": Family(
+        UperNetConfig,
+        SemanticUperNet,
+        ("decode_head", "auxiliary_head"),
+        pyramid_tops,
+        None,
+        None,
     ),
     "segadapt_deeplabv3": Family(
-        DeepLabV3Config, DeepLabV3, convolutional.HEADS, convolutional.tops, convolutional.outputs
+        DeepLabV3Config,
+        DeepLabV3,
+        convolutional.HEADS,
+        convolutional.tops,
+        convolutional.outputs,
+        "encoder",
+        resnet_names,
     ),
     "segadapt_hrnet": Family(
-        HrnetConfig, HrnetSegmenter, convolutional.HEADS, convolutional.tops, convolutional.outputs
+        HrnetConfig,
+        HrnetSegmenter,
+        convolutional.HEADS,
+        convolutional.tops,
+        convolutional.outputs,
+        "encoder",
+        hrnet_names,
     ),
     "segadapt_hrnet_ocr": Family(
-        HrnetOcrConfig, HrnetOcr, convolutional.HEADS, convolutional.tops, convolutional.outputs
+        HrnetOcrConfig, HrnetOcr, convolutional.HEADS, convolutional.tops, convolutional.outputs, "encoder", hrnet_names
     ),
 }

@@ -100,6 +100,12 @@ def is_of_transformers(keys: Collection[str]) -> bool:
     return any(re.fullmatch(TRANSFORMERS, key) for key in keys)
 
 
+def encoder_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a MiT under the names of transformers' files; those of no LAYOUTS keep theirs."""
+    layout = recognise(state)
+    return dict(state) if layout is None else renamed(state, layout)
+
+
 def renamed(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """The same weights under the names of transformers' files, packed projections cut, 1x1 convolutions as matrices.
 

@@ -1,13 +1,13 @@
 """Segmenters from folders, hub ids and files of other code bases, strictly; or with random weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from segadapt.errors import UserError, did_you_mean
@@ -18,13 +18,14 @@ from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.discriminative.state_file import is_file, read_state
 
 SETTING = "model.discriminative.checkpoint"
+ONEFLOW = ("pickled_data", "snapshot_done")  # files that every checkpoint of oneflow.save has one of
 
 
 def load_segmenter(
     checkpoint: str,
     *,
     revision: str | None = None,
-    num_classes: int,
+    num_classes: int | None,
     device: str | torch.device,
     channel_order: str | None = None,
     gradient_checkpointing: bool = False,
@@ -36,7 +37,7 @@ def load_segmenter(
         checkpoint: folder (no network) or hub id, such as nvidia/segformer-b5-finetuned-ade-640-640, of any of
             FAMILIES; or a SegFormer file of NVIDIA's own code or of mmsegmentation, recognised by its keys.
         revision: branch, tag or commit of the hub id.
-        num_classes: classes of the data set; the head is never made anew.
+        num_classes: classes of the data set; the head is never made anew. None: there is no data set.
         channel_order: of the net's input, rgb or bgr; None: as its config says, else rgb.
         allow_pickle: also read pytorch_model.bin, *.pth and *.pt, with torch's weights-only reader.
     Raises:
@@ -44,11 +45,10 @@ def load_segmenter(
             missing, unexpected or of another shape.
     """
     if allow_pickle:
-        _check_torch_reads_pickles_safely(torch.__version__)
+        check_torch_reads_pickles_safely(torch.__version__)
     read = _read_file if is_file(checkpoint) else _read_folder
     net, faults = read(checkpoint, revision=revision, num_classes=num_classes, allow_pickle=allow_pickle)
     if faults:
-        shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
         to_fit, cure = (
             ("the SegFormer that their shapes describe", "Fetch the file again, complete, from where it was published.")
             if is_file(checkpoint)
@@ -58,24 +58,17 @@ def load_segmenter(
             )
         )
         raise UserError(
-            f"{SETTING}={checkpoint}: the weights do not fit {to_fit}: {shown}. Expected every key once, in its shape. "
-            f"{cure}"
+            f"{SETTING}={checkpoint}: the weights do not fit {to_fit}: {listed(faults)}. Expected every key once, in "
+            f"its shape. {cure}"
         )
     return NetSegmenter(net.to(device), channel_order=channel_order, gradient_checkpointing=gradient_checkpointing)
 
 
 def _read_folder(
-    checkpoint: str, *, revision: str | None, num_classes: int, allow_pickle: bool
+    checkpoint: str, *, revision: str | None, num_classes: int | None, allow_pickle: bool
 ) -> tuple[Any, list[str]]:
-    """The net of a folder or hub id, and every key at fault, see `_read_weights`."""
-    folder = local_folder(checkpoint, SETTING)
-    source = str(folder or checkpoint)
-    where = {"revision": revision, "local_files_only": folder is not None}
-    if not allow_pickle and folder and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
-        raise UserError(
-            f"{SETTING}={checkpoint} holds only pickled weights (*.bin), which can carry code; expected "
-            f"model.safetensors. Convert it, or set model.discriminative.allow_pickle=true if you trust its author."
-        )
+    """The net of a folder or hub id, and every key at fault, see `read_weights`."""
+    source, where = open_folder(checkpoint, SETTING, revision=revision, allow_pickle=allow_pickle)
     with explain_checkpoint_errors("discriminative model", checkpoint, SETTING):
         found, _ = PreTrainedConfig.get_config_dict(source, **where)
         # transformers takes a missing config.json for an empty one and would build its default architecture
@@ -87,11 +80,31 @@ def _read_folder(
         family = FAMILIES[found["model_type"]]
         config = family.config.from_dict(found)
         _check_classes(checkpoint, config.num_labels or 0, num_classes)
-        safe = None if allow_pickle else True
-        return _read_weights(family.net, source, config=config, use_safetensors=safe, **where)
+        return read_weights(family.net, source, config=config, use_safetensors=None if allow_pickle else True, **where)
 
 
-def _read_file(checkpoint: str, *, revision: str | None, num_classes: int, allow_pickle: bool) -> tuple[Any, list[str]]:
+def open_folder(
+    checkpoint: str, setting: str, *, revision: str | None, allow_pickle: bool
+) -> tuple[str, dict[str, Any]]:
+    """Folder or hub id as transformers takes it, and the arguments that say which revision and whether to fetch.
+
+    UserError: no such folder, one of pickles alone without `allow_pickle`, or one of OneFlow.
+    """
+    folder = local_folder(checkpoint, setting)
+    if folder and any(found for name in ONEFLOW for found in (*folder.glob(name), *folder.glob(f"*/{name}"))):
+        raise UserError(f"{setting}={checkpoint} is a checkpoint of OneFlow, as LiBai saves; only OneFlow reads it. "
+                        "Write a *.safetensors file under NVIDIA's names there, and give that.")  # fmt: skip
+    if not allow_pickle and folder and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
+        raise UserError(
+            f"{setting}={checkpoint} holds only pickled weights (*.bin), which can carry code; expected "
+            f"model.safetensors. Convert it, or set model.discriminative.allow_pickle=true if you trust its author."
+        )
+    return str(folder or checkpoint), {"revision": revision, "local_files_only": folder is not None}
+
+
+def _read_file(
+    checkpoint: str, *, revision: str | None, num_classes: int | None, allow_pickle: bool
+) -> tuple[Any, list[str]]:
     """The net of a file of NVIDIA or mmsegmentation, and every key at fault, under the names of transformers' modules.
 
     NVIDIA's weights get the class of transformers, and its LayerNorm eps of 1e-5 throughout, as NVIDIA's own files on
@@ -120,12 +133,12 @@ def _read_file(checkpoint: str, *, revision: str | None, num_classes: int, allow
         return None, [f"{key} is missing" for key in missing]
     _check_classes(checkpoint, sizes["num_labels"], num_classes)
     family = FAMILIES[layout.model_type]
-    return _read_weights(family.net, None, config=family.config(**sizes), state_dict=state)
+    return read_weights(family.net, None, config=family.config(**sizes), state_dict=state)
 
 
-def _check_classes(checkpoint: str, found: int, expected: int) -> None:
+def _check_classes(checkpoint: str, found: int, expected: int | None) -> None:
     """UserError: the head has other classes than the data set."""
-    if found != expected:
+    if expected is not None and found != expected:
         raise UserError(
             f"{SETTING}={checkpoint}: its head has {found} classes, but the data set has {expected}. Choose a "
             f"checkpoint trained on this data set; a head is never made anew."
@@ -155,12 +168,7 @@ def make_segmenter(
     if family not in FAMILIES:
         raise UserError(f"model.discriminative.family={family} is not a family.{did_you_mean(family, FAMILIES)}")
     kind = FAMILIES[family]
-    known = {field.name for field in fields(kind.config)}
-    for key in config:
-        if key not in known:
-            raise UserError(
-                f"model.discriminative.config.{key} is not a setting of {family}.{did_you_mean(key, known)}"
-            )
+    _check_keys(config, kind.config, "model.discriminative.config")
     id2label = dict(config.get("id2label") or {index: f"class_{index}" for index in range(num_classes)})
     if len(id2label) != num_classes:
         raise UserError(
@@ -181,7 +189,18 @@ def make_segmenter(
     return NetSegmenter(net, channel_order=channel_order, gradient_checkpointing=gradient_checkpointing)
 
 
-def _check_torch_reads_pickles_safely(version: str) -> None:
+def _check_keys(config: Mapping[str, Any], kind: type[PreTrainedConfig], prefix: str) -> None:
+    """UserError: a key that the config class does not have, also within a config of a part; it would have no effect."""
+    known = {field.name.lstrip("_") for field in fields(kind)} | set(kind.attribute_map) | {"model_type"}
+    for key, value in config.items():
+        if key not in known:
+            raise UserError(f"{prefix}.{key} is not a setting of {kind.model_type}.{did_you_mean(key, known)}")
+        inner = value.get("model_type", "") if isinstance(value, Mapping) else ""
+        if inner in CONFIG_MAPPING:
+            _check_keys(value, CONFIG_MAPPING[inner], f"{prefix}.{key}")
+
+
+def check_torch_reads_pickles_safely(version: str) -> None:
     """UserError: torch before 2.10, whose weights-only reader can run code (CVE-2025-32434, CVE-2026-24747)."""
     if tuple(int(part) for part in version.split(".")[:2]) < (2, 10):
         raise UserError(
@@ -190,7 +209,12 @@ def _check_torch_reads_pickles_safely(version: str) -> None:
         )
 
 
-def _read_weights(kind: Any, source: str | None, **options: Any) -> tuple[Any, list[str]]:
+def listed(faults: Sequence[str]) -> str:
+    """At most eight, and how many more there are."""
+    return "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+
+
+def read_weights(kind: Any, source: str | None, **options: Any) -> tuple[Any, list[str]]:
     """The net, and every key at fault in words; a net with faults is for the message only, never for use.
 
     Args:

@@ -36,6 +36,9 @@ class NetSegmenter:
         self._is_bgr = getattr(net.config, "channel_order", "rgb") == "bgr"
         # on the device from the start: a copy from the host would wait for all that the device was given before
         self._mean_std_2311 = torch.tensor([mean, std], device=net.device)[:, :, None, None]
+        if gradient_checkpointing and not net.supports_gradient_checkpointing:
+            raise UserError(f"model.discriminative.gradient_checkpointing=true: {net.config.model_type} cannot "
+                            "recompute its activations. Set it to false.")  # fmt: skip
         if gradient_checkpointing:
             if not net.supports_gradient_checkpointing:
                 raise UserError("model.discriminative.gradient_checkpointing=true: a net of model_type "
@@ -58,7 +61,7 @@ class NetSegmenter:
     def train(self) -> "NetSegmenter":
         """Train mode, but for the modules that the family keeps frozen: they stay in eval mode, without gradient."""
         self.net.train()
-        for name in self.family.frozen:
+        for name in self.family.frozen(self.net.config):
             self.net.get_submodule(name).eval().requires_grad_(False)
         return self
 
@@ -80,6 +83,7 @@ class NetSegmenter:
 
     def outputs(self, image_B3HW: Tensor) -> Outputs:
         """For training: the logits, those of an auxiliary head if the net has one, and what the classifier sees."""
+        assert self.family.outputs is not None
         found = self.family.outputs(self.net, self.normalised(image_B3HW))
         auxiliary_BChw = found.auxiliary_BChw
         return Outputs(

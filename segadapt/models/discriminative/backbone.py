@@ -1,0 +1,141 @@
+"""Pretrained weights into the encoder of a segmenter that was made from scratch, strictly."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from segadapt.config import DiscriminativeSettings
+from segadapt.errors import UserError
+from segadapt.models.checkpoint_errors import explain_checkpoint_errors
+from segadapt.models.discriminative.load import check_torch_reads_pickles_safely, listed, open_folder, read_weights
+from segadapt.models.discriminative.segmenter import NetSegmenter
+from segadapt.models.discriminative.state_file import is_file, read_state
+
+SETTING = "model.discriminative.backbone"
+# modules of classifiers and of whole segmenters, which no encoder has; a head is always made anew
+HEADS = ("head.", "classifier.", "decode_head.", "auxiliary_head.")
+NO_SHAPE_TELLS = ("num_attention_heads", "strides", "layer_norm_eps", "hidden_act", "window_size")  # of an encoder
+
+
+def start_from(settings: DiscriminativeSettings, segmenter: NetSegmenter) -> NetSegmenter:
+    """The same segmenter, ready for training: with `backbone` its encoder's weights replaced, which is printed.
+
+    UserError: a family that cannot be trained; a backbone beside a checkpoint; none under a frozen encoder; see
+    `load_backbone`.
+    """
+    family, config = segmenter.family, segmenter.net.config
+    if family.outputs is None:
+        raise UserError(f"model.discriminative: {config.model_type} is scored and adapted only, not trained; expected "
+                        "another family. Choose one.")  # fmt: skip
+    if settings.checkpoint is not None:
+        if settings.backbone is not None:
+            raise UserError(f"{SETTING}={settings.backbone} beside checkpoint={settings.checkpoint}: it would have no "
+                            "effect. Set one of them to null.")  # fmt: skip
+    elif settings.backbone is not None:
+        said = load_backbone(
+            segmenter, settings.backbone, revision=settings.revision, allow_pickle=settings.allow_pickle
+        )
+        Console().print(said, highlight=False, soft_wrap=True)
+    elif family.encoder in family.frozen(config):
+        raise UserError(f"{SETTING}=null: the encoder is frozen, and would stay random. Set it, or "
+                        "model.discriminative.config.frozen=false.")  # fmt: skip
+    return segmenter
+
+
+def load_backbone(segmenter: NetSegmenter, backbone: str, *, revision: str | None, allow_pickle: bool) -> str:
+    """Replace the encoder's random weights; gives one line that says what was read and what was left out.
+
+    Args:
+        backbone: a folder or hub id that transformers reads, of a bare encoder or of a net around one; or a file, see
+            read_state, with names that the family's `encoder_names` knows: for SegFormer those of NVIDIA's mit_b*.pth,
+            of mmsegmentation and of transformers, for DINOv2 those of transformers.
+        allow_pickle: also read pytorch_model.bin, *.pth and *.pt, with torch's weights-only reader.
+    Raises:
+        UserError: a family without such an encoder; missing, gated or damaged weights, or of another architecture; a
+            key that is missing, unexpected or of another shape, but for those of HEADS.
+    """
+    name = segmenter.family.encoder
+    if name is None:
+        raise UserError(f"{SETTING}={backbone}: {segmenter.net.config.model_type} comes with its weights only; "
+                        "expected null. Give model.discriminative.checkpoint.")  # fmt: skip
+    if allow_pickle:
+        check_torch_reads_pickles_safely(torch.__version__)
+    encoder = segmenter.net.get_submodule(name)
+    read = _read_file if is_file(backbone) else _read_folder
+    state, faults, dropped = read(segmenter, encoder, backbone, revision=revision, allow_pickle=allow_pickle)
+    if faults:
+        raise UserError(
+            f"{SETTING}={backbone}: the weights do not fit the encoder that model.discriminative.config describes: "
+            f"{listed(faults)}. Expected every key once, in its shape. Choose the config of these weights."
+        )
+    encoder.load_state_dict(state)
+    left_out = f"; left out, as a head is made anew: {', '.join(dropped)}" if dropped else ""
+    return f"backbone {backbone}: {len(state)} tensors into {name}{left_out}"
+
+
+def _read_folder(
+    segmenter: NetSegmenter, encoder: nn.Module, backbone: str, *, revision: str | None, allow_pickle: bool
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Weights under the encoder's names, every key at fault in words, and keys that were left out."""
+    if not isinstance(encoder, PreTrainedModel):
+        raise UserError(f"{SETTING}={backbone}: {segmenter.net.config.model_type} takes a file of ImageNet weights; "
+                        "expected *.safetensors, *.pth or *.pt. Give the file.")  # fmt: skip
+    source, where = open_folder(backbone, SETTING, revision=revision, allow_pickle=allow_pickle)
+    with explain_checkpoint_errors("backbone", backbone, SETTING):
+        found, _ = PreTrainedConfig.get_config_dict(source, **where)
+        _check_config(backbone, found, encoder)
+        safe = None if allow_pickle else True
+        net, faults = read_weights(type(encoder), source, config=encoder.config, use_safetensors=safe, **where)
+    dropped = [fault for fault in faults if fault.startswith(HEADS) and fault.endswith(" is unexpected")]
+    faults = [fault for fault in faults if fault not in dropped]
+    return net.state_dict() if net else {}, faults, [fault.removesuffix(" is unexpected") for fault in dropped]
+
+
+def _read_file(
+    segmenter: NetSegmenter, encoder: nn.Module, backbone: str, *, revision: str | None, allow_pickle: bool
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """As `_read_folder`. UserError: a revision, which no file has."""
+    if revision is not None:
+        raise UserError(f"model.discriminative.revision={revision} beside the file {SETTING}={backbone}: it would have "
+                        "no effect. Set it to null.")  # fmt: skip
+    stored = read_state(backbone, SETTING, allow_pickle=allow_pickle)
+    renamed = segmenter.family.encoder_names or dict
+    dropped = [
+        key for key in stored if key.removeprefix("backbone.").startswith(HEADS) or not renamed({key: stored[key]})
+    ]
+    state = renamed({key: value for key, value in stored.items() if key not in dropped})
+    if isinstance(encoder, PreTrainedModel):  # which knows the names of older versions too
+        net, faults = read_weights(type(encoder), None, config=encoder.config, state_dict=state)
+        return net.state_dict() if net else {}, faults, dropped
+    return state, _faults(state, encoder.state_dict()), dropped
+
+
+def _faults(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Every key of another shape, missing or unexpected, in words."""
+    shapes = {
+        key: (tuple(state[key].shape), tuple(expected[key].shape)) for key in sorted(state.keys() & expected.keys())
+    }
+    return [
+        *(f"{key} has shape {got}, expected {wanted}" for key, (got, wanted) in shapes.items() if got != wanted),
+        *(f"{key} is missing" for key in sorted(expected.keys() - state.keys())),
+        *(f"{key} is unexpected" for key in sorted(state.keys() - expected.keys())),
+    ]
+
+
+def _check_config(backbone: str, found: dict[str, Any], encoder: Any) -> None:
+    """UserError: an encoder of another kind, or other in what no shape of a weight tells."""
+    kind = encoder.config_class  # not that of encoder.config, which may be a subclass of ours
+    if found.get("model_type") != kind.model_type:
+        raise UserError(f"{SETTING}={backbone}: config.json has model_type {found.get('model_type')!r}; expected "
+                        f"{kind.model_type}. Give weights of that architecture.")  # fmt: skip
+    theirs = kind.from_dict(found)
+    for name in NO_SHAPE_TELLS:
+        values = (getattr(config, name, None) for config in (theirs, encoder.config))
+        one, other = (list(value) if isinstance(value, tuple) else value for value in values)  # JSON has no tuples
+        if one != other:
+            raise UserError(f"{SETTING}={backbone}: its config.json has {name} {one}, model.discriminative.config has "
+                            f"{other}; expected the same. Set {name} there.")  # fmt: skip

@@ -1,0 +1,59 @@
+"""Trained segmenters of transformers: Mask2Former (Cheng et al. 2022) and UPerNet (Xiao et al. 2018).
+
+# B images  3 RGB  H W image px  C dataset classes  Q queries  h w logits, about px / 4
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import Mask2FormerConfig, Mask2FormerModel, UperNetForSemanticSegmentation
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerPreTrainedModel
+
+from segadapt.models.discriminative.mmseg import Scored
+
+FLOOR = 1e-6  # of a class in the semantic map, which lies in 0..Q
+
+
+def semantic_map(class_BQn: Tensor, mask_BQhw: Tensor) -> Tensor:
+    """How much the queries say for each class, [B, C, h, w], float32: sum of p(class) times p(pixel is in the mask).
+
+    Cheng et al. 2022, appendix "semantic segmentation inference". A pixel's sum over classes is not 1.
+
+    Args:
+        class_BQn: logits of C classes and, last, of no object.
+        mask_BQhw: logits.
+    """
+    with torch.autocast(class_BQn.device.type, enabled=False):
+        at_least = torch.float64 if class_BQn.dtype == torch.float64 else torch.float32
+        probability_BQC = class_BQn.to(at_least).softmax(dim=2)[..., :-1]
+        return torch.einsum("bqc,bqhw->bchw", probability_BQC, mask_BQhw.to(at_least).sigmoid())
+
+
+class SemanticMask2Former(Mask2FormerPreTrainedModel):
+    """Mask2FormerForUniversalSegmentation without its training loss, which needs scipy: the same files.
+
+    Logits are log(semantic map + FLOOR), so that their softmax is the map divided by its sum over classes.
+    """
+
+    # the loss's weight of no object; it scores nothing
+    _keys_to_ignore_on_load_unexpected = [r"criterion\.empty_weight"]  # noqa: RUF012
+
+    def __init__(self, config: Mask2FormerConfig):
+        super().__init__(config)
+        self.model = Mask2FormerModel(config)
+        self.class_predictor = nn.Linear(config.hidden_dim, (config.num_labels or 0) + 1)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor) -> Scored:
+        """Normalised images [B, 3, H, W]."""
+        found = self.model(pixel_values=pixel_values, output_hidden_states=True)
+        queries_QBD = found.transformer_decoder_intermediate_states[-1]  # behind the last layer and its norm
+        class_BQn = self.class_predictor(queries_QBD.transpose(0, 1))
+        return Scored((semantic_map(class_BQn, found.masks_queries_logits[-1]) + FLOOR).log())
+
+
+class SemanticUperNet(UperNetForSemanticSegmentation):
+    """UperNetForSemanticSegmentation whose logits stay on the head's grid, which is 16 times smaller."""
+
+    def forward(self, pixel_values: Tensor) -> Scored:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Normalised images [B, 3, H, W]."""
+        return Scored(self.decode_head(self.backbone(pixel_values).feature_maps))
