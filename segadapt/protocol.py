@@ -48,6 +48,7 @@ FREE = (
     "runtime.checkpoint_seconds",
     "runtime.checkpoint_images",
     "tta.diagnose_every",
+    "train.checkpoint_every",
     "model.sha256",
     "model.generative.prompts.cache_dir",
 )

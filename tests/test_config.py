@@ -160,7 +160,7 @@ QUICK = {
         ),
         ("experiment=toytown_c", "experiment.name=other", "tta.optimizer.lr=1e-3"),
     ),
-    "train": ((*TINY, TINY_SEGFORMER, "train/broad=wide", "train.broad.probability=0.5", "train.lr=1e30"),),
+    "train": ((*TINY, TINY_SEGFORMER, "train/broad=wide", "train.broad.probability=0.5", "train.optimizer.lr=1e30"),),
     "train_generative": (
         ("model.generative.window_px=48", "model.generative.stride_px=48", *TINY, TINY_SD3, TINY_VAE, "runtime=cpu"),
     ),

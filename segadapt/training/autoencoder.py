@@ -20,8 +20,8 @@ from segadapt.errors import UserError
 from segadapt.models.set_up import devices_of
 from segadapt.record import JsonLines
 from segadapt.seeds import derive
-from segadapt.train import LOG_EVERY
 from segadapt.training.augment import Crops, keep_light, light_of, places_of_classes
+from segadapt.training.log import LOG_EVERY
 
 # Of AutoencoderKL's settings, those that `train_autoencoder` decides itself.
 DECIDED = ("down_block_types", "up_block_types", "use_quant_conv", "use_post_quant_conv")

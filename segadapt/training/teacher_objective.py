@@ -24,7 +24,7 @@ from segadapt.models.generative.prompts import PromptEmbeddings
 from segadapt.models.generative.sd3 import Sd3, add_noise
 from segadapt.models.generative.teacher import true_classes
 from segadapt.seeds import derive
-from segadapt.train import cross_entropy
+from segadapt.training.cross_entropy import cross_entropy
 
 
 class ClassTokens(nn.Module):
