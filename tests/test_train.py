@@ -87,9 +87,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step_under_a_finite_loss
         return replace(terms, total=terms.total + (0 * outputs.logits_BChw).sum().sqrt())  # + 0, with a gradient of nan
 
     monkeypatch.setattr(Objective, "forward", steep)
-    with pytest.raises(
-        UserError, match=r"^train\.optimizer\.lr=\S+: the norm of the gradient is nan at step 1; "
-    ):
+    with pytest.raises(UserError, match=r"^train\.optimizer\.lr=\S+: the norm of the gradient is nan at step 1; "):
         train.run(training(tmp_path, "train.iters=1"))
     assert not list(tmp_path.rglob("*.safetensors"))
 

@@ -20,7 +20,7 @@ class Log:
 
     Args:
         path: the run folder.
-        keep: what `state_dict` gave, of the checkpoint that this start goes on from; None: from the first step.
+        keep: holds what `state_dict` gave, of the checkpoint that this start goes on from; None: from the first step.
         step: of that checkpoint.
     """
 
@@ -32,10 +32,10 @@ class Log:
         *,
         iters: int,
         batch_size: int,
-        keep: Mapping[str, int] | None = None,
+        keep: Mapping[str, Any] | None = None,
         step: int = 0,
     ):
-        sizes = keep or {"records": 0, "timings": 0}
+        sizes = {name: keep[name] if keep else 0 for name in ("records", "timings")}
         self._lines = {name: JsonLines(path / f"{name}.jsonl", keep_bytes=size) for name, size in sizes.items()}
         self._mirror, self._terminal, self._iters, self._batch_size = mirror, terminal, iters, batch_size
         self._step, self._since = step, time.perf_counter()
