@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from segadapt import metrics, stream
 from segadapt.checkpoint import Checkpoints
-from segadapt.config_training import TrainConfig
+from segadapt.config_training import TrainConfig, TrainSettings
 from segadapt.datasets import Dataset
 from segadapt.errors import UserError
 from segadapt.models.discriminative.segmenter import NetSegmenter
@@ -45,6 +45,36 @@ class Learner(nn.Module):
             outputs = self._outputs(image_B3HW)
         terms = self.objective(outputs, label_BHW, step=step)
         return terms.total, terms.values, terms.weights
+
+
+def batches(
+    samples: torch.utils.data.Dataset,
+    t: TrainSettings,
+    world: World,
+    *,
+    first: int,
+    workers: int,
+    is_pinned: bool = False,
+) -> Iterator[Sequence[tuple[Tensor, Tensor]]]:
+    """The micro-batches of this process, step by step, from step `first` on.
+
+    Step i takes the items i B .. i B + B - 1 of the samples, whatever the number of processes and micro-batches: each
+    micro-batch is a stretch of them, and each process has its part of it.
+    """
+    part = t.batch_size // (world.size * t.accumulate)
+    firsts = (
+        step * t.batch_size + (micro * world.size + world.rank) * part
+        for step in range(first, t.iters)
+        for micro in range(t.accumulate)
+    )
+    loader = DataLoader(
+        samples,
+        batch_sampler=[range(item, item + part) for item in firsts],  # pyright: ignore[reportArgumentType]
+        num_workers=workers,
+        pin_memory=is_pinned,
+        worker_init_fn=stream.one_thread_each,
+    )
+    yield from zip(*[iter(loader)] * t.accumulate, strict=True)
 
 
 class Training:
@@ -152,7 +182,9 @@ class Training:
             Stopped: a signal came to any of the processes; a checkpoint is written.
         """
         t = self.settings.train
-        for micro_batches in () if self._is_over else self._batches(samples):
+        loader = batches(samples, t, self.world, first=self.step, workers=self.settings.data.workers,
+                         is_pinned=self._device.type == "cuda")  # fmt: skip
+        for micro_batches in () if self._is_over else loader:
             step = self.step + 1
             is_due = self.world.is_main and checkpoints.is_due(step)
             signum, is_due = self.world.largest(np.array([asked.signum or 0, is_due])).tolist()
@@ -172,28 +204,6 @@ class Training:
                 name = signal.Signals(signum).name
                 said = f"{name} after step {step} of {t.iters}; the same command goes on from there"
                 raise Stopped(signal.Signals(signum), said)
-
-    def _batches(self, samples: torch.utils.data.Dataset) -> Iterator[Sequence[tuple[Tensor, Tensor]]]:
-        """The micro-batches of this process, step by step, from the step at hand on.
-
-        Step t takes the items t B .. t B + B - 1 of the samples, whatever the number of processes and micro-batches:
-        each micro-batch is a stretch of them, and each process has its part of it.
-        """
-        t, rank, size = self.settings.train, self.world.rank, self.world.size
-        part = t.batch_size // (size * t.accumulate)
-        firsts = (
-            step * t.batch_size + (micro * size + rank) * part
-            for step in range(self.step, t.iters)
-            for micro in range(t.accumulate)
-        )
-        loader = DataLoader(
-            samples,
-            batch_sampler=[range(first, first + part) for first in firsts],  # pyright: ignore[reportArgumentType]
-            num_workers=self.settings.data.workers,
-            pin_memory=self._device.type == "cuda",
-            worker_init_fn=stream.one_thread_each,
-        )
-        return zip(*[iter(loader)] * t.accumulate, strict=True)
 
     def _step(self, micro_batches: Sequence[tuple[Tensor, Tensor]], *, is_read: bool) -> dict[str, Any]:
         """One step of the optimizer; its numbers if they are read.
