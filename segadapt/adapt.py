@@ -21,7 +21,8 @@ from segadapt.models.build import Models, build_models
 from segadapt.models.discriminative import Segmenter
 from segadapt.models.generative import Teacher
 from segadapt.protocol import identity, method_of, peak_memory_gib, protocol, rule_of, versions
-from segadapt.record import JsonLines, RunFolder, refuse_changes, write_json
+from segadapt.record import JsonLines, RunFolder, write_json
+from segadapt.resume import earlier_state, finished_results
 from segadapt.rules import loaded_px
 from segadapt.signals import Stopped, noted_signals
 from segadapt.task_loop import MEANS, Run, TaskLoop, TaskResult, row_of
@@ -34,7 +35,6 @@ from segadapt.terminal import (
     paper_values,
     results_table,
 )
-from segadapt.untrusted import read_json
 from segadapt.wandb_mirror import mirrored
 
 SHOWN = MEANS[:5]  # mRecall is mAcc
@@ -79,7 +79,7 @@ def run(
             "manifest_sha256": stream.manifest_hash(dataset, flat),
             "weights_sha256": models.fingerprints,
         }
-        results = None if settings.experiment.restart else _finished(folder, origin)
+        results = None if settings.experiment.restart else finished_results(folder, origin)
         if results is None:
             results = _adapt(settings, dataset, entries, models, folder, origin, terminal, num_tasks=len(tasks))
         else:
@@ -110,7 +110,7 @@ def _adapt(
     """
     runtime, flat, console = settings.runtime, [entry for stretch in entries for entry in stretch], terminal.console
     checkpoints = Checkpoints(folder.path, seconds=runtime.checkpoint_seconds, images=runtime.checkpoint_images)
-    state = None if settings.experiment.restart else _earlier(checkpoints, folder, settings, origin, console)
+    state = None if settings.experiment.restart else earlier_state(checkpoints, folder, settings, origin, console)
     folder.start_over(asdict(settings), keep=state is not None)
     sentence, done = protocol(settings, order_sha256=origin["order_sha256"]), checkpoints.newest
     console.print(f"run folder {folder.path}", f"protocol: {sentence}", sep="\n", highlight=False, soft_wrap=True)
@@ -186,57 +186,6 @@ def _adapt(
     if asked.signum is not None:
         raise Stopped(asked.signum, f"{asked.signum.name} after the last image; {folder.path} is finished")
     return results
-
-
-# --- what an earlier start left ---
-
-ANEW = "Restore it, choose another experiment.id, or start anew with experiment.restart=true"
-
-
-def _finished(folder: RunFolder, origin: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The results that are there; None: not finished.
-
-    UserError: they are of other weights, images or order.
-    """
-    path = folder.path / "results.json"
-    if not path.is_file():
-        return None
-    results = read_json(path, cure=f"{ANEW}.")
-    earlier = {name: results[name] for name in origin if name in results}
-    refuse_changes(folder.path, earlier, origin, cure=ANEW)
-    return results
-
-
-def _earlier(
-    checkpoints: Checkpoints,
-    folder: RunFolder,
-    settings: RunConfig,
-    origin: Mapping[str, Any],
-    console: Console,
-) -> Any:
-    """The newest state that is whole and whose records are there; None, and said: from the first image.
-
-    UserError: it is of other weights, images or order, or of another version.
-    """
-
-    def records_are_there(state: Mapping[str, Any]) -> str | None:
-        for name in ("records", "timings"):
-            size = (folder.path / f"{name}.jsonl").stat().st_size
-            if size < state[name]:
-                return f"{name}.jsonl has {size} bytes, expected {state[name]} or more"
-        return None
-
-    state = checkpoints.read(records_are_there)
-    if state is None:
-        if (folder.path / "records.jsonl").exists():
-            console.print("an earlier start left no checkpoint: from the first image", highlight=False)
-        return None
-    version, earlier = __version__, dict(state["origin"])
-    if settings.experiment.any_version:
-        version = earlier["segadapt"]
-    cure = f"{ANEW}, or of another segadapt go on all the same with experiment.any_version=true"
-    refuse_changes(folder.path, earlier, {**origin, "segadapt": version}, cure=cure)
-    return state
 
 
 # --- before the run ---

@@ -25,7 +25,7 @@ class ExperimentSettings:
     id: str | None = setting("second part of the run folder; null: a hash of all settings that can change results")
     seed: int = setting("all noise, sigma, class draws and orders are derived from it", low=0)
     restart: bool = setting("start anew; false: go on where an earlier start of the same settings stopped")
-    any_version: bool = setting("adapt, evaluate: also go on from a checkpoint of another version of segadapt")
+    any_version: bool = setting("adapt, evaluate, train: also go on from a checkpoint of another version of segadapt")
 
 
 @dataclass
@@ -251,7 +251,7 @@ class LoggingSettings:
     sample_images: int = setting("predictions=sample: the first n images of each task", low=1)
     samples: int = setting("images of each task that `report` can show, chosen by the seed; 0: none", low=0)
     terminal: str = setting(
-        "adapt, evaluate, demo: text, live on a terminal or in plain lines, only the result lines, or JSON lines",
+        "all but train-generative: text, live on a terminal or in plain lines, only the result lines, or JSON lines",
         choices=("auto", "rich", "plain", "quiet", "json"),
     )
     wandb: WandbSettings = setting("Weights & Biases")
@@ -263,11 +263,12 @@ class RuntimeSettings:
     precision: str = setting("bf16: autocast over float32 weights; fp32", choices=("bf16", "fp32"))
     deterministic: bool = setting("refuse algorithms whose result varies from run to run")
     compile: bool | None = setting(
-        "compiled teacher, both models as CUDA graphs: a minute at first, then faster; null: on GPUs, for a large one"
+        "compiled teacher, both models as CUDA graphs: a minute at first, then faster; null: on GPUs, for a large one; "
+        "train: true compiles the segmenter"
     )
     threads: int | None = setting("CPU threads of torch; null: its own choice", low=1)
     checkpoint_seconds: float | None = setting(
-        "adapt, evaluate: time between checkpoints, s; more where they would take over 2 % of it; null: no such", low=0
+        "time between checkpoints, s; more where they would take over 2 % of it; null: no such", low=0
     )
     checkpoint_images: int | None = setting("adapt, evaluate: images between checkpoints; null: no such", low=1)
 

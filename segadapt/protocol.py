@@ -55,6 +55,7 @@ FREE = (
     "evaluate.per_class",
     "evaluate.confusion_picture",
     "evaluate.submission",
+    "train.checkpoint_every",
     "model.sha256",
     "model.generative.prompts.cache_dir",
 )
@@ -64,7 +65,9 @@ NEUTRAL: dict[str, Any] = {
     "data.unknown_ids": "error",
     "data.keys_file": None,
     "data.subset": 1,
+    "model.discriminative.backbone": None,
     "model.discriminative.channel_order": None,
+    "model.discriminative.family": "segformer",
     "tta.options": {},
     "tta.non_finite": "skip",
 }

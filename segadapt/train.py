@@ -1,132 +1,84 @@
-"""Train a segmenter on clean images: the losses of train.losses at full resolution, AdamW, poly schedule.
+"""Train a segmenter on clean images: steps over global batches, validation, checkpoints; one process or several.
 
-B images of a batch   C classes   H W px of a batch
+B images of a micro-batch   3 RGB   H W crop px   C classes
 """
 
-import math
+import copy
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 
-from segadapt import metrics, scoring, stream
-from segadapt.config_training import TrainConfig, TrainGenerativeConfig
+from segadapt import __version__, stream
+from segadapt.checkpoint import Checkpoints
+from segadapt.config_training import TrainConfig
 from segadapt.datasets import Dataset, Task
-from segadapt.datasets.build import build_dataset, of_split
-from segadapt.datasets.cache import Cached
 from segadapt.errors import UserError
-from segadapt.losses import Objective, check_losses, class_weights_of
+from segadapt.losses import ClassWeights, Objective, check_losses, class_weights_of
 from segadapt.models.build import build_segmenter, refuse_unexpected_weights
 from segadapt.models.discriminative.backbone import start_from
 from segadapt.models.discriminative.load import make_segmenter
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.set_up import fingerprint, set_up
-from segadapt.protocol import FREE, versions, without
-from segadapt.record import JsonLines, RunFolder, write_json
+from segadapt.protocol import peak_memory_gib, versions, without
+from segadapt.record import RunFolder, write_json
+from segadapt.resume import earlier_state, finished_results
+from segadapt.signals import Stopped, noted_signals
+from segadapt.terminal import Terminal, open_terminal, percent
+from segadapt.training.log import Log
+from segadapt.training.loop import Training
+from segadapt.training.parallel import World, joined
+from segadapt.training.preparation import cached, check_settings, found_folder, labelled_split
 from segadapt.training.preview import write_preview
-from segadapt.training.samples import batches, build_samples, check_range, check_transforms
-from segadapt.wandb_mirror import Mirror, mirrored
-
-LOG_EVERY = 50  # steps between two lines of the record
-
-
-def poly(step: int, *, iters: int, warmup_iters: int, power: float) -> float:
-    """Factor on the learning rate: linear warm-up, then (1 - progress)^power, 0 at the end ('chained' in mmengine)."""
-    if step < warmup_iters:
-        return (step + 1) / (warmup_iters + 1)
-    return (1 - (step - warmup_iters) / max(1, iters - warmup_iters)) ** power
+from segadapt.training.samples import build_samples
+from segadapt.training.schedule import check_schedule
+from segadapt.wandb_mirror import mirrored
 
 
-def parameter_groups(segmenter: NetSegmenter, *, lr: float, head_lr_factor: float, weight_decay: float) -> list[dict]:
-    """Norms (by module type) without decay; the decode head faster; each parameter in exactly one group."""
-    norms = {id(parameter) for parameter in segmenter.norm_parameters().values()}
-    head = {id(parameter) for parameter in segmenter.head_parameters().values()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in segmenter.parameters().values():
-        groups.setdefault((id(parameter) in norms, id(parameter) in head), []).append(parameter)
-    return [
-        {
-            "params": params,
-            "lr": lr * (head_lr_factor if in_head else 1),
-            "weight_decay": 0 if is_norm else weight_decay,
-        }
-        for (is_norm, in_head), params in groups.items()
-    ]
+def run(settings: TrainConfig, *, console: Console | None = None) -> dict[str, Any]:
+    """Train and save `model/` (a folder that from_pretrained reads) in the run folder; returns results.json's content.
 
+    The same command goes on where an earlier start stopped, on a CPU to the same bits, unless experiment.restart=true.
 
-def validate(segmenter: NetSegmenter, dataset: Dataset, entries: list, *, settings: TrainConfig) -> metrics.Scores:
-    """Score the segmenter in eval mode, as `evaluate` does under the same rule."""
-    segmenter.eval()
-    counts_CC = scoring.count(segmenter, dataset, entries, settings=settings)
-    segmenter.train()
-    return metrics.scores(counts_CC)
-
-
-def labelled_split(settings: Any, split: str) -> Dataset:
-    """The data set of another split. UserError: it has no labels."""
-    data = of_split(settings.data, split)
-    if data.kind == "files" and data.label_path is None:
-        raise UserError("data.label_path=null: training needs labels. Set data.label_path.")
-    return build_dataset(data)
-
-
-def cached(dataset: Dataset, settings: Any) -> Dataset:
-    """The data set, or with data.cache its decoded samples in memory."""
-    return Cached(dataset, workers=settings.data.workers) if settings.data.cache else dataset
-
-
-def check_settings(settings: TrainConfig | TrainGenerativeConfig) -> None:
-    """UserError: a setting that training would pass over in silence, or a range upside down."""
-    data = settings.data
-    if data.corruptions:
-        raise UserError(f"data.corruptions={data.corruptions}: training reads the clean images, so it would have no "
-                        "effect. Set data.corruptions=[].")  # fmt: skip
-    if data.limit is not None:
-        raise UserError(f"data.limit={data.limit}: training draws from all images, so it would have no effect. Set "
-                        "data.limit=null; train.iters and train.validation_images set the amount.")  # fmt: skip
-    if settings.logging.predictions != "none":
-        raise UserError(f"logging.predictions={settings.logging.predictions}: training writes no predictions. Set "
-                        "logging.predictions=none, and `evaluate` the trained model.")  # fmt: skip
-    for name in ("per_class", "confusion_picture", "submission"):
-        value = getattr(settings.evaluate, name) if isinstance(settings, TrainConfig) else False
-        if value not in (False, "none"):
-            raise UserError(f"evaluate.{name}={value}: a validation writes scores alone. Leave it out, and `evaluate` "
-                            "the trained model.")  # fmt: skip
-    if settings.runtime.checkpoint_images is not None:
-        raise UserError(f"runtime.checkpoint_images={settings.runtime.checkpoint_images}: training saves at its "
-                        "validations, if at all. Set runtime.checkpoint_images=null.")  # fmt: skip
-    if settings.experiment.any_version:
-        raise UserError("experiment.any_version=true: training asks for no version, so it would have no effect. Set "
-                        "experiment.any_version=false.")  # fmt: skip
-    if isinstance(settings, TrainConfig):
-        check_transforms(settings)
-    else:
-        check_range("train", settings.train, "scale_low", "scale_high")
-        check_range("train", settings.train, "sigma_low", "sigma_high")
-        check_range("train.broad", settings.train.broad, "grain_min_px", "grain_max_px")
-
-
-@contextmanager
-def open_folder(settings: TrainConfig | TrainGenerativeConfig, *, checkpoint: str | None = None) -> Iterator[RunFolder]:
-    """The run's folder, locked, and cleared of what an earlier start left unless its `checkpoint` is there.
-
-    UserError: it is another run's, or another process's.
+    Args:
+        console: see open_terminal.
+    Raises:
+        UserError: no labels, a damaged or unknown one, a setting without effect, an unknown one of the architecture, a
+            checkpoint that does not fit, or processes that torchrun started otherwise than the settings say.
+        Stopped: a signal came; the same command goes on.
     """
-    folder = RunFolder.open(
-        settings.logging.root,
-        settings.experiment.name,
-        run_id=settings.experiment.id,
-        settings=without(asdict(settings), FREE),
-    )
-    with folder.locked():
-        goes_on = checkpoint is not None and not settings.experiment.restart and (folder.path / checkpoint).is_file()
-        folder.start_over(asdict(settings), keep=goes_on)
-        yield folder
+    check_settings(settings)
+    check_training(settings)
+    with joined(settings) as world:
+        terminal = open_terminal(settings.logging.terminal, console)
+        if not world.is_main:
+            terminal = Terminal(Console(quiet=True), Console(quiet=True))
+        results = _run(settings, world, terminal)
+    kept, folder = results["validation"], results["folder"]
+    said = f"{folder}/model: step {results['kept']['step']}, validation mIoU {percent(kept['miou'])} %"
+    terminal.console.print(said, highlight=False, soft_wrap=True, markup=False)
+    terminal.result(said)
+    terminal.event("result", **results)
+    return results
+
+
+def check_training(settings: TrainConfig) -> None:
+    """UserError: settings of the loop that contradict each other or have no effect."""
+    t = settings.train
+    check_schedule(t.schedule, iters=t.iters)
+    check_losses(t.losses, iters=t.iters)
+    validations = -(-t.iters // t.validate_every)
+    if t.patience >= validations:
+        raise UserError(f"train.patience={t.patience}, but there are {validations} validations (train.iters={t.iters}, "
+                        f"train.validate_every={t.validate_every}): it would have no effect. Validate more often, or "
+                        "set train.patience=0.")  # fmt: skip
+    if t.checkpoint_every is not None and t.checkpoint_every > t.iters:
+        raise UserError(f"train.checkpoint_every={t.checkpoint_every} is above train.iters={t.iters}: it would have no "
+                        "effect. Lower it, or set it to null.")  # fmt: skip
 
 
 def build(settings: TrainConfig, classes: tuple[str, ...], main: torch.device) -> NetSegmenter:
@@ -152,45 +104,7 @@ def build(settings: TrainConfig, classes: tuple[str, ...], main: torch.device) -
     return start_from(chosen, segmenter)
 
 
-def run(settings: TrainConfig) -> dict[str, Any]:
-    """Train and save `model/` (a folder that from_pretrained reads) in the run folder; returns results.json's content.
-
-    Raises:
-        UserError: no labels, a setting without effect, an unknown one of the architecture, or a checkpoint that does
-            not fit.
-    """
-    check_settings(settings)
-    t, console, main = settings.train, Console(), set_up(settings.runtime)
-    check_losses(t.losses, iters=t.iters)
-    dataset, held_out = labelled_split(settings, settings.data.split), labelled_split(settings, t.validation_split)
-    entries = stream.order(held_out, Task(0), seed=settings.experiment.seed, shuffle=True, limit=t.validation_images)
-    segmenter = build(settings, dataset.classes, main)
-    weights = class_weights_of(t.losses, dataset, dataset.keys(Task(0)), workers=settings.data.workers)
-    objective = build_objective(settings, segmenter, weights.weights_C)
-    trained_on = stream.order(dataset, Task(0), seed=0, shuffle=False, limit=None)
-    began = time.perf_counter()
-    with open_folder(settings) as folder, mirrored(settings, folder, job_type="train") as mirror:
-        with JsonLines(folder.path / "records.jsonl") as records:
-            samples = build_samples(settings, cached(dataset, settings), count=t.iters * t.batch_size)
-            write_preview(folder.path / "preview", samples, count=t.preview)
-            crops = batches(samples, t.batch_size, workers=settings.data.workers)
-            scores = fit(segmenter, objective, crops, held_out, entries, settings, records, mirror, console)
-        segmenter.eval()
-        segmenter.net.to(getattr(torch, t.save_dtype))
-        segmenter.save(folder.path / "model")
-        results = {"steps": t.iters, "validation": {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc},
-                   "per_class": dict(zip(dataset.classes, scores.iou_C.tolist(), strict=True)),
-                   "class_weights": weights.shown(dataset.classes),
-                   "training": {"images": len(trained_on), "keys_sha256": stream.order_hash(trained_on)},
-                   "seconds": round(time.perf_counter() - began, 1), "seed": settings.experiment.seed,
-                   "versions": versions(main)}  # fmt: skip
-        write_json(folder.path / "results.json", results)
-        mirror.summary({"validation/miou": scores.miou})
-    console.print(f"saved {folder.path / 'model'}", highlight=False, soft_wrap=True)
-    return results | {"folder": str(folder.path)}
-
-
-def build_objective(settings: TrainConfig, segmenter: NetSegmenter, class_weights_C: torch.Tensor | None) -> Objective:
+def build_objective(settings: TrainConfig, segmenter: NetSegmenter, class_weights: ClassWeights) -> Objective:
     """The losses of the settings, for the features that the segmenter is seen to have, on its device."""
     t, device = settings.train, segmenter.net.device
     with torch.no_grad():
@@ -199,62 +113,122 @@ def build_objective(settings: TrainConfig, segmenter: NetSegmenter, class_weight
         t.losses,
         num_classes=seen.logits_BChw.shape[1],
         feature_channels=seen.features_BDyx.shape[1],
-        class_weights_C=class_weights_C,
+        class_weights_C=class_weights.weights_C,
         seed=settings.experiment.seed,
     ).to(device)
 
 
-def fit(
+def _run(settings: TrainConfig, world: World, terminal: Terminal) -> dict[str, Any]:
+    """What is finished, or the training from its start or its last checkpoint."""
+    main, data = set_up(settings.runtime), settings.data
+    main = torch.device(main.type, world.local_rank) if main.type == "cuda" else main
+    dataset = labelled_split(settings, data.split)
+    held_out = labelled_split(settings, settings.train.validation_split)
+    entries = stream.order(
+        held_out, Task(0), seed=settings.experiment.seed, shuffle=True, limit=settings.train.validation_images
+    )
+    drawn = [stream.Entry(Task(0), key) for key in dataset.keys(Task(0))]
+    if world.is_main:  # unknown labels and damaged files, before the first step
+        for read, of_it in ((dataset, drawn), (held_out, entries)):
+            stream.verify(read, of_it, workers=data.workers)
+    segmenter = build(settings, dataset.classes, main)
+    losses = settings.train.losses
+    class_weights = class_weights_of(losses, dataset, [entry.key for entry in drawn], workers=data.workers)
+    objective = build_objective(settings, segmenter, class_weights)
+    origin = {
+        "training": {"images": len(drawn), "keys_sha256": stream.order_hash(drawn)},
+        "validation_order_sha256": stream.order_hash(entries),
+        "manifest_sha256": {"training": stream.manifest_hash(dataset, drawn),
+                            "validation": stream.manifest_hash(held_out, entries)},
+        "weights_sha256": {"discriminative": fingerprint(segmenter.net)},
+    }  # fmt: skip
+    with ExitStack() as stack:
+        folder = found_folder(settings) if world.is_main else None
+        if folder is not None:
+            stack.enter_context(folder.locked())
+        folder = world.of_main(folder)  # the others begin once it is the first one's
+        results = None if settings.experiment.restart else finished_results(folder, origin)
+        if results is not None:
+            terminal.console.print(f"{folder.path} is finished; experiment.restart=true would start anew",
+                                   highlight=False, soft_wrap=True)  # fmt: skip
+            return results | {"folder": str(folder.path)}
+        more = {**origin, "class_weights": class_weights.shown(dataset.classes)}
+        return _train(settings, world, terminal, folder, segmenter, objective, dataset, held_out, entries, more, stack)
+
+
+def _train(
+    settings: TrainConfig,
+    world: World,
+    terminal: Terminal,
+    folder: RunFolder,
     segmenter: NetSegmenter,
     objective: Objective,
-    crops: Iterable[tuple[Tensor, Tensor]],
+    dataset: Dataset,
     held_out: Dataset,
-    entries: list,
-    settings: TrainConfig,
-    records: JsonLines,
-    mirror: Mirror,
-    console: Console,
-) -> metrics.Scores:
-    """The loop over random crops; returns the scores of the last validation."""
-    t, main = settings.train, next(segmenter.net.parameters()).device
-    groups = parameter_groups(segmenter, lr=t.lr, head_lr_factor=t.head_lr_factor, weight_decay=t.weight_decay)
-    groups.append({"params": list(objective.parameters()), "lr": t.lr * t.head_lr_factor})
-    optimizer = torch.optim.AdamW(groups, weight_decay=t.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: poly(step, iters=t.iters, warmup_iters=t.warmup_iters, power=t.power)
-    )
-    segmenter.train()
-    torch.manual_seed(settings.experiment.seed)  # dropout and drop path draw from the global generator
-    began, scores = time.perf_counter(), None
-    for step, (image_B3HW, label_BHW) in enumerate(crops, start=1):
-        with torch.autocast(main.type, torch.bfloat16, enabled=settings.runtime.precision == "bf16"):
-            outputs = segmenter.outputs(image_B3HW.to(main, non_blocking=True))
-            terms = objective(outputs, label_BHW.to(main, non_blocking=True), step=step)
-        terms.total.backward()
-        # once in a while: read the loss (a CPU-GPU sync), stop before a broken model is saved
-        if is_read := step % LOG_EVERY == 0 or step % t.validate_every == 0 or step == t.iters:
-            value = terms.total.item()
-            moved = [*segmenter.net.parameters(), *objective.parameters()]
-            grads = [parameter.grad for parameter in moved if parameter.grad is not None]
-            if not math.isfinite(value) or not math.isfinite(norm := torch.nn.utils.get_total_norm(grads).item()):
-                what = f"loss is {value}" if not math.isfinite(value) else f"norm of the gradient is {norm}"
-                raise UserError(f"train.lr={t.lr}: the {what} at step {step}; expected a finite number. "
-                                "Lower train.lr or set runtime.precision=fp32.")  # fmt: skip
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        objective.remember()
-        schedule.step()
-        if is_read:
-            of_terms = {
-                name: {"value": each.item(), "weight": terms.weights[name]} for name, each in terms.values.items()
-            }
-            records.append({"step": step, "loss": value, "terms": of_terms, "lr": schedule.get_last_lr()[0]})
-            mirror.log({"train/loss": value}, step=step)
-        if step % t.validate_every == 0 or step == t.iters:
-            scores = validate(segmenter, held_out, entries, settings=settings)
-            records.append({"step": step, "miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc})
-            mirror.log({"validation/miou": scores.miou}, step=step)
-            said = f"step {step}/{t.iters}: loss {value:.4f}, validation mIoU {100 * scores.miou:.2f} %"
-            console.print(f"{said}, {time.perf_counter() - began:.0f} s", highlight=False)
-    assert scores is not None
-    return scores
+    entries: list[stream.Entry],
+    origin: Mapping[str, Any],
+    stack: ExitStack,
+) -> dict[str, Any]:
+    """The loop; then the kept weights and results.json. What is opened here is closed with the stack."""
+    t, began = settings.train, time.perf_counter()
+    checkpoints = Checkpoints(folder.path, seconds=settings.runtime.checkpoint_seconds, images=t.checkpoint_every)
+    state = None
+    if not settings.experiment.restart:
+        state = earlier_state(checkpoints, folder, settings, origin, terminal.console, unit="step")
+    _refuse_other_disks(world, 0 if state is None else state["training"]["step"])
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z") if state is None else state["started"]
+    log = None
+    if world.is_main:
+        folder.start_over(asdict(settings), keep=state is not None)
+        terminal.console.print(f"run folder {folder.path}", highlight=False, soft_wrap=True)
+        if state is not None:
+            terminal.console.print(f"goes on after step {checkpoints.newest} of {t.iters}", highlight=False)
+        mirror = stack.enter_context(mirrored(settings, folder, job_type="train"))
+        log = stack.enter_context(
+            Log(folder.path, mirror, terminal, iters=t.iters, batch_size=t.batch_size, keep=state,
+                step=checkpoints.newest)
+        )  # fmt: skip
+        log.begin(started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), step=checkpoints.newest, segadapt=__version__)
+    whole = copy.deepcopy(segmenter) if world.kind == "fsdp" else None
+    training = Training(settings, segmenter, whole, objective, held_out, entries, world, log)
+    if state is not None:
+        training.load_state_dict(state["training"])
+    more = {"origin": {**origin, "segadapt": __version__}, "started": started}
+    samples = build_samples(settings, cached(dataset, settings), count=t.iters * t.batch_size)
+    if world.is_main and state is None:
+        write_preview(folder.path / "preview", samples, count=t.preview)
+    asked = stack.enter_context(noted_signals())
+    training.fit(samples, checkpoints, asked, more)
+    kept = training.kept_scores
+    chosen_on = f"mIoU of {len(entries)} images of {t.validation_split}" if t.keep == "best" else "nothing"
+    results = {
+        "steps": training.step,
+        "started": started,
+        "seconds": round(time.perf_counter() - began, 1),
+        "validation": {name: kept[name] for name in ("miou", "macc", "aacc")},
+        "kept": {"rule": t.keep, "step": kept["step"], "chosen_on": chosen_on},
+        "last": without(training.validations[-1], ["iou"]),
+        "best": without(training.best, ["iou"]),
+        "per_class": dict(zip(dataset.classes, kept["iou"], strict=True)),
+        "seed": settings.experiment.seed,
+        "processes": world.size,
+        "tensors": training.group_sizes,
+        **origin,
+        "peak_memory_gib": peak_memory_gib(),
+        "versions": versions(next(segmenter.net.parameters()).device),
+    }
+    if world.is_main:
+        training.save(folder.path / "model", getattr(torch, t.save_dtype))
+        write_json(folder.path / "results.json", results)
+        checkpoints.clear()
+        mirror.summary({"validation/miou": kept["miou"]})
+    if asked.signum is not None:
+        raise Stopped(asked.signum, f"{asked.signum.name} after the last step; {folder.path} is finished")
+    return results | {"folder": str(folder.path)}
+
+
+def _refuse_other_disks(world: World, step: int) -> None:
+    """UserError: the first process found a checkpoint that this one does not see."""
+    if (found := world.of_main(step)) != step:
+        raise UserError(f"logging.root: the first process goes on from step {found}, this one from {step}; expected "
+                        "one folder that all hosts share. Set logging.root to such a folder.")  # fmt: skip

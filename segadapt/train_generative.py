@@ -32,8 +32,9 @@ from segadapt.models.set_up import resolve, set_up
 from segadapt.protocol import versions
 from segadapt.record import JsonLines, RunFolder, write_json
 from segadapt.seeds import derive
-from segadapt.train import LOG_EVERY, cached, check_settings, labelled_split, open_folder
 from segadapt.training.autoencoder import DECIDED, batches, cosine, train_autoencoder
+from segadapt.training.log import LOG_EVERY
+from segadapt.training.preparation import cached, check_settings, labelled_split, open_folder
 from segadapt.training.state import TrainingState
 from segadapt.training.teacher_objective import Alignment, ClassTokens, batch_loss
 from segadapt.wandb_mirror import Mirror, mirrored
@@ -113,6 +114,9 @@ def run(settings: TrainGenerativeConfig) -> dict[str, Any]:
             or a checkpoint, autoencoder or DINOv2 that cannot be loaded.
     """
     check_settings(settings)
+    if settings.experiment.any_version:
+        raise UserError("experiment.any_version=true: training a teacher asks for no version, so it would have no "
+                        "effect. Set experiment.any_version=false.")  # fmt: skip
     check_model(settings)
     t, console, main = settings.train, Console(), set_up(settings.runtime)
     dataset, held_out = labelled_split(settings, settings.data.split), labelled_split(settings, t.validation_split)

@@ -29,6 +29,7 @@ from segadapt import __main__ as command_line
 NO_NETWORK = "needs the network"
 NO_SLURM = "needs Slurm and Hydra's launcher for it"
 OWN_TEST = "the Makefile's own rules: .ci/run calls them"
+PROCESSES = "test_parallel_training.py"
 NOT_RUN = {
     "git clone <URL of this repository> segadapt && cd segadapt": NO_NETWORK,
     "pip install -c constraints.txt -e '.[sd3,wandb]'": NO_NETWORK,
@@ -37,6 +38,8 @@ NOT_RUN = {
     "--local-dir weights/stable-diffusion-3-medium-diffusers": NO_NETWORK,
     "hf download nvidia/segformer-b5-finetuned-ade-640-640 "
     "--local-dir weights/segformer-b5-finetuned-ade-640-640": NO_NETWORK,
+    "torchrun --nproc-per-node 4 -m segadapt train data=ade20k data.data_root=/data/ade20k "
+    "train.parallel=ddp": PROCESSES,
     "make demo": OWN_TEST,
     "make test": OWN_TEST,
     "segadapt demo data.limit=2 'data.corruptions=[posterise]'": "the name is added on that page: test_extending.py",
@@ -72,6 +75,21 @@ BEHIND = {
         "train.batch_size=2",
         "train.transforms.crop_px=64",
         "train.validation_images=1",
+        "data.workers=0",
+    ],
+    "segadapt train data.count=200": [
+        "data.count=2",
+        "train.batch_size=1",
+        "train.iters=2",
+        "train.validate_every=1",
+        "train.schedule.warmup_iters=1",
+        "train.validation_images=1",
+    ],
+    "segadapt train data=ade20k": [
+        "train.transforms.crop_px=64",
+        "train.batch_size=1",
+        "train.iters=1",
+        "train.schedule.warmup_iters=0",
         "data.workers=0",
     ],
     "segadapt adapt --config-dir configs experiment=mine --multirun": ["data.corruptions=[fog]", "data.limit=1"],

@@ -169,7 +169,7 @@ QUICK = {
             TINY_SEGFORMER,
             "train/transforms/broad=wide",
             "train.transforms.broad.probability=0.5",
-            "train.lr=1e30",
+            "train.optimizer.lr=1e30",
         ),
     ),
     "train_generative": (

@@ -10,13 +10,14 @@ import torch
 from foreign_segformer import DEPTHS, HEAD_WIDTH, WIDTHS, MmsegNet, nvidia_state, scramble
 from safetensors.torch import load_file, save_file
 from torch import nn
+from training_runs import training
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from segadapt.errors import UserError
 from segadapt.models.discriminative import keymaps
 from segadapt.models.discriminative.load import load_segmenter, make_segmenter
 from segadapt.models.set_up import fingerprint
-from segadapt.train import parameter_groups
+from segadapt.training.optimizer import parameter_groups
 
 CONFIG = {"depths": list(DEPTHS), "hidden_sizes": list(WIDTHS), "decoder_hidden_size": HEAD_WIDTH}
 
@@ -175,13 +176,13 @@ def test_mmseg_net_recomputes_in_eval_mode_and_drops_nothing(mmseg, write):
         torch.testing.assert_close(gradients[True][name], gradient)
 
 
-def test_norms_of_an_mmseg_net(mmseg, write):
+def test_norms_of_an_mmseg_net(mmseg, write, tmp_path):
     segmenter = load(write(mmseg))
     norms, top = segmenter.norm_parameters(), segmenter.top_norm_parameters()
     assert len([name for name in norms if name.startswith("decode_head.")]) == 2 * 5  # convs and fusion
     assert len([name for name in top if not name.startswith("decode_head.")]) == 2 * (2 + 2 * DEPTHS[3])
     assert {name for name in norms if name.startswith("decode_head.")} < top.keys() < norms.keys()
-    grouped = [p for group in parameter_groups(segmenter, lr=1, head_lr_factor=10, weight_decay=1)
+    grouped = [p for group in parameter_groups(segmenter, training(tmp_path).train.optimizer)
                for p in group["params"]]  # fmt: skip
     assert sorted(map(id, grouped)) == sorted(map(id, segmenter.net.parameters()))  # it can be trained further
 

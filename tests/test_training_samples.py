@@ -18,6 +18,7 @@ from segadapt.config_training import TrainConfig
 from segadapt.datasets import Dataset, Sample, Task
 from segadapt.datasets.toytown import ToyTown
 from segadapt.errors import UserError
+from segadapt.training.preparation import labelled_split
 from segadapt.training.samples import TrainingSamples, batches, build_samples
 from segadapt.training.sizes import TrainingCrop
 
@@ -32,13 +33,17 @@ def settings_of(*overrides: str) -> TrainConfig:
     return quick_settings("train", overrides, TrainConfig)
 
 
-def samples_of(*overrides: str, dataset: Dataset | None = None, count: int = 7, first: int = 0) -> TrainingSamples:
+def samples_of(*overrides: str, dataset: Dataset | None = None, count: int = 7) -> TrainingSamples:
     return build_samples(
         settings_of(*(overrides or MIXED)),
         dataset or ToyTown(split="training", count=3),
         count=count,
-        first=first,
     )
+
+
+def read_all(samples: TrainingSamples, size: int, *, workers: int = 0, first: int = 0) -> list:
+    stretches = [range(item, min(item + size, len(samples))) for item in range(first, len(samples), size)]
+    return list(batches(samples, stretches, workers=workers))
 
 
 def crop_of(samples: TrainingSamples, index: int) -> TrainingCrop:
@@ -67,7 +72,7 @@ def test_an_item_depends_on_seed_and_place_alone():
 
 
 def test_the_number_of_workers_changes_no_batch():
-    read = [list(batches(samples_of(), 2, workers=workers)) for workers in (0, 2)]
+    read = [read_all(samples_of(), 2, workers=workers) for workers in (0, 2)]
     assert_equal_batches(*read)
     assert len({image_B3HW.shape for image_B3HW, _ in read[0]}) > 1  # size_mode=multi
 
@@ -75,15 +80,14 @@ def test_the_number_of_workers_changes_no_batch():
 @pytest.mark.parametrize("first", [2, 6])
 def test_items_passed_over_leave_those_after_them_as_they_are(first):
     """Also the sizes that whole batches draw."""
-    whole, rest = (batches(samples_of(first=passed), 2, workers=0) for passed in (0, first))
-    assert_equal_batches(list(whole)[first // 2 :], rest)
-    assert len(samples_of(first=first)) == 7 - first
+    whole, rest = (read_all(samples_of(), 2, first=passed) for passed in (0, first))
+    assert_equal_batches(whole[first // 2 :], rest)
 
 
 def test_parts_of_one_step_have_the_size_of_the_whole():
     """What several processes, or the parts of an accumulated gradient, read of one optimizer step."""
-    whole = [image_B3HW for image_B3HW, _ in batches(samples_of(), 2, workers=0)]
-    parts = [image_B3HW for image_B3HW, _ in batches(samples_of(), 1, workers=0)]
+    whole = [image_B3HW for image_B3HW, _ in read_all(samples_of(), 2)]
+    parts = [image_B3HW for image_B3HW, _ in read_all(samples_of(), 1)]
     assert torch.equal(torch.cat(parts[:2]), whole[0])
     assert torch.equal(torch.cat(parts[2:4]), whole[1])
 
@@ -157,18 +161,18 @@ def test_a_broken_image_is_named_in_one_line_whoever_reads_it(photos, tmp_path, 
     broken = tmp_path / "images/training/b.png"
     broken.write_bytes(broken.read_bytes()[:60])
     settings = settings_of(*photos)
-    samples = build_samples(settings, train.labelled_split(settings, "training"), count=6)
+    samples = build_samples(settings, labelled_split(settings, "training"), count=6)
     with pytest.raises(UserError, match=rf"^{re.escape(str(broken))}: cannot be decoded[^\n]*$"):
-        list(batches(samples, 2, workers=workers))
+        read_all(samples, 2, workers=workers)
 
 
 def test_an_unknown_label_is_named_and_not_trained_on(photos, tmp_path):
     wrong = tmp_path / "labels/training/c.png"
     Image.fromarray(np.full((40, 50), 100, np.uint8)).save(wrong)
     settings = settings_of(*photos)
-    samples = build_samples(settings, train.labelled_split(settings, "training"), count=3)
+    samples = build_samples(settings, labelled_split(settings, "training"), count=3)
     with pytest.raises(UserError, match=rf"^{re.escape(str(wrong))}.*100[^\n]*$"):
-        list(batches(samples, 1, workers=0))
+        read_all(samples, 1)
 
 
 # A look at them
@@ -180,8 +184,8 @@ def test_a_preview_draws_what_the_net_gets_beside_its_label(tmp_path):
     done = train.run(settings)
     folder = Path(done["folder"], "preview")
     assert sorted(path.name for path in folder.iterdir()) == ["00000.png", "00001.png", "00002.png"]
-    samples = build_samples(settings, train.labelled_split(settings, "training"), count=4)
-    read = [crop for batch in batches(samples, 2, workers=0) for crop in zip(*batch, strict=True)]
+    samples = build_samples(settings, labelled_split(settings, "training"), count=4)
+    read = [crop for batch in read_all(samples, 2) for crop in zip(*batch, strict=True)]
     colours = ToyTown(split="training", count=4).palette_C3
     for path, (image_3HW, label_HW) in zip(sorted(folder.iterdir()), islice(read, 3), strict=True):
         drawn = np.asarray(Image.open(path)).astype(float)
@@ -197,9 +201,10 @@ def test_a_preview_draws_what_the_net_gets_beside_its_label(tmp_path):
 def test_a_preview_is_no_other_run_and_none_is_drawn_by_default(tmp_path):
     plain = train.run(training(tmp_path, "train.iters=1", "experiment.id=one"))
     assert not Path(plain["folder"], "preview").exists()
-    looked = train.run(training(tmp_path, "train.iters=1", "experiment.id=one", "train.preview=1"))
+    anew = ("train.iters=1", "experiment.id=one", "experiment.restart=true")
+    looked = train.run(training(tmp_path, *anew, "train.preview=1"))
     assert Path(looked["folder"], "preview/00000.png").is_file()
-    again = train.run(training(tmp_path, "train.iters=1", "experiment.id=one"))
+    again = train.run(training(tmp_path, *anew))
     assert not Path(again["folder"], "preview").exists()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segadapt.config_training import ContrastSettings, LossesSettings
+from segadapt.datasets.labels import IGNORE
 from segadapt.errors import UserError
 from segadapt.losses import contrast, region
 from segadapt.losses.cross_entropy import cross_entropy, focal, ohem
@@ -90,6 +91,7 @@ class Objective(nn.Module):
                 pixels_per_image=own.memory.pixels_per_image,
             )
         self._step, self._calls = 0, 0
+        self._weights_C = None if class_weights_C is None else class_weights_C.double().cpu()
 
     def forward(self, outputs: Outputs, label_BHW: Tensor, *, step: int) -> Terms:
         """Losses in float32 (float64 stays), whatever autocast the caller is in; logits are resized to the label.
@@ -172,6 +174,17 @@ class Objective(nn.Module):
         self._step = step
         rank = dist.get_rank() if dist.is_initialized() else 0
         return torch_generator(self.seed, "contrast", step, rank, self._calls)
+
+    def amount(self, label_BHW: Tensor) -> float:
+        """What the mean of cross-entropy over these labels divides by: parts of a step count by their share of it.
+
+        Args:
+            label_BHW: on the CPU.
+        """
+        if self.settings.reduction == "all":
+            return float(label_BHW.numel())
+        labelled_P = label_BHW[label_BHW != IGNORE]
+        return float(len(labelled_P) if self._weights_C is None else self._weights_C[labelled_P].sum())
 
     def remember(self) -> None:
         """After the optimizer's step, on every rank: write the rows of the calls since the last time."""

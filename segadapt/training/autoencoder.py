@@ -20,8 +20,8 @@ from segadapt.errors import UserError
 from segadapt.models.set_up import devices_of
 from segadapt.record import JsonLines
 from segadapt.seeds import derive
-from segadapt.train import LOG_EVERY
 from segadapt.training.augment import Crops, keep_light, light_of
+from segadapt.training.log import LOG_EVERY
 from segadapt.training.order import places_of_classes
 
 # Of AutoencoderKL's settings, those that `train_autoencoder` decides itself.

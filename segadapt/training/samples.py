@@ -22,23 +22,22 @@ from segadapt.training.transforms import transform
 
 
 class TrainingSamples(torch.utils.data.Dataset):
-    """Items `first` .. `count` - 1 of the endless stream; item i depends on (seed, i) alone, whatever the workers.
+    """The first `count` items of an endless stream; item i depends on (seed, i) alone, whatever the workers.
 
     A loader needs `collate`; `batches` gives what it loads. What a whole batch draws (size_mode=multi) depends on
     (seed, i // train.batch_size) of its first item i alone, so that parts of one optimizer step have one size.
     """
 
-    def __init__(self, settings: TrainConfig, dataset: Dataset, order: Order, *, count: int, first: int = 0):
-        self.dataset, self.order, self.count, self.first = dataset, order, count, first
+    def __init__(self, settings: TrainConfig, dataset: Dataset, order: Order, *, count: int):
+        self.dataset, self.order, self.count = dataset, order, count
         self.transforms, self.batch_size = settings.train.transforms, settings.train.batch_size
         self.seed, self.short_side_px = settings.experiment.seed, settings.data.short_side_px
 
     def __len__(self) -> int:
-        return self.count - self.first
+        return self.count
 
-    def __getitem__(self, index: int) -> TrainingCrop | UserError:
+    def __getitem__(self, item: int) -> TrainingCrop | UserError:
         """A UserError is given back and not raised: torch would wrap it in a worker's traceback."""
-        item = index + self.first
         rng = numpy_generator(self.seed, "crop", item)
         key, shows = self.order.choose(item, rng)
         try:
@@ -60,25 +59,34 @@ class TrainingSamples(torch.utils.data.Dataset):
         return sizes.collate(whole, self.transforms, seed=self.seed, batch=whole[0].item // self.batch_size)
 
 
-def build_samples(settings: TrainConfig, dataset: Dataset, *, count: int, first: int = 0) -> TrainingSamples:
+def build_samples(settings: TrainConfig, dataset: Dataset, *, count: int) -> TrainingSamples:
     """The stream that the settings ask for; balanced=true reads all labels first.
 
     Args:
         dataset: labelled; `datasets.cache.Cached` where images are to be decoded once.
         count: items in all.
-        first: items before it are passed over, to go on after an interruption.
     Raises:
         UserError: balanced, and a sample that cannot be read.
     """
     balanced, seed = settings.train.transforms.balanced, settings.experiment.seed
     places = places_of_classes(dataset, workers=settings.data.workers) if balanced else None
-    return TrainingSamples(settings, dataset, Order(dataset, seed=seed, places=places), count=count, first=first)
+    return TrainingSamples(settings, dataset, Order(dataset, seed=seed, places=places), count=count)
 
 
-def batches(samples: TrainingSamples, batch_size: int, *, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in order, read by `workers` processes. A UserError, of a broken file, arrives as it was raised."""
+def batches(
+    samples: TrainingSamples, stretches: Sequence[range], *, workers: int, is_pinned: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The stretches of items as batches, in order, read by `workers` processes.
+
+    UserError: a broken file, as it was raised.
+    """
     loader = DataLoader(
-        samples, batch_size, num_workers=workers, collate_fn=samples.collate, worker_init_fn=one_thread_each
+        samples,
+        batch_sampler=stretches,  # pyright: ignore[reportArgumentType]
+        num_workers=workers,
+        collate_fn=samples.collate,
+        pin_memory=is_pinned,
+        worker_init_fn=one_thread_each,
     )
     for batch in loader:
         if isinstance(batch, UserError):

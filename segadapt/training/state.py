@@ -1,32 +1,39 @@
-"""What a training run moves: trained weights, their moving average, the optimizer. Saved whole, so it can go on."""
+"""What a training run moves: trained weights, their moving average, the optimizer. Saved whole, so it can go on.
 
+Weights that FSDP shards are saved whole too, so that a run goes on over another number of processes.
+"""
+
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from segadapt.checkpoint import decode, encode
 from segadapt.errors import UserError
 from segadapt.record import write_bytes
+from segadapt.training.parallel import fill, local, whole
 
 
 class TrainingState:
-    """Named parameters with an exponential moving average, and the AdamW that moves them.
+    """Named parameters with an exponential moving average, and the optimizer that moves them.
 
     The average forgets the random start: its decay is at most (1 + step) / (10 + step).
 
     Args:
         parameters: all that is trained, by name.
         optimizer: over these parameters and no other.
-        decay: of the average; 0: the average is the weights.
+        decay: of the average; 0: there is none, and the weights stand for it.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, decay: float):
         self.parameters, self.optimizer, self.decay, self.step = dict(parameters), optimizer, decay, 0
-        self._average = [p.detach().clone() for p in self.parameters.values()]
+        self._average = [p.detach().clone() for p in self.parameters.values()] if decay else []
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -34,8 +41,10 @@ class TrainingState:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(self._average, [p.detach() for p in self.parameters.values()], 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        if self.decay:
+            decay = min(self.decay, (1 + self.step) / (10 + self.step))
+            average, now = [local(a) for a in self._average], [local(p) for p in self.parameters.values()]
+            torch._foreach_lerp_(average, now, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -46,30 +55,61 @@ class TrainingState:
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
-        for index, parameter in enumerate(self.parameters.values()):
-            parameter.data, self._average[index] = self._average[index], parameter.data
+        if self.decay:  # in place: FSDP and recorded graphs know where a parameter lies
+            for parameter, average in zip(self.parameters.values(), self._average, strict=True):
+                kept = local(parameter).clone()
+                local(parameter).copy_(local(average))
+                local(average).copy_(kept)
 
     def keep_average(self) -> None:
         """Training is over: the parameters become their average."""
         self._swap()
 
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as `checkpoint.encode` takes it; what is sharded is gathered, by all processes together."""
+        averages = dict(zip(self.parameters, self._average, strict=True)) if self.decay else {}
+        moments = {name: self.optimizer.state[p] for name, p in self.parameters.items()}
+        return {
+            "step": self.step,
+            "weights": {name: whole(p.detach()) for name, p in self.parameters.items()},
+            "average": {name: whole(average) for name, average in averages.items()},
+            "moments": {name: {key: whole(value) for key, value in own.items() if isinstance(value, Tensor)}
+                        for name, own in moments.items()},
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As it was when `state_dict` gave this, to the bit."""
+        self.step, is_fused = state["step"], self.optimizer.defaults.get("fused")
+        averages = dict(zip(self.parameters, self._average, strict=True)) if self.decay else {}
+        for name, parameter in self.parameters.items():
+            fill(parameter, state["weights"][name])
+            own = self.optimizer.state[parameter] = {}
+            for key, value in state["moments"][name].items():
+                if key == "step":  # a fused rule counts where the parameter lies, any other on the CPU
+                    own[key] = value.to(parameter.device if is_fused else "cpu", copy=True)
+                else:
+                    own[key] = torch.zeros_like(parameter)
+                    fill(own[key], value)
+        for name, average in averages.items():
+            fill(average, state["average"][name])
+
     @staticmethod
     def step_of(path: Path) -> int:
         """Steps made when a file was saved."""
         with safe_open(path, "pt") as file:
-            return int(file.metadata()["step"])
+            return json.loads(file.metadata()["state"])["step"]
 
     def save(self, path: Path) -> None:
         """Write everything to one safetensors file, whole or not at all."""
         tensors: dict[str, Tensor] = {}
-        for (name, parameter), average in zip(self.parameters.items(), self._average, strict=True):
-            tensors |= {f"weight/{name}": parameter.detach(), f"average/{name}": average}
-            tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
-        whole = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        write_bytes(path, save(whole, metadata={"step": str(self.step)}))
+        state = self.state_dict()
+        content = {key: encode(value, tensors, key) for key, value in state.items()}
+        at_hand = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        write_bytes(path, save(at_hand, metadata={"state": json.dumps(content)}))
 
-    @torch.no_grad()
     def load(self, path: Path) -> None:
         """Read what `save` wrote, exactly.
 
@@ -77,19 +117,12 @@ class TrainingState:
             UserError: the file does not fit the parameters.
         """
         with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names if name.startswith("weight/")}
-            if shapes != {f"weight/{name}": tuple(p.shape) for name, p in self.parameters.items()}:
-                raise UserError(
-                    f"{path}: other weights than this run trains. Remove the file, or set experiment.restart=true."
-                )
-            for index, (name, parameter) in enumerate(self.parameters.items()):
-                parameter.copy_(file.get_tensor(f"weight/{name}"))
-                self._average[index].copy_(file.get_tensor(f"average/{name}"))
-                moments = {key: f"{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = {
-                    key: file.get_tensor(stored) if key == "step" else file.get_tensor(stored).to(parameter.device)
-                    for key, stored in moments.items()
-                    if stored in names
-                }
-        self.step = self.step_of(path)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            content = json.loads(file.metadata()["state"])
+        state = {key: decode(value, tensors) for key, value in content.items()}
+        shapes = {name: value.shape for name, value in state["weights"].items()}
+        if shapes != {name: p.shape for name, p in self.parameters.items()}:
+            raise UserError(
+                f"{path}: other weights than this run trains. Remove the file, or set experiment.restart=true."
+            )
+        self.load_state_dict(state)

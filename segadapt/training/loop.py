@@ -1,0 +1,267 @@
+"""The loop of a segmenter's training, and all that it moves.
+
+B images of a micro-batch   3 RGB   H W crop px   C classes   iou a fraction a class
+"""
+
+import math
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from segadapt import metrics, scoring, stream
+from segadapt.checkpoint import Checkpoints
+from segadapt.config_training import TrainConfig, TrainSettings
+from segadapt.datasets import Dataset
+from segadapt.errors import UserError
+from segadapt.losses import Objective
+from segadapt.models.discriminative.segmenter import NetSegmenter
+from segadapt.models.precision import autocast
+from segadapt.seeds import derive
+from segadapt.signals import Asked, Stopped
+from segadapt.training.log import LOG_EVERY, Log
+from segadapt.training.optimizer import build_optimizer, set_rates
+from segadapt.training.parallel import World, clip, spread, synchronised, whole
+from segadapt.training.samples import TrainingSamples, batches
+from segadapt.training.state import TrainingState
+
+
+class Learner(nn.Module):
+    """Images and labels to the loss: one module, as DDP and FSDP see what goes in, comes out, and moves."""
+
+    def __init__(self, segmenter: NetSegmenter, objective: nn.Module, *, precision: str, is_compiled: bool):
+        super().__init__()
+        self.net, self.objective, self._precision = segmenter.net, objective, precision
+        self._outputs = torch.compile(segmenter.outputs) if is_compiled else segmenter.outputs
+
+    def forward(self, image_B3HW: Tensor, label_BHW: Tensor, step: int) -> tuple[Tensor, dict, dict]:
+        """The objective's total, values and weights at a step, counted from 1."""
+        with autocast(image_B3HW.device, self._precision):
+            outputs = self._outputs(image_B3HW)
+        terms = self.objective(outputs, label_BHW, step=step)
+        return terms.total, terms.values, terms.weights
+
+
+def steps_of(
+    samples: TrainingSamples, t: TrainSettings, world: World, *, first: int, workers: int, is_pinned: bool = False
+) -> Iterator[Sequence[tuple[Tensor, Tensor]]]:
+    """The micro-batches of this process, step by step, from step `first` on.
+
+    Step i takes the items i B .. i B + B - 1 of the samples, whatever the number of processes and micro-batches: each
+    micro-batch is a stretch of them, and each process has its part of it.
+    """
+    part = t.batch_size // (world.size * t.accumulate)
+    firsts = (
+        step * t.batch_size + (micro * world.size + world.rank) * part
+        for step in range(first, t.iters)
+        for micro in range(t.accumulate)
+    )
+    stretches = [range(item, item + part) for item in firsts]
+    read = batches(samples, stretches, workers=workers, is_pinned=is_pinned)
+    yield from zip(*[read] * t.accumulate, strict=True)
+
+
+class Training:
+    """Weights, their average, optimizer, objective and scores so far; `fit` moves them.
+
+    Args:
+        unsharded: a copy that holds the weights where FSDP shards those of the segmenter; else None.
+        entries: images of a validation, shared among the processes.
+        log: None in all processes but the first.
+    """
+
+    def __init__(
+        self,
+        settings: TrainConfig,
+        segmenter: NetSegmenter,
+        unsharded: NetSegmenter | None,
+        objective: Objective,
+        held_out: Dataset,
+        entries: Sequence[stream.Entry],
+        world: World,
+        log: Log | None,
+    ):
+        self.settings, self.segmenter, self.world, self.log = settings, segmenter.train(), world, log
+        self._unsharded, self._objective, self._held_out = unsharded, objective, held_out
+        self._entries = list(entries[world.rank :: world.size])
+        self._device, t = next(segmenter.net.parameters()).device, settings.train
+        precision, is_compiled = settings.runtime.precision, bool(settings.runtime.compile)
+        learner = Learner(segmenter, objective.to(self._device), precision=precision, is_compiled=is_compiled)
+        self._learner = spread(learner, segmenter.net, world)  # before the optimizer: FSDP makes new parameters
+        own = {f"objective.{name}": p for name, p in objective.named_parameters()}
+        named = segmenter.parameters() | own
+        self._optimizer = build_optimizer(segmenter, t.optimizer, more=own.values())
+        self.state = TrainingState(
+            {name: p for name, p in named.items() if p.requires_grad}, self._optimizer, decay=t.ema_decay
+        )
+        self.validations: list[dict[str, Any]] = []  # step, scores, iou by class
+        self._kept: dict[str, Tensor] = {}  # weights and buffers on the CPU, see train.keep
+
+    # --- what it has come to ---
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made."""
+        return self.state.step
+
+    @property
+    def group_sizes(self) -> dict[str, int]:
+        """Tensors by parameter group."""
+        return {group["name"]: len(group["params"]) for group in self._optimizer.param_groups}
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The first validation of the highest mIoU; NaN is below all."""
+        return max(self.validations, key=lambda found: -1 if math.isnan(found["miou"]) else found["miou"])
+
+    @property
+    def kept_scores(self) -> dict[str, Any]:
+        """The validation of the weights that are saved."""
+        return self.best if self.settings.train.keep == "best" else self.validations[-1]
+
+    @property
+    def _is_over(self) -> bool:
+        """All steps are made, or too many validations were no better than the best."""
+        t = self.settings.train
+        stale = len(self.validations) - 1 - self.validations.index(self.best) if self.validations else 0
+        return self.step == t.iters or bool(t.patience and stale >= t.patience)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on, gathered by all processes together; see `checkpoint.encode`."""
+        self.world.share_buffers(self.segmenter.net)
+        return {
+            **self.state.state_dict(),
+            "buffers": dict(self.segmenter.net.named_buffers()),
+            "objective": dict(self._objective.named_buffers()),
+            "validations": self.validations,
+            "kept": self._kept,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As it was when `state_dict` gave this."""
+        self.state.load_state_dict(state)
+        for name, module in (("buffers", self.segmenter.net), ("objective", self._objective)):
+            for key, buffer in module.named_buffers():
+                buffer.copy_(state[name][key])
+        self.validations, self._kept = state["validations"], state["kept"]
+
+    def save(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write the kept weights; the training is over."""
+        segmenter = self._unsharded or self.segmenter
+        segmenter.net.load_state_dict(self._kept)
+        segmenter.net.to(dtype)  # pyright: ignore[reportArgumentType]
+        segmenter.eval().save(folder)
+
+    # --- the loop ---
+
+    def fit(self, samples: TrainingSamples, checkpoints: Checkpoints, asked: Asked, more: Mapping[str, Any]) -> None:
+        """Steps until the last one, or until patience is at its end.
+
+        Args:
+            more: written beside the state into each checkpoint.
+        Raises:
+            UserError: the loss or its gradient is not finite; no step is made with it.
+            Stopped: a signal came to any of the processes; a checkpoint is written.
+        """
+        t = self.settings.train
+        loader = steps_of(samples, t, self.world, first=self.step, workers=self.settings.data.workers,
+                          is_pinned=self._device.type == "cuda")  # fmt: skip
+        for micro_batches in () if self._is_over else loader:
+            step = self.step + 1
+            is_due = self.world.is_main and checkpoints.is_due(step)
+            signum, is_due = self.world.largest(np.array([asked.signum or 0, is_due])).tolist()
+            is_validated = step % t.validate_every == 0 or step == t.iters
+            is_logged = is_validated or step % LOG_EVERY == 0
+            # read the loss (a CPU-GPU sync) once in a while, and before a broken model would be saved
+            line = self._step(micro_batches, is_read=bool(is_logged or is_due or signum))
+            if is_logged and self.log is not None:
+                self.log.step(step, line)
+            if is_validated:
+                self._validate(line["loss"])
+            if (is_due or signum) and not self._is_over:
+                self._write(checkpoints, more)
+            if self._is_over:
+                return
+            if signum:
+                name = signal.Signals(signum).name
+                said = f"{name} after step {step} of {t.iters}; the same command goes on from there"
+                raise Stopped(signal.Signals(signum), said)
+
+    def _step(self, micro_batches: Sequence[tuple[Tensor, Tensor]], *, is_read: bool) -> dict[str, Any]:
+        """One step of the optimizer; its numbers if they are read.
+
+        Each micro-batch's mean counts by its share of what the whole step's mean divides by, the labelled pixels, so
+        that the gradient is that of one large batch, whatever its division. UserError: not finite.
+        """
+        t, world, index = self.settings.train, self.world, self.step
+        rates = set_rates(self._optimizer, index, t)
+        amounts = np.array([self._objective.amount(label_BHW) for _, label_BHW in micro_batches])
+        shares = amounts / (world.sum(amounts).sum() or 1)
+        found: list[dict[str, Tensor]] = []
+        weights: dict[str, float] = {}
+        for number, (image_B3HW, label_BHW) in enumerate(micro_batches):
+            seed = derive(self.settings.experiment.seed, "training", index, number, world.rank)
+            torch.manual_seed(seed)  # dropout and drop path draw from the global generator
+            with synchronised(self._learner, last=number == len(micro_batches) - 1):
+                image_B3HW, label_BHW = (x.to(self._device, non_blocking=True) for x in (image_B3HW, label_BHW))
+                total, values, weights = self._learner(image_B3HW, label_BHW, index + 1)
+                (total * (shares[number] * world.size)).backward()  # the processes' gradients are averaged
+            found.append({"loss": total.detach(), **values})
+        moving = self.state.parameters.values()
+        line: dict[str, Any] = {}
+        if is_read or t.optimizer.clip_norm is not None:
+            norm = clip(moving, t.optimizer.clip_norm)
+            if is_read:
+                line = self._read(found, shares, norm) | {"weights": weights, "lr": dict(rates)}
+        self.state.advance()
+        self._objective.remember()
+        return line
+
+    def _read(self, found: Sequence[Mapping[str, Tensor]], shares: np.ndarray, norm: Tensor) -> dict[str, Any]:
+        """Losses of the whole step over all processes, and the gradient's norm. UserError: not finite."""
+        names = list(found[0])
+        read = torch.stack([*(values[name].float() for values in found for name in names), norm.float()]).cpu().double()
+        values = read[:-1].view(len(found), len(names)).numpy()
+        means = self.world.sum((shares[:, None] * values).sum(axis=0))
+        loss, grad_norm = float(means[0]), float(read[-1])
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            what = f"loss is {loss}" if not math.isfinite(loss) else f"norm of the gradient is {grad_norm}"
+            raise UserError(f"train.optimizer.lr={self.settings.train.optimizer.lr}: the {what} at step "
+                            f"{self.step + 1}; expected a finite number. Lower train.optimizer.lr, set "
+                            "train.optimizer.clip_norm, or set runtime.precision=fp32.")  # fmt: skip
+        return {"loss": loss, "terms": dict(zip(names[1:], means[1:].tolist(), strict=True)), "grad_norm": grad_norm}
+
+    def _validate(self, loss: float) -> None:
+        """Score the weights that would be saved, as `evaluate` does, and keep them if they are the ones."""
+        with self._evaluated() as segmenter:
+            counts_CC = scoring.count(segmenter, self._held_out, self._entries, settings=self.settings)
+            scores = metrics.scores(self.world.sum(counts_CC))
+            found = {"step": self.step, "miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc}
+            self.validations.append({**found, "iou": scores.iou_C.tolist()})
+            if self.world.is_main and self.kept_scores is self.validations[-1]:
+                self._kept = {name: value.to("cpu", copy=True) for name, value in segmenter.net.state_dict().items()}
+        if self.log is not None:
+            self.log.validation(found, loss)
+
+    @contextmanager
+    def _evaluated(self) -> Iterator[NetSegmenter]:
+        """The averaged weights in one piece and in eval mode, the same in all processes; training mode afterwards."""
+        with self.state.averaged(), torch.no_grad():
+            self.world.share_buffers(self.segmenter.net)
+            segmenter = self.segmenter if self._unsharded is None else self._unsharded
+            if segmenter is not self.segmenter:
+                theirs = segmenter.net.state_dict()
+                for name, value in self.segmenter.net.state_dict().items():
+                    theirs[name].copy_(whole(value))
+            yield segmenter.eval()
+            self.segmenter.train()
+
+    def _write(self, checkpoints: Checkpoints, more: Mapping[str, Any]) -> None:
+        state = self.state_dict()
+        if self.log is not None:
+            checkpoints.write(self.step, {"training": state, **self.log.state_dict(), **more})

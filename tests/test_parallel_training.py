@@ -1,0 +1,89 @@
+"""Two processes over gloo train as one does: DDP and FSDP2; they stop together and go on. BatchNorm is frozen."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+OWN = ("experiment.id=one", "train.batch_size=4", "train.optimizer.lr=0.01", "train.schedule.decay=constant",
+       "train.ema_decay=0.9", "train.optimizer.clip_norm=0.5", "train.validate_every=3", "train.validation_images=3",
+       "train.transforms.scale_low=0.4")  # fmt: skip
+
+pytestmark = pytest.mark.slow
+
+
+def begin(root: Path, *overrides: str, processes: int) -> subprocess.Popen:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(HERE / "parallel_training.py"), str(root)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
+    return subprocess.Popen([*command, *OWN, *overrides], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> int:
+    _, said = process.communicate(timeout=300)
+    print(said[-3000:])
+    return process.returncode
+
+
+def left_by(root: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    folder = root / "train" / "one"
+    return load_file(folder / "model" / "model.safetensors"), json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    root = tmp_path_factory.mktemp("single")
+    assert finish(begin(root, processes=1)) == 0
+    return left_by(root)
+
+
+def assert_alike(root: Path, single) -> None:
+    (model, results), (expected, its) = left_by(root), single
+    assert model.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(model[name], value, rtol=1e-3, atol=1e-5, msg=lambda said, name=name: name + said)
+    for which in ("validation", "last", "best"):
+        assert results[which] == pytest.approx(its[which], abs=2e-3)
+    assert results["tensors"] == its["tensors"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_train_as_one_does(tmp_path, single, kind, accumulate):
+    """Weights, scores and the average, with clipping; three validation images for two processes."""
+    own = (f"train.parallel={kind}", f"train.accumulate={accumulate}")
+    assert finish(begin(tmp_path, *own, processes=2)) == 0
+    assert_alike(tmp_path, single)
+    assert left_by(tmp_path)[1]["processes"] == 2
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_signal_stops_both_and_both_go_on(tmp_path, single, kind):
+    own = (f"train.parallel={kind}", "train.checkpoint_every=1", "train.validate_every=1")
+    process = begin(tmp_path, *own, processes=2)
+    folder, until = tmp_path / "train" / "one", time.monotonic() + 120
+    while not list(folder.glob("checkpoints/0*")) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process) != 0
+    assert not (folder / "results.json").exists()
+    assert list(folder.glob("checkpoints/0*"))
+    assert finish(begin(tmp_path, *own, processes=2)) == 0
+    model, _ = left_by(tmp_path)
+    for name, value in single[0].items():
+        torch.testing.assert_close(model[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    process = begin(tmp_path, "train.parallel=ddp", "train.batch_size=3", processes=2)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "train.batch_size=3: expected a multiple of 2, 2 processes x train.accumulate=1. Use 4." in said
