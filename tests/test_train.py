@@ -167,7 +167,7 @@ def test_two_images_are_learned(tmp_path, monkeypatch):
 
 def test_a_trained_folder_loads_with_equal_logits(tmp_path, monkeypatch, random_image):
     kept = {}
-    count = loop.count
+    count = scoring.count
 
     def keep(segmenter, *rest, **named):
         kept["segmenter"] = segmenter
