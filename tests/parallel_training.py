@@ -1,8 +1,9 @@
 """A tiny training in one of several processes: torchrun --nproc-per-node N tests/parallel_training.py ROOT OVERRIDE ...
 
-BatchNorm stays in eval mode: on the CPU each process would have statistics of its own.
+BatchNorm stays in eval mode unless BATCH_NORM_LEARNS=1: on the CPU each process would have statistics of its own.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def train_without_batch_norm(self: NetSegmenter) -> NetSegmenter:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    NetSegmenter.train = train_without_batch_norm
+    if os.environ.get("BATCH_NORM_LEARNS") != "1":
+        NetSegmenter.train = train_without_batch_norm
     try:
         train.run(training(Path(sys.argv[1]), *sys.argv[2:]), console=QUIET)
     except Stopped as stopped:

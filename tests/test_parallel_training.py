@@ -20,10 +20,14 @@ OWN = ("experiment.id=one", "train.batch_size=4", "train.optimizer.lr=0.01", "tr
 pytestmark = pytest.mark.slow
 
 
-def begin(root: Path, *overrides: str, processes: int) -> subprocess.Popen:
+def begin(root: Path, *overrides: str, processes: int, batch_norm_learns: bool = False) -> subprocess.Popen:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(torchrun if processes > 1 else []), str(HERE / "parallel_training.py"), str(root)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{HERE.parent}:{HERE}",
+        "BATCH_NORM_LEARNS": str(int(batch_norm_learns)),
+    }
     return subprocess.Popen([*command, *OWN, *overrides], env=environment, stderr=subprocess.PIPE, text=True)
 
 

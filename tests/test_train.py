@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_runs import QUIET, TINY, generative_training, lines_of, training
 
-from segadapt import adapt, config, config_training, scoring, train, train_generative
+from segadapt import adapt, config, scoring, train, train_generative
 from segadapt.datasets.toytown import CLASSES
 from segadapt.errors import UserError
 from segadapt.losses import LOSSES
