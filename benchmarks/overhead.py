@@ -59,7 +59,7 @@ def measure(settings: AdaptConfig, folder: Path, *, images: int, saves: int) -> 
     inside = []
     with JsonLines(folder / "records.jsonl") as records, JsonLines(folder / "timings.jsonl") as timings:
         run = Run(settings, dataset, models, RunFolder(folder, "overhead"), NoWandb(), terminal, records, timings,
-                  prepared, shown, num_tasks=1)  # fmt: skip
+                  prepared, shown, None, num_tasks=1)  # fmt: skip
         loop = TaskLoop(run, entries)
         calls = [Timed(loop._record), Timed(timings.append)]
         loop._record, timings.append = calls  # type: ignore[method-assign]

@@ -61,4 +61,6 @@ def row(out: Path, name: str) -> list[str]:
 
 if __name__ == "__main__":
     out, names = Path(sys.argv[1]), sys.argv[2:]
-    print(markdown(["", "parameters", "validation mIoU %", "test mIoU %", "images/s", "s"], [row(out, n) for n in names]))
+    print(
+        markdown(["", "parameters", "validation mIoU %", "test mIoU %", "images/s", "s"], [row(out, n) for n in names])
+    )

@@ -69,7 +69,8 @@ def test_no_verb_lists_the_verbs(segadapt):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_and_configuration_are_shown_without_a_run(segadapt, verb):
-    setting = {"grid": "methods:", "results": "runs:", "report": "runs:"}.get(verb, "data:")
+    own = {"grid": "methods:", "results": "runs:", "report": "runs:", "convert": "source:", "align": "reference:"}
+    setting = own.get(verb, "data:")
     for arguments, word in ((("--help",), "Powered by Hydra"), (("--cfg", "job"), setting)):
         status, stdout, stderr = segadapt(verb, *arguments)
         assert (status, stderr) == (0, "")

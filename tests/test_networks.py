@@ -209,7 +209,9 @@ def test_every_method_runs_and_goes_back(name, family, compose_settings, build_t
 
 
 def test_training_ends_in_a_folder_that_is_read(tmp_path):
-    settings = training(tmp_path, "model.discriminative.family=segadapt_hrnet_ocr", "train.iters=2", "train.crop_px=64")
+    settings = training(
+        tmp_path, "model.discriminative.family=segadapt_hrnet_ocr", "train.iters=2", "train.transforms.crop_px=64"
+    )
     settings.model.discriminative.config = TINY["segadapt_hrnet_ocr"]
     results = train.run(settings)
     segmenter = load_segmenter(f"{results['folder']}/model", num_classes=len(results["per_class"]), device="cpu")

@@ -15,7 +15,8 @@ from segadapt.__main__ import main
 
 COLOURS = {"road": (128, 64, 128), "sky": (70, 130, 180), "car": (0, 0, 142)}
 SMALL = ["runtime=cpu", "data.short_side_px=32", "data.workers=0", "train.iters=2", "train.batch_size=2",
-         "train.crop_px=32", "train.warmup_iters=0", "train.validation_images=null", TINY_SEGFORMER]  # fmt: skip
+         "train.transforms.crop_px=32", "train.schedule.warmup_iters=0",
+         "train.validation_images=null", TINY_SEGFORMER]  # fmt: skip
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from interrupted_runs import QUIET, assert_equal_folders, cut_after, folder_of
 from PIL import Image
 
-from segadapt import adapt, checkpoint, config, wandb_mirror
+from segadapt import adapt, checkpoint, config, resume, wandb_mirror
 from segadapt.datasets.toytown import CLASSES
 from segadapt.errors import UserError
 from segadapt.models.combined import Combined
@@ -215,7 +215,8 @@ def other_data(settings, monkeypatch):
 
 
 def other_version(settings, monkeypatch):
-    monkeypatch.setattr(adapt, "__version__", "9.9.9")
+    for module in (adapt, resume):
+        monkeypatch.setattr(module, "__version__", "9.9.9")
     return r"segadapt=\d+\.\d+\.\d+; now 9\.9\.9.*experiment\.any_version=true"
 
 

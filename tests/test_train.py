@@ -173,7 +173,7 @@ def test_a_trained_folder_loads_with_equal_logits(tmp_path, monkeypatch, random_
         kept["segmenter"] = segmenter
         return count(segmenter, *rest, **named)
 
-    monkeypatch.setattr(loop, "count", keep)
+    monkeypatch.setattr(scoring, "count", keep)
     done = train.run(training(tmp_path))
     loaded = load_segmenter(
         str(Path(done["folder"], "model")), revision=None, num_classes=len(CLASSES), device=torch.device("cpu"),

@@ -91,7 +91,6 @@ class Objective(nn.Module):
                 pixels_per_image=own.memory.pixels_per_image,
             )
         self._step, self._calls = 0, 0
-        self._weights_C = None if class_weights_C is None else class_weights_C.double().cpu()
 
     def forward(self, outputs: Outputs, label_BHW: Tensor, *, step: int) -> Terms:
         """Losses in float32 (float64 stays), whatever autocast the caller is in; logits are resized to the label.
@@ -175,16 +174,19 @@ class Objective(nn.Module):
         rank = dist.get_rank() if dist.is_initialized() else 0
         return torch_generator(self.seed, "contrast", step, rank, self._calls)
 
-    def amount(self, label_BHW: Tensor) -> float:
+    def amount(self, label_BHW: Tensor) -> Tensor:
         """What the mean of cross-entropy over these labels divides by: parts of a step count by their share of it.
 
-        Args:
-            label_BHW: on the CPU.
+        Returns:
+            float64, a scalar on the device of the label.
         """
+        is_labelled_BHW = label_BHW != IGNORE
         if self.settings.reduction == "all":
-            return float(label_BHW.numel())
-        labelled_P = label_BHW[label_BHW != IGNORE]
-        return float(len(labelled_P) if self._weights_C is None else self._weights_C[labelled_P].sum())
+            is_labelled_BHW = torch.ones_like(is_labelled_BHW)
+        elif self.class_weights_C is not None:
+            weight_BHW = self.class_weights_C.double()[label_BHW.masked_fill(~is_labelled_BHW, 0)]
+            return weight_BHW.masked_fill(~is_labelled_BHW, 0).sum()
+        return is_labelled_BHW.sum().double()
 
     def remember(self) -> None:
         """After the optimizer's step, on every rank: write the rows of the calls since the last time."""

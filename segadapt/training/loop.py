@@ -200,15 +200,14 @@ class Training:
         """
         t, world, index = self.settings.train, self.world, self.step
         rates = set_rates(self._optimizer, index, t)
-        amounts = np.array([self._objective.amount(label_BHW) for _, label_BHW in micro_batches])
-        shares = amounts / (world.sum(amounts).sum() or 1)
+        on_device = [[x.to(self._device, non_blocking=True) for x in batch] for batch in micro_batches]
+        shares = self._shares([label_BHW for _, label_BHW in on_device])
         found: list[dict[str, Tensor]] = []
         weights: dict[str, float] = {}
-        for number, (image_B3HW, label_BHW) in enumerate(micro_batches):
+        for number, (image_B3HW, label_BHW) in enumerate(on_device):
             seed = derive(self.settings.experiment.seed, "training", index, number, world.rank)
             torch.manual_seed(seed)  # dropout and drop path draw from the global generator
             with synchronised(self._learner, last=number == len(micro_batches) - 1):
-                image_B3HW, label_BHW = (x.to(self._device, non_blocking=True) for x in (image_B3HW, label_BHW))
                 total, values, weights = self._learner(image_B3HW, label_BHW, index + 1)
                 (total * (shares[number] * world.size)).backward()  # the processes' gradients are averaged
             found.append({"loss": total.detach(), **values})
@@ -217,10 +216,18 @@ class Training:
         if is_read or t.optimizer.clip_norm is not None:
             norm = clip(moving, t.optimizer.clip_norm)
             if is_read:
-                line = self._read(found, shares, norm) | {"weights": weights, "lr": dict(rates)}
+                line = self._read(found, shares.cpu().numpy(), norm) | {"weights": weights, "lr": dict(rates)}
         self.state.advance()
         self._objective.remember()
         return line
+
+    def _shares(self, labels: Sequence[Tensor]) -> Tensor:
+        """Of each micro-batch in the mean of the whole step: float64 on the device, which nothing waits for."""
+        if len(labels) * self.world.size == 1:
+            return torch.ones(1, dtype=torch.float64, device=self._device)
+        amounts = torch.stack([self._objective.amount(label_BHW) for label_BHW in labels])
+        total = self.world.added_up(amounts.sum())
+        return amounts / torch.where(total > 0, total, 1)
 
     def _read(self, found: Sequence[Mapping[str, Tensor]], shares: np.ndarray, norm: Tensor) -> dict[str, Any]:
         """Losses of the whole step over all processes, and the gradient's norm. UserError: not finite."""

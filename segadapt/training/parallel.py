@@ -49,6 +49,12 @@ class World:
         """Over all processes; int64 or float64, any shape."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
+    def added_up(self, value: Tensor) -> Tensor:
+        """A tensor summed over all processes, on its device."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
     def largest(self, values: np.ndarray) -> np.ndarray:
         """Of all processes, value by value; int64 or float64."""
         return self._reduced(values, dist.ReduceOp.MAX)

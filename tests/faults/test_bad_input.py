@@ -249,13 +249,13 @@ WEIGHTS = {
         (SEGMENTER, "decode_head.classifier.bias has shape (2,)", "expected (3,)", "save them anew")),
     "no config": (
         0, lambda folder: (folder / "config.json").unlink(), (),
-        (SEGMENTER, "model_type None", "expected 'segformer'", "Give the folder")),
+        (SEGMENTER, "model_type None", "expected one of segformer, ", "Give the folder")),
     "a config nested without end": (
         0, lambda folder: (folder / "config.json").write_text("[" * 200_000), (),
         (SEGMENTER, "cannot be loaded", "incomplete or damaged", "Download it again")),
     "another kind of model": (
         0, lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": "bert"})), (),
-        (SEGMENTER, "model_type 'bert'", "expected 'segformer'", "Give the folder")),
+        (SEGMENTER, "model_type 'bert'", "expected one of segformer, ", "Give the folder")),
     "embeddings of other classes": (
         1, lambda folder: shutil.copy(folder / "other.safetensors", folder / "embeddings.safetensors"), (),
         ("embeddings.safetensors", "class 0 is 'sea'", "the data set expects 'sky'", "Use the embeddings made for")),
