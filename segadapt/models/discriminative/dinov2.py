@@ -3,7 +3,7 @@
 # B images  3 RGB  H W image px  C dataset classes  h w patches, ceil(px / patch)  D head channels  T tokens
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -39,6 +39,7 @@ class Dinov2SegmenterConfig(PreTrainedConfig):
     """
 
     model_type = "segadapt_dinov2"
+    has_no_defaults_at_init: ClassVar[bool] = True  # transformers 5.17 makes one without arguments when it saves
 
     backbone_config: dict[str, Any] | PreTrainedConfig | None = None
     layers: int = 1
