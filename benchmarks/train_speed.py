@@ -55,7 +55,7 @@ def bare_speed(settings: TrainConfig) -> float:
     segmenter = train.build(settings, dataset.classes, main).train()
     objective = train.build_objective(settings, segmenter, ClassWeights(None, None))
     first = next(loop.steps_of(samples_of(settings, dataset), settings.train, World(), first=0, workers=0))
-    image_B3HW, label_BHW = (values.to(main) for values in first[0])
+    image_B3HW, label_BHW = first[0].to(main)
     began = 0.0
     for step in range(settings.train.iters):
         if step == settings.train.iters // LINES:

@@ -33,7 +33,7 @@ def crops(*sizes: tuple[int, int], seed: int = 0) -> list[TrainingCrop]:
 
 def batch_of(given: list[TrainingCrop], *, batch: int = 0, **changed) -> tuple[np.ndarray, ...]:
     """Images as they look [B, H, W, 3] 0..255, and labels."""
-    image_B3HW, label_BHW = collate(given, settings(**changed), seed=0, batch=batch)
+    image_B3HW, label_BHW = collate(given, settings(**changed), seed=0, batch=batch).to("cpu")
     assert (image_B3HW.dtype, label_BHW.dtype) == (torch.float32, torch.int64)
     return (image_B3HW.permute(0, 2, 3, 1) * 255).numpy(), label_BHW.numpy()
 
@@ -139,13 +139,13 @@ def test_padding_is_exactly_zero_for_the_net():
     """As mmsegmentation pads after it has normalised."""
     net = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8], "num_attention_heads": [1, 1, 1, 1]}
     segmenter = make_segmenter("segformer", net, 3, seed=0)
-    image_B3HW, label_BHW = collate(crops((20, 40)), settings(crop_px=48), seed=0, batch=0)
+    image_B3HW, label_BHW = collate(crops((20, 40)), settings(crop_px=48), seed=0, batch=0).to("cpu")
     outside_B3HW = (label_BHW == 255)[:, None].expand(-1, 3, -1, -1)
     assert (segmenter.normalised(image_B3HW)[outside_B3HW] == 0).all()
 
 
 def test_values_are_the_255th_parts():
-    image_B3HW, _ = collate(crops((48, 48)), settings(crop_px=48), seed=0, batch=0)
+    image_B3HW, _ = collate(crops((48, 48)), settings(crop_px=48), seed=0, batch=0).to("cpu")
     expected_3hw = torch.from_numpy(crops((48, 48))[0][1]).permute(2, 0, 1).float() / 255
     assert torch.equal(image_B3HW[0], expected_3hw)
 

@@ -43,7 +43,7 @@ def samples_of(*overrides: str, dataset: Dataset | None = None, count: int = 7) 
 
 def read_all(samples: TrainingSamples, size: int, *, workers: int = 0, first: int = 0) -> list:
     stretches = [range(item, min(item + size, len(samples))) for item in range(first, len(samples), size)]
-    return list(batches(samples, stretches, workers=workers))
+    return [batch.to("cpu") for batch in batches(samples, stretches, workers=workers)]
 
 
 def crop_of(samples: TrainingSamples, index: int) -> TrainingCrop:

@@ -28,6 +28,7 @@ from segadapt.training.log import LOG_EVERY, Log
 from segadapt.training.optimizer import build_optimizer, set_rates
 from segadapt.training.parallel import World, clip, spread, synchronised, whole
 from segadapt.training.samples import TrainingSamples, batches
+from segadapt.training.sizes import Batch
 from segadapt.training.state import TrainingState
 
 
@@ -49,7 +50,7 @@ class Learner(nn.Module):
 
 def steps_of(
     samples: TrainingSamples, t: TrainSettings, world: World, *, first: int, workers: int, is_pinned: bool = False
-) -> Iterator[Sequence[tuple[Tensor, Tensor]]]:
+) -> Iterator[Sequence[Batch]]:
     """The micro-batches of this process, step by step, from step `first` on.
 
     Step i takes the items i B .. i B + B - 1 of the samples, whatever the number of processes and micro-batches: each
@@ -192,7 +193,7 @@ class Training:
                 said = f"{name} after step {step} of {t.iters}; the same command goes on from there"
                 raise Stopped(signal.Signals(signum), said)
 
-    def _step(self, micro_batches: Sequence[tuple[Tensor, Tensor]], *, is_read: bool) -> dict[str, Any]:
+    def _step(self, micro_batches: Sequence[Batch], *, is_read: bool) -> dict[str, Any]:
         """One step of the optimizer; its numbers if they are read.
 
         Each micro-batch's mean counts by its share of what the whole step's mean divides by, the labelled pixels, so
@@ -200,7 +201,7 @@ class Training:
         """
         t, world, index = self.settings.train, self.world, self.step
         rates = set_rates(self._optimizer, index, t)
-        on_device = [[x.to(self._device, non_blocking=True) for x in batch] for batch in micro_batches]
+        on_device = [batch.to(self._device) for batch in micro_batches]
         shares = self._shares([label_BHW for _, label_BHW in on_device])
         found: list[dict[str, Tensor]] = []
         weights: dict[str, float] = {}

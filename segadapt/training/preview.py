@@ -20,7 +20,7 @@ def write_preview(folder: Path, samples: TrainingSamples, *, count: int) -> None
     dataset = samples.dataset
     stretches = [range(item, item + samples.batch_size) for item in range(0, count, samples.batch_size)]
     read = batches(samples, stretches, workers=0)
-    crops = (crop for image_B3HW, label_BHW in read for crop in zip(image_B3HW, label_BHW, strict=True))
+    crops = (crop for batch in read for crop in zip(*batch.to("cpu"), strict=True))
     for index, (image_3HW, label_HW) in enumerate(islice(crops, count)):
         image_HW3 = np.ascontiguousarray((image_3HW * 255).round().byte().permute(1, 2, 0).numpy())
         label = label_HW.numpy()

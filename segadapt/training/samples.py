@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from segadapt.config_training import TrainConfig
@@ -17,7 +16,7 @@ from segadapt.seeds import numpy_generator
 from segadapt.stream import one_thread_each
 from segadapt.training import sizes
 from segadapt.training.order import Order, places_of_classes
-from segadapt.training.sizes import TrainingCrop
+from segadapt.training.sizes import Batch, TrainingCrop
 from segadapt.training.transforms import transform
 
 
@@ -50,8 +49,8 @@ class TrainingSamples(torch.utils.data.Dataset):
         )
         return TrainingCrop(item, image_hw3, label_hw)
 
-    def collate(self, crops: Sequence[TrainingCrop | UserError]) -> tuple[Tensor, Tensor] | UserError:
-        """image_B3HW float32 RGB in 0..1 and label_BHW int64; or the first error."""
+    def collate(self, crops: Sequence[TrainingCrop | UserError]) -> Batch | UserError:
+        """All of one size; or the first error."""
         for crop in crops:
             if isinstance(crop, UserError):
                 return crop
@@ -75,7 +74,7 @@ def build_samples(settings: TrainConfig, dataset: Dataset, *, count: int) -> Tra
 
 def batches(
     samples: TrainingSamples, stretches: Sequence[range], *, workers: int, is_pinned: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[Batch]:
     """The stretches of items as batches, in order, read by `workers` processes.
 
     UserError: a broken file, as it was raised.
