@@ -53,7 +53,8 @@ NOT_RUN = {
 SD3 = "model.generative.checkpoint=weights/stable-diffusion-3-medium-diffusers"
 SEGFORMER = "model.discriminative.checkpoint=weights/segformer-b5-finetuned-ade-640-640"
 ONE = ["data.corruptions=[fog]", "data.limit=1"]
-FEW_STEPS = ["train.iters=2", "train.batch_size=1", "data.count=4", "train.validation_images=1", "runtime=cpu"]
+FEW_STEPS = ["train.iters=2", "train.schedule.warmup_iters=0", "train.batch_size=1", "data.count=4",
+             "train.validation_images=1", "runtime=cpu"]  # fmt: skip
 # Beginning of a command: what stands behind it here, the first that fits.
 BEHIND = {
     "segadapt demo": ["data.limit=1"],
@@ -63,7 +64,12 @@ BEHIND = {
     "segadapt check experiment=toytown_c": ["data.limit=1", "data.corruptions=[fog]"],
     "segadapt adapt experiment=toytown_c": ["data.limit=1"],
     "segadapt diagnose experiment=toytown_c": ["data.limit=1", "diagnose.sigmas=[0.25]"],
-    "segadapt train --config-dir configs data=own": ["train.iters=1", "train.batch_size=2", "runtime=cpu"],
+    "segadapt train --config-dir configs data=own": [
+        "train.iters=1",
+        "train.schedule.warmup_iters=0",
+        "train.batch_size=2",
+        "runtime=cpu",
+    ],
     "segadapt adapt data=folder": [SEGFORMER, SD3, "data.limit=1"],
     "segadapt train train/losses=lovasz": FEW_STEPS,
     "segadapt train train/losses=contrast_memory": [*FEW_STEPS, "train.losses.contrast.warmup_iters=1"],
