@@ -102,7 +102,7 @@ class PlainLossSettings:
 @dataclass
 class OhemSettings(PlainLossSettings):
     threshold: float = setting("pixels whose true class has a smaller probability are kept", low=0, high=1)
-    min_kept: int = setting("pixels of a batch that are kept at least, the hardest", low=1)
+    min_kept: int = setting("pixels that each micro-batch of each process keeps at least, the hardest", low=1)
 
 
 @dataclass

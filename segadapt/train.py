@@ -76,21 +76,27 @@ def check_training(settings: TrainConfig) -> None:
         raise UserError(f"train.patience={t.patience}, but there are {validations} validations (train.iters={t.iters}, "
                         f"train.validate_every={t.validate_every}): it would have no effect. Validate more often, or "
                         "set train.patience=0.")  # fmt: skip
+    lowest = t.optimizer.lr * min(1, t.optimizer.head_lr_factor)
+    if t.schedule.decay in ("poly", "cosine") and t.schedule.min_lr > lowest:
+        raise UserError(f"train.schedule.min_lr={t.schedule.min_lr} is above {lowest:g}, where a rate starts: it would "
+                        "rise. Lower it, or raise train.optimizer.lr.")  # fmt: skip
     if t.checkpoint_every is not None and t.checkpoint_every > t.iters:
         raise UserError(f"train.checkpoint_every={t.checkpoint_every} is above train.iters={t.iters}: it would have no "
                         "effect. Lower it, or set it to null.")  # fmt: skip
 
 
-def build(settings: TrainConfig, classes: tuple[str, ...], main: torch.device) -> NetSegmenter:
-    """The segmenter to train: the checkpoint, or where there is none random weights of the family and its config."""
+def build(
+    settings: TrainConfig, classes: tuple[str, ...], main: torch.device, *, console: Console | None = None
+) -> NetSegmenter:
+    """The segmenter to train: the checkpoint, or where there is none random weights of the family and its config.
+
+    console: where it is said what was read into the encoder; None: nowhere.
+    """
     chosen = settings.model.discriminative
     if chosen.checkpoint is not None:
-        if chosen.config:
-            raise UserError(f"model.discriminative.config beside checkpoint={chosen.checkpoint}: it would have no "
-                            "effect. Set checkpoint=null to start from random weights, or config={}.")  # fmt: skip
         segmenter = build_segmenter(chosen, len(classes), main)
         refuse_unexpected_weights(settings.model.sha256, {"discriminative": fingerprint(segmenter.net)})
-        return start_from(chosen, segmenter)
+        return start_from(chosen, segmenter, console)
     refuse_unexpected_weights(settings.model.sha256, {})
     segmenter = make_segmenter(
         chosen.family,
@@ -101,12 +107,22 @@ def build(settings: TrainConfig, classes: tuple[str, ...], main: torch.device) -
         channel_order=chosen.channel_order,
         gradient_checkpointing=chosen.gradient_checkpointing,
     )
-    return start_from(chosen, segmenter)
+    return start_from(chosen, segmenter, console)
 
 
 def build_objective(settings: TrainConfig, segmenter: NetSegmenter, class_weights: ClassWeights) -> Objective:
-    """The losses of the settings, for the features that the segmenter is seen to have, on its device."""
-    t, device = settings.train, segmenter.net.device
+    """The losses of the settings, for the features that the segmenter is seen to have, on its device.
+
+    An auxiliary head without its loss is frozen, so that it is in no parameter group. UserError: the auxiliary loss is
+    on, and the network has no such head.
+    """
+    t, device, family = settings.train, segmenter.net.device, segmenter.family
+    chosen = segmenter.net.config.model_type
+    if t.losses.auxiliary.weight and not family.has_auxiliary:
+        raise UserError(f"train.losses.auxiliary.weight={t.losses.auxiliary.weight}, but {chosen} has no auxiliary "
+                        "head. Set it to 0, or choose another network.")  # fmt: skip
+    if family.auxiliary_head is not None and not t.losses.auxiliary.weight:
+        segmenter.net.get_submodule(family.auxiliary_head).requires_grad_(False)
     with torch.no_grad():
         seen = segmenter.outputs(torch.zeros(1, 3, t.transforms.crop_px, t.transforms.crop_px, device=device))
     return Objective(
@@ -131,7 +147,10 @@ def _run(settings: TrainConfig, world: World, terminal: Terminal) -> dict[str, A
     if world.is_main:  # unknown labels and damaged files, before the first step
         for read, of_it in ((dataset, drawn), (held_out, entries)):
             stream.verify(read, of_it, workers=data.workers)
-    segmenter = build(settings, dataset.classes, main)
+    if len(dataset.classes) < 2:
+        raise UserError(f"data.classes={settings.data.classes} has one class: a softmax over it is always right, and "
+                        "nothing would be learned. Name the background as a class too.")  # fmt: skip
+    segmenter = build(settings, dataset.classes, main, console=terminal.console)
     losses = settings.train.losses
     class_weights = class_weights_of(losses, dataset, [entry.key for entry in drawn], workers=data.workers)
     objective = build_objective(settings, segmenter, class_weights)

@@ -16,6 +16,7 @@ from training_runs import training
 
 from segadapt import train
 from segadapt.errors import UserError
+from segadapt.losses import ClassWeights
 from segadapt.methods import METHODS
 from segadapt.methods.build import build_method
 from segadapt.models.discriminative.convolutional import Classifier
@@ -216,6 +217,22 @@ def test_training_ends_in_a_folder_that_is_read(tmp_path):
     results = train.run(settings)
     segmenter = load_segmenter(f"{results['folder']}/model", num_classes=len(results["per_class"]), device="cpu")
     assert segmenter.net.config.model_type == "segadapt_hrnet_ocr"
+
+
+@pytest.mark.parametrize(("losses", "learns"), [("default", False), ("auxiliary", True)])
+def test_an_auxiliary_head_learns_by_its_loss_alone(tmp_path, losses, learns):
+    """Without it, it is in no group: DDP would wait for its gradient for ever."""
+    settings = training(
+        tmp_path, "model.discriminative.family=segadapt_deeplabv3", "train.iters=2", f"train/losses={losses}"
+    )
+    settings.model.discriminative.config = TINY["segadapt_deeplabv3"]
+    classes = tuple("abcdef")
+    first = train.build(settings, classes, torch.device("cpu"))
+    objective = train.build_objective(settings, first, ClassWeights(None, None))
+    assert all(parameter.requires_grad == learns for parameter in first.net.auxiliary_head.parameters())
+    terms = objective(first.train().outputs(torch.rand(2, 3, 64, 64)), torch.zeros(2, 64, 64, dtype=torch.long), step=1)
+    terms.total.backward()
+    assert all((parameter.grad is not None) == learns for parameter in first.net.auxiliary_head.parameters())
 
 
 @pytest.mark.parametrize(

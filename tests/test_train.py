@@ -233,11 +233,18 @@ def test_training_without_labels_is_refused(tmp_path):
         (["train.losses.cross_entropy.weight=0"], r"every weight is 0"),
         (["train.losses.class_weights.recipe=list", "train.losses.class_weights.values=[1,2]"], r"2 numbers.*12 cl"),
         (["train/losses=contrast"], r"warmup_iters=625 with train\.iters=6"),
+        (["train/losses=auxiliary"], r"auxiliary\.weight=0\.4, but segformer has no auxiliary head"),
     ],
 )
 def test_losses_that_cannot_be_are_refused_before_a_folder_is_made(tmp_path, overrides, said):
     with pytest.raises(UserError, match=rf"train\.losses.*{said}"):
         train.run(training(tmp_path, *overrides))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_rate_that_would_rise_to_its_minimum_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"train\.schedule\.min_lr=1\.0 is above 0\.0003"):
+        train.run(training(tmp_path, "train.schedule.min_lr=1"))
     assert not any(tmp_path.iterdir())
 
 

@@ -49,7 +49,14 @@ class Models:
 
 
 def build_segmenter(settings: DiscriminativeSettings, num_classes: int | None, device: torch.device) -> NetSegmenter:
-    """The source model, on the main device; num_classes as in load_segmenter."""
+    """The source model, on the main device; num_classes as in load_segmenter.
+
+    UserError: a setting of models made from scratch beside the checkpoint; see load_segmenter.
+    """
+    for name, given, neutral in (("config", settings.config, "{}"), ("backbone", settings.backbone, "null")):
+        if given and settings.checkpoint is not None:
+            raise UserError(f"model.discriminative.{name} beside checkpoint={settings.checkpoint}: it would have no "
+                            f"effect. Set {name}={neutral}, or to train from scratch checkpoint=null.")  # fmt: skip
     return load_segmenter(
         resolve(settings.checkpoint, "model.discriminative.checkpoint"),
         revision=settings.revision,

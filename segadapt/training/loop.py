@@ -166,7 +166,7 @@ class Training:
         Args:
             more: written beside the state into each checkpoint.
         Raises:
-            UserError: the loss or its gradient is not finite; no step is made with it.
+            UserError: the loss or its gradient is not finite when it is read, before anything is validated or saved.
             Stopped: a signal came to any of the processes; a checkpoint is written.
         """
         t = self.settings.train

@@ -21,8 +21,10 @@ HEADS = ("head.", "classifier.", "decode_head.", "auxiliary_head.")
 NO_SHAPE_TELLS = ("num_attention_heads", "strides", "layer_norm_eps", "hidden_act", "window_size")  # of an encoder
 
 
-def start_from(settings: DiscriminativeSettings, segmenter: NetSegmenter) -> NetSegmenter:
-    """The same segmenter, ready for training: with `backbone` its encoder's weights replaced, which is printed.
+def start_from(
+    settings: DiscriminativeSettings, segmenter: NetSegmenter, console: Console | None = None
+) -> NetSegmenter:
+    """The same segmenter, ready for training: with `backbone` its encoder's weights replaced, which the console says.
 
     UserError: a family that cannot be trained; a backbone beside a checkpoint; none under a frozen encoder; see
     `load_backbone`.
@@ -32,14 +34,13 @@ def start_from(settings: DiscriminativeSettings, segmenter: NetSegmenter) -> Net
         raise UserError(f"model.discriminative: {config.model_type} is scored and adapted only, not trained; expected "
                         "another family. Choose one.")  # fmt: skip
     if settings.checkpoint is not None:
-        if settings.backbone is not None:
-            raise UserError(f"{SETTING}={settings.backbone} beside checkpoint={settings.checkpoint}: it would have no "
-                            "effect. Set one of them to null.")  # fmt: skip
-    elif settings.backbone is not None:
+        return segmenter
+    if settings.backbone is not None:
         said = load_backbone(
             segmenter, settings.backbone, revision=settings.revision, allow_pickle=settings.allow_pickle
         )
-        Console().print(said, highlight=False, soft_wrap=True)
+        if console is not None:
+            console.print(said, highlight=False, soft_wrap=True, markup=False)
     elif family.encoder in family.frozen(config):
         raise UserError(f"{SETTING}=null: the encoder is frozen, and would stay random. Set it, or "
                         "model.discriminative.config.frozen=false.")  # fmt: skip

@@ -45,6 +45,8 @@ class Family:
     # of a file's weights: the same under the encoder's own names, see backbone.py; None: they have them
     encoder_names: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
     frozen: Callable[[Any], tuple[str, ...]] = lambda _: ()  # of a config: modules that training leaves as they are
+    has_auxiliary: bool = False  # in train mode it gives Outputs.auxiliary_BChw
+    auxiliary_head: str | None = None  # a module that nothing but the auxiliary loss reads
 
 
 def segformer_outputs(net: Any, pixels_B3HW: Tensor) -> Outputs:
@@ -142,6 +144,8 @@ FAMILIES: dict[str, Family] = {
         convolutional.outputs,
         "encoder",
         resnet_names,
+        has_auxiliary=True,
+        auxiliary_head="auxiliary_head",
     ),
     "segadapt_hrnet": Family(
         HrnetConfig,
@@ -153,6 +157,13 @@ FAMILIES: dict[str, Family] = {
         hrnet_names,
     ),
     "segadapt_hrnet_ocr": Family(
-        HrnetOcrConfig, HrnetOcr, convolutional.HEADS, convolutional.tops, convolutional.outputs, "encoder", hrnet_names
+        HrnetOcrConfig,
+        HrnetOcr,
+        convolutional.HEADS,
+        convolutional.tops,
+        convolutional.outputs,
+        "encoder",
+        hrnet_names,
+        has_auxiliary=True,
     ),
 }

@@ -40,9 +40,6 @@ class NetSegmenter:
             raise UserError(f"model.discriminative.gradient_checkpointing=true: {net.config.model_type} cannot "
                             "recompute its activations. Set it to false.")  # fmt: skip
         if gradient_checkpointing:
-            if not net.supports_gradient_checkpointing:
-                raise UserError("model.discriminative.gradient_checkpointing=true: a net of model_type "
-                                f"{net.config.model_type} cannot recompute. Set it to false.")  # fmt: skip
             # renamed within transformers 5: 5.17 knows the second name only, 6 will know the first only
             enable = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable
             enable({"use_reentrant": False})
