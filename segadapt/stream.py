@@ -6,7 +6,7 @@
 import hashlib
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -114,7 +114,12 @@ def ahead(function: Callable[[Item], Result], items: Sequence[Item], *, workers:
         worker_init_fn=one_thread_each,
         collate_fn=_as_it_is,
     )
-    for result in loader:
+    yield from raising(loader)
+
+
+def raising(results: Iterable[Result | UserError]) -> Iterator[Result]:
+    """What worker processes give, each UserError raised as it was at its place: torch would wrap it in a traceback."""
+    for result in results:
         if isinstance(result, UserError):
             raise result
         yield result

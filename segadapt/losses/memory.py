@@ -103,7 +103,8 @@ class Ring(nn.Module):
         order_N = class_N.argsort(stable=True)
         class_N = class_N[order_N]
         number_N = torch.arange(len(class_N), device=class_N.device) - (count_C.cumsum(0) - count_C)[class_N]
-        stays_N = number_N >= count_C[class_N] - rows  # one row a place: what is written does not depend on an order
+        # one row a place: what is written does not depend on an order
+        stays_N = (number_N >= count_C[class_N] - rows).nonzero()[:, 0]
         class_N, number_N, order_N = class_N[stays_N], number_N[stays_N], order_N[stays_N]
         self.rows_CMD[class_N, (self.next_C[class_N] + number_N) % rows] = rows_ND[order_N].to(self.rows_CMD)
         self.next_C.copy_((self.next_C + count_C) % rows)
@@ -146,10 +147,11 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def write(self) -> None:
-        """Write what was kept since the last time, on every rank; waits for the device once a ring."""
+        """Write what was kept, on every rank; waits for the device twice a ring, with several ranks more often."""
         for name, parts in self._kept.items():
             rows = joined(parts)
-            rows_ND, class_N = rows.embedding_RD[rows.is_there_R], rows.class_R[rows.is_there_R]
+            there_N = rows.is_there_R.nonzero()[:, 0]
+            rows_ND, class_N = rows.embedding_RD[there_N], rows.class_R[there_N]
             self.get_submodule(name).write(*of_all_ranks(rows_ND, class_N))  # pyright: ignore[reportCallIssue]
             parts.clear()
 

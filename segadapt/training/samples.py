@@ -13,7 +13,7 @@ from segadapt.config_training import TrainConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.errors import UserError
 from segadapt.seeds import numpy_generator
-from segadapt.stream import one_thread_each
+from segadapt.stream import one_thread_each, raising
 from segadapt.training import sizes
 from segadapt.training.order import Order, places_of_classes
 from segadapt.training.sizes import Batch, TrainingCrop
@@ -87,10 +87,7 @@ def batches(
         pin_memory=is_pinned,
         worker_init_fn=one_thread_each,
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    return raising(loader)
 
 
 def check_transforms(settings: TrainConfig) -> None:
