@@ -25,7 +25,7 @@ def begin(root: Path, *overrides: str, processes: int, batch_norm_learns: bool =
     command = [sys.executable, *(torchrun if processes > 1 else []), str(HERE / "parallel_training.py"), str(root)]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{HERE.parent}:{HERE}",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]),
         "BATCH_NORM_LEARNS": str(int(batch_norm_learns)),
     }
     return subprocess.Popen([*command, *OWN, *overrides], env=environment, stderr=subprocess.PIPE, text=True)
