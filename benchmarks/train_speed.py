@@ -21,7 +21,6 @@ from segadapt import train
 from segadapt.config_training import TrainConfig
 from segadapt.datasets import Dataset
 from segadapt.losses import ClassWeights
-from segadapt.models.precision import autocast
 from segadapt.models.set_up import set_up
 from segadapt.parse import from_overrides
 from segadapt.training import loop
@@ -50,10 +49,13 @@ def samples_of(settings: TrainConfig, dataset: Dataset) -> TrainingSamples:
 
 
 def bare_speed(settings: TrainConfig) -> float:
-    """Images per second of forward, cross-entropy and backward of one batch that stays on the device."""
+    """Images per second of forward, losses and backward of one batch that stays on the device."""
     main, dataset = set_up(settings.runtime), labelled_split(settings, settings.data.split)
-    segmenter = train.build(settings, dataset.classes, main).train()
+    segmenter = train.build(settings, dataset.classes, main)
     objective = train.build_objective(settings, segmenter, ClassWeights(None, None))
+    precision, is_compiled = settings.runtime.precision, bool(settings.runtime.compile)
+    learner = loop.Learner(segmenter, objective, precision=precision, is_compiled=is_compiled)
+    segmenter.train()
     first = next(loop.steps_of(samples_of(settings, dataset), settings.train, World(), first=0, workers=0))
     image_B3HW, label_BHW = first[0].to(main)
     began = 0.0
@@ -62,9 +64,7 @@ def bare_speed(settings: TrainConfig) -> float:
             _wait(main)
             began = time.perf_counter()
         segmenter.net.zero_grad(set_to_none=True)
-        with autocast(main, settings.runtime.precision):
-            outputs = segmenter.outputs(image_B3HW)
-        objective(outputs, label_BHW, step=1).total.backward()
+        learner(image_B3HW, label_BHW, 1)[0].backward()
     _wait(main)
     counted = settings.train.iters - settings.train.iters // LINES
     return counted * settings.train.batch_size / (time.perf_counter() - began)
