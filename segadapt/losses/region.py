@@ -42,15 +42,20 @@ def lovasz_softmax(logits_BCHW: Tensor, label_BHW: Tensor) -> Tensor:
 
 
 def _jaccard_gradient(error_P: Tensor, is_class_P: Tensor) -> Tensor:
-    """What each pixel's error is multiplied by: how much the Jaccard loss grows as it joins those of larger errors."""
+    """What each pixel's error is multiplied by: how much the Jaccard loss grows as it joins those of larger errors.
+
+    Of a pixel of the class 1 / union, of another intersection / ((union - 1) union): as the difference of two losses,
+    which are of order 1, most digits of it would be lost over a million pixels.
+    """
     # bits of numbers >= 0 sort as they do; a CPU sorts whole numbers eight times faster
     bits_P = error_P.view(torch.int32 if error_P.dtype == torch.float32 else torch.int64)
     order_P = (-bits_P).argsort(stable=True)
-    found_P = is_class_P[order_P].cumsum(dim=0)  # whole numbers: cumsum of floats has no deterministic CUDA form
-    rank_P = torch.arange(1, len(order_P) + 1, device=order_P.device)
-    total = found_P[-1]
-    jaccard_P = 1 - (total - found_P).to(error_P.dtype) / (total + rank_P - found_P)
-    return torch.empty_like(error_P).index_copy_(0, order_P, jaccard_P.diff(prepend=jaccard_P.new_zeros(1)))
+    sorted_P = is_class_P[order_P]
+    found_P = sorted_P.cumsum(dim=0)  # whole numbers: cumsum of floats has no deterministic CUDA form
+    left_P = found_P[-1] - found_P
+    union_P = left_P + torch.arange(1, len(order_P) + 1, device=order_P.device)
+    growth_P = torch.where(sorted_P, 1, left_P.to(error_P.dtype) / (union_P - 1)) / union_P
+    return torch.empty_like(error_P).index_copy_(0, order_P, growth_P)
 
 
 def dice(logits_BCHW: Tensor, label_BHW: Tensor, *, smooth: float) -> Tensor:
