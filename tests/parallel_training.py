@@ -1,20 +1,26 @@
 """A tiny training in one of several processes: torchrun --nproc-per-node N tests/parallel_training.py ROOT OVERRIDE ...
 
 BatchNorm stays in eval mode unless BATCH_NORM_LEARNS=1: on the CPU each process would have statistics of its own.
+STOP_AT=N: a signal comes within step N. What the losses hold at the end is left in ROOT/objective-RANK.pt.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
+from tiny_networks import TINY
 from training_runs import QUIET, training
 
 from segadapt import train
+from segadapt.losses import Objective
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.signals import Stopped
+from segadapt.training.loop import Training
 
-plain_train = NetSegmenter.train
+plain_train, plain_step, plain_build = NetSegmenter.train, Training._step, train.build_objective
+built: list[Objective] = []
 
 
 def train_without_batch_norm(self: NetSegmenter) -> NetSegmenter:
@@ -25,11 +31,28 @@ def train_without_batch_norm(self: NetSegmenter) -> NetSegmenter:
     return self
 
 
+def step_with_signal(self: Training, *given, **named) -> dict:
+    if self.step + 1 == int(os.environ.get("STOP_AT", "0")):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return plain_step(self, *given, **named)
+
+
+def build_and_keep(*given) -> Objective:
+    built.append(plain_build(*given))
+    return built[-1]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if os.environ.get("BATCH_NORM_LEARNS") != "1":
         NetSegmenter.train = train_without_batch_norm
+    Training._step, train.build_objective = step_with_signal, build_and_keep
+    root = Path(sys.argv[1])
+    settings = training(root, *sys.argv[2:])
+    if settings.model.discriminative.family == "segadapt_deeplabv3":
+        settings.model.discriminative.config = TINY["segadapt_deeplabv3"] | {"dropout": 0.0}
     try:
-        train.run(training(Path(sys.argv[1]), *sys.argv[2:]), console=QUIET)
+        train.run(settings, console=QUIET)
     except Stopped as stopped:
         sys.exit(128 + stopped.signum)
+    torch.save(dict(built[0].named_buffers()), root / f"objective-{os.environ.get('RANK', '0')}.pt")

@@ -84,6 +84,15 @@ def test_the_loss_with_a_memory_is_that_of_double_loops(negatives, hardest_share
     assert counted == number == 6
 
 
+def test_a_whole_number_of_hardest_rows_is_not_rounded_up():
+    """In float32 0.15 x 100 is above 15, which asked for one row more than were sorted."""
+    anchor_SD, anchors = unit(2), anchors_of([0, 0])
+    rows = Rows(unit(100, 1).detach(), torch.ones(100, dtype=torch.int64), torch.ones(100) > 0)
+    loss, _ = loss_of(anchor_SD, anchors, rows, negatives=100, hardest_share=0.15)
+    expected, _ = by_loops(anchor_SD, anchors, rows, hardest_share=0.15)
+    assert loss.item() == pytest.approx(0.1 / 0.07 * expected, rel=1e-12)
+
+
 def test_the_gradient_is_that_of_finite_differences():
     anchors, rows = anchors_of([0, 0, 1, 1]), Rows(unit(12, 1).detach(), torch.arange(12) % 3, torch.ones(12) > 0)
     assert torch.autograd.gradcheck(lambda anchor_SD: loss_of(anchor_SD, anchors, rows, negatives=9)[0], unit(4))
@@ -176,8 +185,10 @@ def test_labels_come_to_the_grid_by_nearest_at_its_exact_size():
 
 @pytest.mark.parametrize(("kind", "weights"), [("mlp", 3), ("linear", 1)])
 def test_a_projection_gives_unit_vectors(kind, weights):
+    """In float32 also where the convolutions run in bf16: lengths were once rounded too."""
     projection = Projection(6, 9, kind=kind)
-    embedding_BDyx = projection(torch.randn(2, 6, 3, 4, generator=generator()).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        embedding_BDyx = projection(torch.randn(2, 6, 3, 4, generator=generator()).bfloat16())
     assert embedding_BDyx.shape == (2, 9, 3, 4)
     torch.testing.assert_close(embedding_BDyx.norm(dim=1), torch.ones(2, 3, 4))
     assert sum(name.endswith("weight") for name, _ in projection.named_parameters()) == weights

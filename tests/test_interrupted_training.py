@@ -1,4 +1,7 @@
-"""A teacher's run that is cut off and started again ends as one that was not, or starts anew where that is asked."""
+"""A run that is cut off and started again ends as one that was not, or starts anew where that is asked.
+
+Of a teacher; and of a segmenter whose losses have a memory.
+"""
 
 import functools
 from collections.abc import Callable
@@ -6,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_runs import LONG, Cut, files_of, generative_training, interrupt, lines_of
+from test_training_loop import cut, left_by, within
+from training_runs import LONG, QUIET, Cut, files_of, generative_training, interrupt, lines_of, training
 
-from segadapt import train_generative
+from segadapt import train, train_generative
 from segadapt.training import autoencoder as train_autoencoder
+from segadapt.training import loop
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,3 +100,22 @@ def test_a_finished_run_started_again_trains_its_autoencoder_too(tmp_path, monke
     again = train_generative.run(settings)
     assert files_of(again["folder"]) == kept
     assert lines_of(again["folder"]) == lines
+
+
+def test_a_memory_of_the_losses_goes_on_to_the_bit(tmp_path, monkeypatch):
+    """With micro-batches and the contrast loss on, a step after a checkpoint: rings, draws and the projection."""
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    own = (
+        "experiment.id=one", "train.checkpoint_every=2", "train.accumulate=2", "train.losses.contrast.warmup_iters=1",
+        "train/losses=contrast_memory", "train.losses.contrast.min_views=1", "train.losses.contrast.weight=1",
+        "train.losses.contrast.memory.min_filled=1", "train.losses.contrast.memory.pixel_rows=20",
+        "train.losses.contrast.max_views=4", "train.losses.contrast.width=8", "train.losses.contrast.max_samples=64",
+        "train.optimizer.lr=0.01",
+    )  # fmt: skip
+    whole = Path(train.run(training(tmp_path / "whole", *own), console=QUIET)["folder"])
+    settings = training(tmp_path / "cut", *own)
+    folder = within(monkeypatch, settings, cut, after=3)
+    train.run(settings, console=QUIET)
+    assert left_by(folder) == left_by(whole)
+    terms = [line["terms"]["contrast"] for line in lines_of(folder) if "terms" in line]
+    assert len(set(terms)) == 6

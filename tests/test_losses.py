@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -83,6 +84,25 @@ def test_a_pixel_that_does_not_count_may_hold_anything():
 def test_a_batch_of_ignored_pixels_alone_is_zero_with_a_zero_gradient(name):
     logits_BCHW, label_BHW = batch()
     loss = (PIXEL | REGION)[name](logits_BCHW, torch.full_like(label_BHW, 255))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits_BCHW.grad is not None
+    assert not logits_BCHW.grad.any()
+
+
+def test_rmi_of_a_batch_of_ignored_pixels_is_a_constant():
+    logits_BCHW, label_BHW = batch()
+    loss = rmi(logits_BCHW, torch.full_like(label_BHW, 255), share=0.5)
+    loss.backward()
+    assert loss.isfinite()
+    assert logits_BCHW.grad is not None
+    assert not logits_BCHW.grad.any()
+
+
+@pytest.mark.parametrize("loss_of", [cross_entropy, partial(ohem, threshold=0.7, min_kept=20), partial(focal, gamma=2)])
+def test_a_batch_whose_classes_weigh_nothing_is_zero_with_a_zero_gradient(loss_of):
+    logits_BCHW, label_BHW = batch()
+    loss = loss_of(logits_BCHW, label_BHW.clamp(max=1), class_weights_C=torch.tensor([0.0, 0.0, 1.0]))
     loss.backward()
     assert loss.item() == 0
     assert logits_BCHW.grad is not None
@@ -172,6 +192,17 @@ def test_lovasz_is_the_extension_of_the_jaccard_loss():
             sum((high - low) * jaccard_loss(error_N > low, truth_N) for low, high in itertools.pairwise(steps))
         )
     assert lovasz_softmax(logits_BCHW, label_BHW).item() == pytest.approx(np.mean(expected), rel=1e-12)
+
+
+def test_lovasz_in_float32_is_that_in_float64():
+    """Errors are sorted as bits, of either width; and differences of losses once had few digits of many pixels."""
+    logits_BCHW, label_BHW = batch(5, shape=(1, 300, 300))
+    single_BCHW = logits_BCHW.detach().float().requires_grad_()
+    loss, single = lovasz_softmax(logits_BCHW, label_BHW), lovasz_softmax(single_BCHW, label_BHW)
+    loss.backward()
+    single.backward()
+    assert single.item() == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(single_BCHW.grad, logits_BCHW.grad, check_dtype=False, rtol=1e-3, atol=1e-9)
 
 
 def test_lovasz_of_a_decided_prediction_is_one_minus_the_mean_iou():

@@ -5,7 +5,9 @@ import pytest
 import torch
 from quick_settings import quick_settings
 from torch.nn import functional as F
+from training_runs import QUIET, training
 
+from segadapt import train
 from segadapt.config_training import LossesSettings, TrainConfig
 from segadapt.datasets import Sample
 from segadapt.errors import UserError
@@ -167,15 +169,41 @@ def test_a_projection_starts_from_the_seed_alone():
     assert not torch.equal(next(one.parameters()), next(other.parameters()))
 
 
-def test_a_contrast_loss_that_never_finds_an_anchor_ends_the_training(monkeypatch):
+@pytest.mark.parametrize("steps", [3, 2])
+def test_a_contrast_loss_that_never_finds_an_anchor_ends_the_training(monkeypatch, steps):
+    """After IDLE_STEPS steps, of two micro-batches each, or at the end of a shorter training, which said nothing."""
     monkeypatch.setattr(objective, "IDLE_STEPS", 3)
     (outputs, label_BHW), idle = batch(), build(*CONTRAST, "train.losses.contrast.min_views=999")
-    for step in (1, 2):
-        assert idle(outputs, label_BHW, step=step).values["contrast"] == 0
-    with pytest.raises(UserError, match=r"train\.losses\.contrast\.weight=0\.1: at step 3 no class .*min_views lower"):
-        idle(outputs, label_BHW, step=3)
-    busy = build(*CONTRAST)
-    assert all(busy(outputs, label_BHW, step=step).values["contrast"] > 0 for step in (1, 2, 3))
+    for step in range(1, steps + 1):
+        idle.refuse_idle(steps)
+        for _ in range(2):
+            assert idle(outputs, label_BHW, step=step).values["contrast"] == 0
+    with pytest.raises(
+        UserError, match=rf"\.weight=0\.1: in the last {steps} steps .* min_views=999 .*max_samples=24 "
+    ):
+        idle.refuse_idle(steps)
+
+
+def test_a_short_training_says_that_its_contrast_loss_did_nothing(tmp_path):
+    own = ("train/losses=contrast", "train.losses.contrast.warmup_iters=0", "train.losses.contrast.max_views=999")
+    with pytest.raises(
+        UserError, match=r"^train\.losses\.contrast\.[^\n]*in the last 2 steps [^\n]*max_views=999[^\n]*$"
+    ):
+        train.run(training(tmp_path, *own, "train.iters=2"), console=QUIET)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_step_counts_as_idle_only_where_none_of_its_micro_batches_has_an_anchor(monkeypatch):
+    monkeypatch.setattr(objective, "IDLE_STEPS", 1)
+    (outputs, label_BHW), busy = batch(), build(*CONTRAST)
+    nothing_BHW = torch.full_like(label_BHW, 255)
+    for step, labels in enumerate([(label_BHW, nothing_BHW), (nothing_BHW, label_BHW)], start=1):
+        for each_BHW in labels:
+            busy(outputs, each_BHW, step=step)
+        busy.refuse_idle(9)
+    busy(outputs, nothing_BHW, step=3)
+    with pytest.raises(UserError, match=r"in the last 1 steps .* min_views=2 pixels"):
+        busy.refuse_idle(9)
 
 
 # Settings

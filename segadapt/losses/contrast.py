@@ -19,7 +19,7 @@ NOTHING = -1e30  # exp gives 0 as for -inf, and inf - inf arises nowhere
 
 
 class Projection(nn.Sequential):
-    """Features to embeddings of unit length, [B, D, y, x]; training alone has it."""
+    """Features to embeddings of unit length, [B, D, y, x], float32 in any autocast; training alone has it."""
 
     def __init__(self, channels: int, width: int, *, kind: str) -> None:
         hidden: list[nn.Module] = []
@@ -29,7 +29,9 @@ class Projection(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = next(self.parameters())
-        return F.normalize(super().forward(input.to(weight.dtype)), dim=1)
+        embedding_BDyx = super().forward(input.to(weight.dtype))
+        # before the norm: in bf16 a length would be off by 0.4 %
+        return F.normalize(embedding_BDyx.to(torch.promote_types(embedding_BDyx.dtype, torch.float32)), dim=1)
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ def _drawn(logits_SR: Tensor, may_be_SR: Tensor, count: int, share: float) -> Te
     if share < 1:
         most = math.ceil(share * logits_SR.shape[1])
         nearest_SK = logits_SR.masked_fill(~may_be_SR, NOTHING).topk(most, dim=1).values
-        last_S1 = (share * may_be_SR.sum(dim=1, keepdim=True)).ceil().long() - 1
+        # float64: in float32 0.15 x 100 is above 15
+        last_S1 = (share * may_be_SR.sum(dim=1, keepdim=True).double()).ceil().long() - 1
         may_be_SR = may_be_SR & (logits_SR >= nearest_SK.gather(1, last_S1.clamp(min=0)))
     return may_be_SR & (may_be_SR.cumsum(dim=1) <= count)

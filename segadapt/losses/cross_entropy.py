@@ -72,7 +72,7 @@ def ohem(
     """
     log_BHW = true_log_probability(logits_BCHW, label_BHW)
     easy_BHW = log_BHW.detach().exp().masked_fill(label_BHW == IGNORE, 2)  # above all probabilities
-    bound = easy_BHW.new_tensor(2.0)
+    bound = easy_BHW.new_full((), 2.0)
     if min_kept < easy_BHW.numel():
         bound = easy_BHW.flatten().kthvalue(min_kept + 1).values.clamp(min=threshold)
     weight_BHW = weight_of_pixels(label_BHW, class_weights_C, dtype=log_BHW.dtype) * (easy_BHW < bound)

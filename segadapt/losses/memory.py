@@ -32,15 +32,23 @@ def joined(parts: list[Rows]) -> Rows:
     return Rows(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
+def drawn(*shape: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Uniform in [0, 1), float32, on the device; drawn on the CPU, so that devices do not change a draw."""
+    # from pinned memory: any other copy would wait for all that the GPU was given before
+    values = torch.rand(shape, generator=generator, pin_memory=device.type == "cuda")
+    return values.to(device, non_blocking=True)
+
+
 def in_groups(group_P: Tensor, groups: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Places of the pixels by group, in random order within each: [P]; where each group starts: [groups + 1].
 
     Args:
         group_P: int64; those of `groups` and above come last.
-        generator: on the CPU, so that devices do not change a draw.
+        generator: see `drawn`.
     """
-    drawn_P = torch.rand(len(group_P), generator=generator).to(group_P.device, non_blocking=True)
-    key_P, order_P = (group_P.double() + drawn_P.double()).sort()  # both exact: a group is a whole number below 2^24
+    drawn_P = drawn(len(group_P), generator=generator, device=group_P.device)
+    # both exact: a group is a whole number below 2^24
+    key_P, order_P = (group_P.double() + drawn_P.double()).sort(stable=True)
     edges = torch.arange(groups + 1, device=group_P.device, dtype=torch.double)
     return order_P, torch.searchsorted(key_P, edges)
 
@@ -113,9 +121,9 @@ class Ring(nn.Module):
     def read(self, count: int, *, min_filled: int, generator: torch.Generator) -> Rows:
         """Random rows of every class, each at most once, `count` or as many as it has; none below min_filled."""
         classes, rows, _ = self.rows_CMD.shape
-        drawn_CM = torch.rand(classes, rows, generator=generator).to(self.rows_CMD.device, non_blocking=True)
+        drawn_CM = drawn(classes, rows, generator=generator, device=self.rows_CMD.device)
         is_empty_CM = torch.arange(rows, device=drawn_CM.device) >= self.filled_C[:, None]
-        place_CK = drawn_CM.masked_fill(is_empty_CM, 2).topk(min(count, rows), dim=1, largest=False).indices
+        place_CK = drawn_CM.masked_fill(is_empty_CM, 2).argsort(dim=1, stable=True)[:, :count]
         class_C = torch.arange(classes, device=drawn_CM.device)
         is_there_CK = ~is_empty_CM.gather(1, place_CK) & (self.filled_C >= min_filled)[:, None]
         return Rows(
@@ -160,7 +168,7 @@ class Memory(nn.Module):
         """`count` rows of every class and ring, see Ring.read, all in one random order."""
         rings = (self.regions, self.pixels)
         rows = joined([ring.read(count, min_filled=min_filled, generator=generator) for ring in rings])
-        order_R = torch.randperm(len(rows.class_R), generator=generator).to(rows.class_R.device, non_blocking=True)
+        order_R = drawn(len(rows.class_R), generator=generator, device=rows.class_R.device).argsort(stable=True)
         return Rows(rows.embedding_RD[order_R], rows.class_R[order_R], rows.is_there_R[order_R])
 
 

@@ -21,7 +21,7 @@ from segadapt.losses.memory import Memory, pixels_at
 from segadapt.models.discriminative import Outputs
 from segadapt.seeds import derive, torch_generator
 
-IDLE_STEPS = 100  # in which no anchor was found: a term that is on and does nothing
+IDLE_STEPS = 50  # in which no anchor was found: a term that is on and does nothing
 
 # Name under train.losses -> (logits_BCHW, label_BHW, its settings, class_weights_C, reduction) to a scalar.
 LOSSES: dict[str, Callable[[Tensor, Tensor, Any, Tensor | None, str], Tensor]] = {
@@ -99,8 +99,7 @@ class Objective(nn.Module):
             label_BHW: int64, 0..C-1 or 255, on the device of the outputs.
             step: number of the optimizer step that these outputs are for, from 1.
         Raises:
-            UserError: the auxiliary loss is on, and the net has no auxiliary head; or the contrast loss is on, and has
-                found no anchor in IDLE_STEPS steps.
+            UserError: the auxiliary loss is on, and the net has no auxiliary head.
         """
         s, values, weights = self.settings, {}, {}
         with torch.autocast(label_BHW.device.type, enabled=False):
@@ -132,7 +131,7 @@ class Objective(nn.Module):
         assert self.projection is not None
         embedding_BDyx = self.projection(outputs.features_BDyx)
         with torch.autocast(label_BHW.device.type, enabled=False):
-            embedding_BDyx, generator = at_least_float32(embedding_BDyx), self._generator(step)
+            generator = self._generator(step)
             label_Byx = contrast.label_on_grid(label_BHW, embedding_BDyx.shape[2:])
             anchors = contrast.choose_anchors(
                 label_Byx,
@@ -158,15 +157,33 @@ class Objective(nn.Module):
                 negatives=own.memory.negatives,
                 hardest_share=own.memory.hardest_share,
             )
-        self.idle_steps.copy_(torch.where(counted > 0, 0, self.idle_steps + 1))
-        # once in a while: wait for the device
-        if step % IDLE_STEPS == 0 and self.idle_steps >= IDLE_STEPS:
-            raise UserError(
-                f"train.losses.contrast.weight={own.weight}: at step {step} no class of an image had enough pixels for "
-                f"an anchor in the last {IDLE_STEPS} batches, so the loss does nothing. Set "
-                "train.losses.contrast.min_views lower, or weight=0."
-            )
+        is_new_step = self._calls == 0
+        self.idle_steps.copy_(torch.where(counted > 0, 0, self.idle_steps + is_new_step))
         return loss
+
+    def refuse_idle(self, iters: int) -> None:
+        """Ask all ranks together, once in a while: it waits for the device.
+
+        Args:
+            iters: optimizer steps of the training, which may be less than IDLE_STEPS.
+        Raises:
+            UserError: the contrast loss is on, and in so many steps no rank has found an anchor with a positive.
+        """
+        own, most = self.settings.contrast, min(IDLE_STEPS, iters)
+        if not own.weight:
+            return
+        idle = self.idle_steps.clone()
+        if dist.is_initialized():
+            dist.all_reduce(idle, dist.ReduceOp.MIN)
+        if idle < most:
+            return
+        wanted = f"more than max_views={own.max_views}" if own.min_views is None else f"min_views={own.min_views}"
+        raise UserError(
+            f"train.losses.contrast.weight={own.weight}: in the last {most} steps no anchor had another of its class, "
+            f"so it does nothing. A class of an image takes part with {wanted} pixels on the grid of the features, and "
+            f"none does where more than max_samples={own.max_samples} of them would. Set "
+            "train.losses.contrast.min_views lower, max_samples higher, or weight=0."
+        )
 
     def _generator(self, step: int) -> torch.Generator:
         self._calls = self._calls + 1 if step == self._step else 0

@@ -34,14 +34,28 @@ def lovasz_softmax(logits_BCHW: Tensor, label_BHW: Tensor) -> Tensor:
     """
     p_CP, is_class_CP, is_present_C = _per_class(logits_BCHW, label_BHW)
     error_CP = (is_class_CP.to(p_CP.dtype) - p_CP).abs()  # 0 at IGNORE: sorted last, where it adds nothing
-    error_CP, order_CP = error_CP.sort(dim=1, descending=True)
-    sorted_CP = is_class_CP.gather(1, order_CP).long()  # whole numbers: cumsum of floats has no deterministic CUDA form
-    total_C1 = sorted_CP.sum(dim=1, keepdim=True)
-    intersection_CP = total_C1 - sorted_CP.cumsum(dim=1)
-    union_CP = total_C1 + (1 - sorted_CP).cumsum(dim=1)
-    jaccard_CP = 1 - intersection_CP.to(p_CP.dtype) / union_CP
-    gradient_CP = torch.cat([jaccard_CP[:, :1], jaccard_CP.diff(dim=1)], dim=1)
-    return _mean_of_present((error_CP * gradient_CP).sum(dim=1), is_present_C)
+    present = is_present_C.nonzero()[:, 0].tolist()  # waits for the device, and spares the sorts of absent classes
+    weight_CP = torch.zeros_like(error_CP)
+    for c in present:  # one by one: their sorts take 50 bytes a pixel
+        weight_CP[c] = _jaccard_gradient(error_CP[c].detach(), is_class_CP[c])
+    return (error_CP * weight_CP).sum() / max(len(present), 1)
+
+
+def _jaccard_gradient(error_P: Tensor, is_class_P: Tensor) -> Tensor:
+    """What each pixel's error is multiplied by: how much the Jaccard loss grows as it joins those of larger errors.
+
+    Of a pixel of the class 1 / union, of another intersection / ((union - 1) union): as the difference of two losses,
+    which are of order 1, most digits of it would be lost over a million pixels.
+    """
+    # bits of numbers >= 0 sort as they do; a CPU sorts whole numbers eight times faster
+    bits_P = error_P.view(torch.int32 if error_P.dtype == torch.float32 else torch.int64)
+    order_P = (-bits_P).argsort(stable=True)
+    sorted_P = is_class_P[order_P]
+    found_P = sorted_P.cumsum(dim=0)  # whole numbers: cumsum of floats has no deterministic CUDA form
+    left_P = found_P[-1] - found_P
+    union_P = left_P + torch.arange(1, len(order_P) + 1, device=order_P.device)
+    growth_P = torch.where(sorted_P, 1, left_P.to(error_P.dtype) / (union_P - 1)) / union_P
+    return torch.empty_like(error_P).index_copy_(0, order_P, growth_P)
 
 
 def dice(logits_BCHW: Tensor, label_BHW: Tensor, *, smooth: float) -> Tensor:

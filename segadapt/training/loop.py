@@ -166,7 +166,8 @@ class Training:
         Args:
             more: written beside the state into each checkpoint.
         Raises:
-            UserError: the loss or its gradient is not finite when it is read, before anything is validated or saved.
+            UserError: the loss or its gradient is not finite when it is read, or the contrast loss does nothing (see
+                Objective.refuse_idle), before anything is validated or saved.
             Stopped: a signal came to any of the processes; a checkpoint is written.
         """
         t = self.settings.train
@@ -180,6 +181,8 @@ class Training:
             is_logged = is_validated or step % LOG_EVERY == 0
             # read the loss (a CPU-GPU sync) once in a while, and before a broken model would be saved
             line = self._step(micro_batches, is_read=bool(is_logged or is_due or signum))
+            if is_logged:
+                self._objective.refuse_idle(t.iters)
             if is_logged and self.log is not None:
                 self.log.step(step, line)
             if is_validated:
