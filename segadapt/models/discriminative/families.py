@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from transformers import (
     Mask2FormerConfig,
     PreTrainedConfig,
@@ -22,7 +24,7 @@ from segadapt.models.discriminative.deeplabv3 import DeepLabV3, DeepLabV3Config
 from segadapt.models.discriminative.dinov2 import Dinov2Segmenter, Dinov2SegmenterConfig
 from segadapt.models.discriminative.hrnet import HrnetConfig, HrnetSegmenter, hrnet_names
 from segadapt.models.discriminative.keymaps import encoder_names
-from segadapt.models.discriminative.mmseg import MmsegSegformer, MmsegSegformerConfig
+from segadapt.models.discriminative.mmseg import MmsegSegformer, MmsegSegformerConfig, stage_maps
 from segadapt.models.discriminative.ocr import HrnetOcr, HrnetOcrConfig
 from segadapt.models.discriminative.resnet import resnet_names
 from segadapt.models.discriminative.semantic_map import SemanticMask2Former, SemanticUperNet
@@ -50,15 +52,23 @@ class Family:
 
 
 def segformer_outputs(net: Any, pixels_B3HW: Tensor) -> Outputs:
-    """The features are the fused maps of the head before its dropout; there is no auxiliary head."""
-    seen: list[Tensor] = []
-    fused = net.decode_head.fusion_conv if isinstance(net, MmsegSegformer) else net.decode_head.activation
-    handle = fused.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-    try:
-        logits_BChw = net(pixel_values=pixels_B3HW).logits
-    finally:
-        handle.remove()
-    return Outputs(logits_BChw, None, seen[-1])
+    """The features are the fused maps of the head before its dropout; there is no auxiliary head.
+
+    The head's steps are those of its own forward, which does not give the features away.
+    """
+    head, maps = net.decode_head, stage_maps(net.segformer, pixels_B3HW)
+    same_size = []
+    for x_BDyx, project in zip(maps, head.linear_projections, strict=True):
+        projected_BDyx = project(x_BDyx).transpose(1, 2).unflatten(2, x_BDyx.shape[2:])
+        same_size.append(interpolate(projected_BDyx, size=maps[0].shape[2:], mode="bilinear", align_corners=False))
+    features_BDhw = head.activation(head.batch_norm(head.linear_fuse(torch.cat(same_size[::-1], dim=1))))
+    return Outputs(head.classifier(head.dropout(features_BDhw)), None, features_BDhw)
+
+
+def mmseg_outputs(net: Any, pixels_B3HW: Tensor) -> Outputs:
+    """As of SegFormer, whose encoder it has."""
+    features_BDhw = net.decode_head.fused(stage_maps(net.segformer, pixels_B3HW))
+    return Outputs(net.decode_head.classified(features_BDhw), None, features_BDhw)
 
 
 def dinov2_outputs(net: Any, pixels_B3HW: Tensor) -> Outputs:
@@ -107,7 +117,7 @@ FAMILIES: dict[str, Family] = {
         MmsegSegformer,
         ("decode_head",),
         segformer_tops,
-        segformer_outputs,
+        mmseg_outputs,
         "segformer",
         encoder_names,
     ),

@@ -3,6 +3,7 @@
 B images   3 RGB   H W image px   C dataset classes   h w logits, ceil(px / 4)   D head channels
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,14 +47,34 @@ class MmsegHead(nn.Module):
         self.dropout = nn.Dropout2d(config.classifier_dropout_prob)  # whole channels; transformers' head drops numbers
         self.conv_seg = nn.Conv2d(width, config.num_labels or 0, kernel_size=1)
 
-    def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
-        """Maps of the stages, [B, channels, px / 4 ... px / 32], to logits [B, C, h, w]."""
+    def fused(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps of the stages, [B, channels, px / 4 ... px / 32], to what the classifier sees, [B, D, h, w]."""
         size = maps[0].shape[2:]
         same_size = [
             interpolate(conv(x_BDyx), size=size, mode="bilinear", align_corners=False)
             for conv, x_BDyx in zip(self.convs, maps, strict=True)
         ]
-        return self.conv_seg(self.dropout(self.fusion_conv(torch.cat(same_size, dim=1))))
+        return self.fusion_conv(torch.cat(same_size, dim=1))
+
+    def classified(self, fused_BDhw: Tensor) -> Tensor:
+        """Logits [B, C, h, w]."""
+        return self.conv_seg(self.dropout(fused_BDhw))
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps of the stages to logits."""
+        return self.classified(self.fused(maps))
+
+
+def stage_maps(encoder: SegformerModel, pixels_B3HW: Tensor) -> list[Tensor]:
+    """[B, channels, px / 4 ... px / 32], as the encoder's forward gives them under output_hidden_states.
+
+    That notes them with hooks, at which torch.compile would break its graph.
+    """
+    maps, x_BDyx = [], pixels_B3HW
+    for stage in encoder.stages:
+        x_BDyx = stage(x_BDyx)
+        maps.append(x_BDyx)
+    return maps
 
 
 @dataclass(frozen=True)
@@ -80,5 +101,4 @@ class MmsegSegformer(SegformerPreTrainedModel):
 
     def forward(self, pixel_values: Tensor) -> Scored:
         """Normalised images [B, 3, H, W]."""
-        found = self.segformer(pixel_values, output_hidden_states=True)
-        return Scored(self.decode_head(found.hidden_states))
+        return Scored(self.decode_head(stage_maps(self.segformer, pixel_values)))
