@@ -27,12 +27,12 @@ from segadapt.datasets.toytown import CLASSES
         ("train train/trnsforms=mmseg", "train/trnsforms is not a setting. Did you mean train/transforms?"),
         (
             "adapt data=toytown_c data.corruptions=[{a:1}]",
-            "data.corruptions=[{'a': 1}]: expected a list of texts (one task each",
+            "data.corruptions=[{'a': 1}]: expected a list of texts (",
         ),
         ("convert convert.ignored={a:1}", "convert.ignored='{a:1}': expected a list of texts (names of colours"),
         (
             "convert convert.colours={a:[x,1,2]}",
-            "colours={'a': ['x', 1, 2]}: expected a mapping {name: value} of lists of whole numbers, or null (name of a",
+            "colours={'a': ['x', 1, 2]}: expected a mapping {name: value} of lists of whole numbers, or null (",
         ),
         ("convert convert.colours={a:5}", "convert.colours={'a': 5}: expected a mapping {name: value} of lists of"),
         ("convert convert.colours=[5]", "convert.colours=[5]: expected a mapping {name: value} of lists of whole"),
