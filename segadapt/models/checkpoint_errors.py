@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub.utils.logging
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 
 from segadapt.errors import UserError
@@ -40,15 +40,22 @@ def explain_checkpoint_errors(kind: str, checkpoint: str, setting: str) -> Itera
         checkpoint: hub id or folder, as the user wrote it.
         setting: the setting that holds it, "model.generative.checkpoint".
     Raises:
-        UserError: in place of OSError (hub and connection errors among them), ValueError, SafetensorError,
-            UnpicklingError and RecursionError (JSON that is nested too deep); the original is its cause.
+        UserError: in place of OSError (hub and connection errors among them), ValueError, StrictDataclassError (a value
+            of config.json), SafetensorError, UnpicklingError and RecursionError (JSON that is nested too deep); the original is its cause.
     """
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries would print ten lines before ours
     try:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, SafetensorError, pickle.UnpicklingError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        StrictDataclassError,
+        SafetensorError,
+        pickle.UnpicklingError,
+        RecursionError,
+    ) as error:
         raise UserError(f"{setting}={checkpoint}: {_diagnosis(kind, checkpoint, setting, error)}") from error
 
 
