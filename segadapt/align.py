@@ -1,5 +1,7 @@
 """Compare a converted checkpoint's logits with stored ones, those of the code base that it comes from.
 
+{align.output}/align.json   what the folder was made of; without it a folder is not align's own, and stays as it is
+
 # 3 RGB  H W image px  C classes  h w logits
 """
 
@@ -9,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
@@ -20,9 +22,11 @@ from segadapt.errors import UserError
 from segadapt.models.build import build_segmenter, refuse_unexpected_weights
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.set_up import count, fingerprint
-from segadapt.record import write_bytes
+from segadapt.record import write_bytes, write_json
 
-MAX_PIXELS = 1 << 26  # of an image, as data.max_pixels
+MAX_PIXELS = 1 << 26  # of an image, as the default of data.max_pixels
+RECORD = "align.json"
+WRITTEN = {"written_by": "segadapt align"}  # metadata of a reference that this verb wrote
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def logits_of(segmenter: NetSegmenter, image_3HW: Tensor) -> Tensor:
 
 
 def check_settings(settings: AlignConfig) -> None:
-    """UserError: nothing to do, or a setting that would have no effect."""
+    """UserError: nothing to do, a setting without effect, no such image, or a path where others' files would go."""
     a, short_side_px = settings.align, settings.model.discriminative.short_side_px
     if short_side_px is not None:
         raise UserError(f"model.discriminative.short_side_px={short_side_px}: the image is taken as it is stored. Set "
@@ -88,6 +92,33 @@ def check_settings(settings: AlignConfig) -> None:
     if (a.write is None) != (a.image is None):
         raise UserError("align.write and align.image belong together: the image is what the written reference is of. "
                         "Set both or neither.")  # fmt: skip
+    if a.image is not None and not Path(a.image).expanduser().is_file():
+        raise UserError(f"align.image={a.image} is not a file; expected an image. Correct the path.")
+    if a.write is not None:
+        _check_own_reference(a.write)
+    output = None if a.output is None else Path(a.output).expanduser()
+    if output is not None and (output.is_file() or (_holds_files(output) and not (output / RECORD).is_file())):
+        raise UserError(f"align.output={a.output} holds files that align did not write (no {RECORD}); expected a new "
+                        "or empty folder, or an earlier output. Choose another folder.")  # fmt: skip
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _check_own_reference(write: str) -> None:
+    """UserError: there is a file that this verb did not write."""
+    path = Path(write).expanduser()
+    if not path.exists():
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            is_own = file.metadata() == WRITTEN
+    except (OSError, SafetensorError):
+        is_own = False
+    if not is_own:
+        raise UserError(f"align.write={write} is there, and align did not write it; expected a new file, as it may be "
+                        "another code base's reference. Choose another name.")  # fmt: skip
 
 
 def run(settings: AlignConfig) -> dict[str, Any]:
@@ -107,11 +138,10 @@ def run(settings: AlignConfig) -> dict[str, Any]:
     refuse_unexpected_weights(settings.model.sha256, {"discriminative": said["sha256"]})
     lines = [f"{chosen.checkpoint}: {said['family']}, {said['parameters']:,} parameters, no key missing or unexpected"]
     if reference is None:
-        image_3HW = (
-            torch.from_numpy(read_image(Path(str(a.image)), max_pixels=MAX_PIXELS)).permute(2, 0, 1).contiguous()
-        )
+        image_HW3 = read_image(Path(str(a.image)).expanduser(), max_pixels=MAX_PIXELS)
+        image_3HW = torch.from_numpy(image_HW3).permute(2, 0, 1).contiguous()
         tensors = {"image": image_3HW, "logits": logits_of(segmenter, image_3HW).contiguous()}
-        write_bytes(Path(str(a.write)), save(tensors))
+        write_bytes(Path(str(a.write)).expanduser(), save(tensors, metadata=WRITTEN))
         lines.append(f"wrote {a.write}: image and logits {list(tensors['logits'].shape)}")
     else:
         found = compared(segmenter, reference, settings)
@@ -121,7 +151,9 @@ def run(settings: AlignConfig) -> dict[str, Any]:
             f"{a.tolerance:g}); the same class at {100 * found.same_class:.2f} % of the pixels"
         )
     if a.output is not None:
-        segmenter.save(a.output)
+        folder = Path(a.output).expanduser()
+        write_json(folder / RECORD, {"checkpoint": chosen.checkpoint, "reference": a.reference, **said})
+        segmenter.save(folder)
         lines.append(f"saved {a.output}")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

@@ -3,10 +3,9 @@
 C dataset classes
 """
 
-import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from segadapt.metrics import scores
 from segadapt.record import write_bytes
+from segadapt.tables import comma_separated
 from segadapt.terminal import results_table
 from segadapt.untrusted import read_json
 
@@ -37,9 +37,9 @@ def write(folder: Path, slug: str, counts_CC: np.ndarray, classes: Sequence[str]
         counts_CC: int64 [C label, C prediction].
     """
     of_class = [["" if _is_nan(value) else value for value in row] for row in rows(counts_CC, classes)]
-    write_bytes(folder / f"{slug}.classes.csv", _csv([COLUMNS, *of_class]))
+    write_bytes(folder / f"{slug}.classes.csv", comma_separated(COLUMNS, of_class).encode())
     lines = [[name, *row] for name, row in zip(classes, counts_CC.tolist(), strict=True)]
-    write_bytes(folder / f"{slug}.confusion.csv", _csv([["label \\ prediction", *classes], *lines]))
+    write_bytes(folder / f"{slug}.confusion.csv", comma_separated(["label \\ prediction", *classes], lines).encode())
     if has_picture:
         write_bytes(folder / f"{slug}.confusion.png", picture(counts_CC, classes))
 
@@ -76,9 +76,3 @@ def picture(counts_CC: np.ndarray, classes: Sequence[str]) -> bytes:
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
-
-
-def _csv(lines: Iterable[Iterable[Any]]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue().encode()

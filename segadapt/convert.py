@@ -25,7 +25,7 @@ from rich.console import Console
 from segadapt import __version__, stream
 from segadapt.config_data import ConvertConfig, ConvertSettings
 from segadapt.datasets.build import check_class_names
-from segadapt.datasets.decode import read_colours, read_ids
+from segadapt.datasets.decode import read_colours, read_greys
 from segadapt.datasets.files import Template
 from segadapt.datasets.labels import CLASS_SETS, IGNORE, PALETTES
 from segadapt.errors import UserError
@@ -33,6 +33,8 @@ from segadapt.terminal import results_table
 from segadapt.written_set import as_json, check_key, claim, progress_bar, write_whole
 
 TABLES = ("colours", "palette", "grey")
+# a palette that paints two classes alike is for pictures alone
+KNOWN = [name for name, colour_C3 in PALETTES.items() if len(np.unique(colour_C3, axis=0)) == len(colour_C3)]
 Colours = list[tuple[str, list[int]]]  # name and [r, g, b]; of a name that comes again, all its colours are one class
 
 
@@ -53,9 +55,9 @@ class Table:
         return np.where(is_unknown_HW, np.uint8(IGNORE), self.ids_N[place_HW]), is_unknown_HW
 
     def _codes(self, path: Path, *, max_pixels: int) -> np.ndarray:
-        if self.is_grey:
-            return read_ids(path, max_pixels=max_pixels).astype(np.int32)
-        return read_colours(path, max_pixels=max_pixels).astype(np.int32) @ np.array([65536, 256, 1], np.int32)
+        read = read_greys if self.is_grey else read_colours
+        values = read(path, max_pixels=max_pixels, limit="convert.max_pixels").astype(np.int32)
+        return values if self.is_grey else values @ np.array([65536, 256, 1], np.int32)
 
     def values(self, path: Path, is_wanted_HW: np.ndarray, *, max_pixels: int) -> list[str]:
         """The values of some pixels of a file in reading order, as a user would write them."""
@@ -127,11 +129,13 @@ def read_palette(palette: str) -> Colours:
     Text holds a class a line: the name and three numbers, in either order, with spaces, tabs, commas or colons between
     ('road 128 64 128', CamVid's '128 64 128 Road', CVAT's 'road:128,64,128::'); '#' begins a comment.
     """
-    if palette in PALETTES:
+    if palette in KNOWN:
         return list(zip(CLASS_SETS[palette], PALETTES[palette].tolist(), strict=True))
     path = Path(palette).expanduser()
     if not path.is_file():
-        raise UserError(f"convert.palette={palette} is neither one of {', '.join(PALETTES)} nor a file. Correct it.")
+        alike = ": it paints two classes alike, and" if palette in PALETTES else ""
+        raise UserError(f"convert.palette={palette}{alike} is neither one of {', '.join(KNOWN)} nor a file. Correct "
+                        "it, or name the classes in convert.colours; labels that hold ids need no table.")  # fmt: skip
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix in (".json", ".yaml", ".yml"):

@@ -84,6 +84,7 @@ class Scores:
     mf1: float
     mprecision: float
     mrecall: float
+    mfscore: float  # mmsegmentation's; see f1_C, which has values where it has none
     iou_C: np.ndarray  # NaN: neither present nor predicted; 0: predicted, never present
     acc_C: np.ndarray  # recall; NaN: not present
     f1_C: np.ndarray  # Dice; NaN as iou_C
@@ -94,7 +95,8 @@ def scores(counts_CC: np.ndarray) -> Scores:
     """Derive all scores from counts [C label, C prediction], as mmseg's IoUMetric defines them, in float64.
 
     IoU = n_cc / (row + col - n_cc), acc = recall = n_cc / row, precision = n_cc / col,
-    F1 = Dice = 2 n_cc / (row + col).
+    F1 = Dice = 2 n_cc / (row + col). mFscore is the mean of the same over the classes where 2 P R / (P + R), of
+    precision and recall, is defined: those with a correct pixel.
     """
     hit_C = np.diagonal(counts_CC)
     label_C, predicted_C = counts_CC.sum(axis=1), counts_CC.sum(axis=0)
@@ -109,6 +111,7 @@ def scores(counts_CC: np.ndarray) -> Scores:
         mf1=_mean_of_defined(f1_C),
         mprecision=_mean_of_defined(precision_C),
         mrecall=macc,
+        mfscore=_mean_of_defined(f1_C[hit_C > 0]),
         iou_C=iou_C,
         acc_C=acc_C,
         f1_C=f1_C,

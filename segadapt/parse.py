@@ -1,11 +1,11 @@
 """From composed YAML to checked dataclasses: unknown keys, types, choices, ranges, and settings that contradict."""
 
 import dataclasses
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -13,7 +13,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from segadapt import rules
+from segadapt import rules, values
 from segadapt.config import TtaSettings, fields_of
 from segadapt.errors import UserError, did_you_mean
 
@@ -67,15 +67,42 @@ def explain(error: Exception, schema: type, arguments: Sequence[str]) -> str:
         group, wrong, options = found.groups()
         choices = [option for option in options.split() if not option.startswith("_")]
         return f"{group}={wrong} is not a choice.{did_you_mean(wrong, choices)}"
-    names = fields_of(schema)
-    sections = {name.rpartition(".")[0].replace(".", "/") for name in names}
+    known = fields_of(schema)
     for argument in arguments:
         key = argument.split("=", 1)[0].lstrip("+~").split("@")[0]
-        is_known = key in names or key.replace(".", "/") in sections
-        if "=" in argument and not argument.startswith("-") and not is_known:
-            ends_alike = [f" Did you mean {name}?" for name in names if name.endswith(f".{key}")]
-            return f"{key} is not a setting." + (ends_alike or [did_you_mean(key, [*names, *sections])])[0]
+        is_override = "=" in argument or argument.startswith("~")
+        if not is_override or argument.startswith("-") or key.replace("/", ".") in _sections(known):
+            continue
+        of_dict = [name for name, item in known.items()
+                   if key == name or (key.startswith(f"{name}.") and "dict[" in str(item.type))]  # fmt: skip
+        if not of_dict:
+            return f"{key} is not a setting.{_nearest(key, known)}"
+        if f"Error merging override {argument}" in text:
+            return values.mismatch(key, argument.partition("=")[2], known[of_dict[0]])
+        if f"Could not override '{key}'" in text:
+            return f"{argument} adds a name to {of_dict[0]}; expected a plus in front of it. Write +{argument}."
     return text
+
+
+def _sections(names: Iterable[str]) -> set[str]:
+    """Dotted names of all that holds settings."""
+    parts = [name.split(".") for name in names]
+    return {".".join(one[:length]) for one in parts for length in range(1, len(one))}
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    """A sentence: the setting or section that was meant, else what there is in the section that the key begins with."""
+    names, sections = list(known), _sections(known)
+    if ends_alike := [name for name in names if name.endswith(f".{key}")]:
+        return f" Did you mean {ends_alike[0]}?"
+    near = did_you_mean(key, [*names, *sections, *(name.replace(".", "/") for name in sections)])
+    if near.startswith(" Did") and key not in sections:
+        return near
+    parts = key.split(".")
+    starts = [".".join([*parts[:length], ""]) for length in range(len(parts), 0, -1)]
+    start = next((start for start in starts if start[:-1] in sections), "")
+    inside = {start + name.removeprefix(start).split(".")[0] for name in names if name.startswith(start)}
+    return did_you_mean("", inside)  # nothing is near: all of them
 
 
 def _flat(config: dict, known: dict[str, dataclasses.Field], prefix: str = "") -> dict[str, Any]:
@@ -103,7 +130,7 @@ def parse(config: DictConfig, schema: type[T], *, prefix: str = "") -> T:
         if name not in known:
             shown = f"{prefix}{name}"
             shown = shown if shown.isprintable() else repr(shown)
-            raise UserError(f"{shown} is not a setting.{did_you_mean(name, known)}")
+            raise UserError(f"{shown} is not a setting.{_nearest(name, known)}")
         if re.search(PASSWORD, str(given[name])):
             raise UserError(f"{prefix}{name} holds an address with a password; expected none, as settings are written "
                             "to records. Keep keys in the environment, and remove it.")  # fmt: skip
@@ -115,15 +142,24 @@ def parse(config: DictConfig, schema: type[T], *, prefix: str = "") -> T:
             raise UserError(f"{name} has no value: {known[missing[0]].metadata['help']}. Set {name}=VALUE.")
         parsed = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
-        name = error.full_key or "?"
-        expected = f"; expected: {known[name].metadata['help']}" if name in known else ""
-        raise UserError(f"{prefix}{name}={given.get(name)!r}: {str(error.msg).splitlines()[0]}{expected}.") from error
+        name = _mistyped(str(error.full_key), given, known)
+        if name is None:
+            raise
+        raise UserError(values.mismatch(f"{prefix}{name}", given[name], known[name])) from error
     for name, item in known.items():
-        value = OmegaConf.select(typed, name)
-        _check_value(f"{prefix}{name}", value, item.metadata)
+        values.check(f"{prefix}{name}", attrgetter(name)(parsed), item)
     if not prefix:
         _check_fields_together(parsed)
     return parsed  # type: ignore[return-value]
+
+
+def _mistyped(full_key: str, given: Mapping[str, Any], known: Mapping[str, dataclasses.Field]) -> str | None:
+    """The setting that OmegaConf found at fault: the one that its key lies in, else the first list or dict amiss."""
+    for name in given:
+        if re.match(rf"{re.escape(name)}($|[.\[])", full_key):
+            return name
+    amiss = (name for name in given if get_args(known[name].type) and not values.fits(given[name], known[name].type))
+    return next(amiss, None)
 
 
 def _resolved(config: DictConfig, prefix: str) -> dict[str, Any]:
@@ -161,17 +197,6 @@ def options_of(tta: TtaSettings) -> Any:
     if tta.method not in METHODS:
         raise UserError(f"tta.method={tta.method} is not a method.{did_you_mean(tta.method, METHODS)}")
     return parse(OmegaConf.create(tta.options), METHODS[tta.method].Options, prefix="tta.options.")
-
-
-def _check_value(name: str, value: Any, rule: Any) -> None:
-    """UserError: a value outside its choices or its range."""
-    if rule["choices"] and value is not None and value not in rule["choices"]:
-        raise UserError(
-            f"{name}={value!r} is not a choice ({rule['help']}).{did_you_mean(str(value), rule['choices'])}"
-        )
-    if isinstance(value, int | float) and not isinstance(value, bool) and not rule["low"] <= value <= rule["high"]:
-        top = "" if rule["high"] == math.inf else f" and at most {rule['high']:g}"
-        raise UserError(f"{name}={value}: expected at least {rule['low']:g}{top} ({rule['help']}).")
 
 
 def _check_fields_together(config: Any) -> None:

@@ -3,8 +3,6 @@
 Scores of the same weights under two rules differ by up to a point of mIoU, so they never share a table.
 """
 
-import csv
-import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +13,7 @@ from typing import Any
 from segadapt.errors import UserError
 from segadapt.finished import differing, load, read_json
 from segadapt.record import plain
-from segadapt.tables import markdown, tabular
+from segadapt.tables import comma_separated, markdown, tabular
 from segadapt.terminal import percent
 
 ELSEWHERE = ("data.data_root", "data.corruption_seed")  # the same data in another folder, noise of another seed
@@ -105,13 +103,8 @@ def as_markdown(tables: Sequence[Ranked]) -> str:
 
 def as_csv(tables: Sequence[Ranked]) -> str:
     """The same lines with data and rule in front; each table with a header of its own, and an empty line between."""
-    parts = []
-    for title, one in zip(_titles(tables), tables, strict=True):
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["data and rule", *COLUMNS])
-        writer.writerows([title, *line] for line in _lines(one))
-        parts.append(text.getvalue())
+    parts = [comma_separated(["data and rule", *COLUMNS], ([title, *line] for line in _lines(one)))
+             for title, one in zip(_titles(tables), tables, strict=True)]  # fmt: skip
     return "\n".join(parts)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from segadapt.config import EvaluateConfig, EvaluateSettings, RunConfig
 from segadapt.errors import UserError
 
-LEAST_SCALE = 0.1
+LEAST_SCALE, MOST_SCALE = 0.1, 10.0
 
 
 def is_plain(e: EvaluateSettings) -> bool:
@@ -41,9 +41,10 @@ def in_words(e: EvaluateSettings, short_side_px: int) -> str:
 def check(config: Any) -> None:
     """UserError: settings of the rule that contradict each other, or of which one would have no effect."""
     e: EvaluateSettings = config.evaluate
-    if not e.scales or min(e.scales) < LEAST_SCALE or len(set(e.scales)) < len(e.scales):
-        raise UserError(f"evaluate.scales={e.scales}: expected one factor or more, each once and at least "
-                        f"{LEAST_SCALE}. Use [1.0] for the input's own size.")  # fmt: skip
+    is_in_range = all(LEAST_SCALE <= scale <= MOST_SCALE for scale in e.scales)
+    if not e.scales or not is_in_range or len(set(e.scales)) < len(e.scales):
+        raise UserError(f"evaluate.scales={e.scales}: expected one factor or more, each once and in {LEAST_SCALE:g}.."
+                        f"{MOST_SCALE:g}. Use [1.0] for the input's own size.")  # fmt: skip
     if (e.window_px is None) != (e.stride_px is None):
         raise UserError(f"evaluate.window_px={e.window_px} and evaluate.stride_px={e.stride_px}: windows need both, "
                         "the whole input neither. Set both, or both to null.")  # fmt: skip

@@ -137,14 +137,19 @@ def as_markdown(tables: Sequence[Table]) -> str:
 
 def as_csv(tables: Sequence[Table]) -> str:
     """The same lines with the protocol in front; each table with a header of its own, and an empty line between."""
-    parts = []
-    for title, table in zip(titles(tables), tables, strict=True):
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["protocol", "row", *header(table.tasks)[1:]])
-        writer.writerows([title, *line] for line in lines(table.tasks, table.rows))
-        parts.append(text.getvalue())
+    parts = [
+        comma_separated(["protocol", "row", *header(table.tasks)[1:]],
+                        ([title, *line] for line in lines(table.tasks, table.rows)))
+        for title, table in zip(titles(tables), tables, strict=True)
+    ]  # fmt: skip
     return "\n".join(parts)
+
+
+def comma_separated(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
+    """A table, quoted where need be; each line ends with a newline alone."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
 
 
 def as_latex(tables: Sequence[Table]) -> str:

@@ -27,7 +27,7 @@ from segadapt.record import JsonLines, RunFolder, write_json, write_png_palette
 from segadapt.terminal import TaskProgress, Terminal
 from segadapt.wandb_mirror import Mirror
 
-MEANS = ("miou", "macc", "aacc", "mf1", "mprecision", "mrecall")
+MEANS = ("miou", "macc", "aacc", "mf1", "mprecision", "mrecall", "mfscore")
 PLOTTED = ("running_miou", "loss", "grad_norm", "kept", "agreement", "teacher_agrees")
 
 

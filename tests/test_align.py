@@ -1,5 +1,7 @@
 """`segadapt align`: references written and compared, what differs is said, what is too far is not saved."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -134,6 +136,46 @@ def test_settings_without_effect_are_refused(given, said, tmp_path, segadapt):
     status, _, err = align(segadapt, tmp_path, *given)
     assert status == 2
     assert said in err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("align.write=b", "align.image=no.png"), "align.image=no.png is not a file; expected an image."),
+        (
+            ("align.write=theirs.safetensors", "align.image=a.png"),
+            "align.write=theirs.safetensors is there, and align ",
+        ),
+        (("align.reference=a", "align.output=theirs"), "align.output=theirs holds files that align did not write"),
+        (("align.reference=a", "align.output=a.png"), "align.output=a.png holds files that align did not write"),
+    ],
+)
+def test_what_others_wrote_is_not_overwritten(given, said, tmp_path, segadapt):
+    (tmp_path / "theirs").mkdir()
+    for name in ("a.png", "theirs/config.json"):
+        (tmp_path / name).write_bytes(b"theirs")
+    save_file({"image": torch.zeros(3, 8, 8)}, tmp_path / "theirs.safetensors")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    status, _, err = align(segadapt, tmp_path, *given)
+    assert (status, err.count("\n")) == (2, 1)
+    assert said in err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+def test_its_own_files_are_written_anew_also_below_the_home_folder(nvidia, segadapt, monkeypatch):
+    monkeypatch.setenv("HOME", str(nvidia))
+    Image.new("RGB", (40, 56), (90, 120, 60)).save(nvidia / "image.png")
+    written = "align.image='~/image.png'", "align.write='~/own.safetensors'"
+    compared = "align.reference='~/own.safetensors'", "align.output='~/out'"
+    for arguments in (written, written, compared, compared):
+        status, _, err = align(segadapt, nvidia, *arguments)
+        assert status == 0, err
+    assert sorted(path.name for path in (nvidia / "out").iterdir()) == [
+        "align.json",
+        "config.json",
+        "model.safetensors",
+    ]
+    assert json.loads((nvidia / "out/align.json").read_text())["reference"] == "~/own.safetensors"
 
 
 @pytest.mark.parametrize("name", ["pickled_data", "model/snapshot_done"])

@@ -138,6 +138,34 @@ def test_an_unknown_grey_value_is_named(root):
         run(settings(root, "convert.grey=[0,50]", street=False))
 
 
+def as_stored(grey_HW: np.ndarray, mode: str) -> Image.Image:
+    image = Image.fromarray(grey_HW)
+    return image.point(lambda value: 255 * value, "1") if mode == "1" else image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA"])
+def test_grey_values_are_read_from_every_kind_of_file(root, mode):
+    """1-bit pixels are 0 and 1, as they are stored."""
+    values_HW = RNG.integers(0, 2, (5, 7)).astype(np.uint8)
+    save(root / "masks/a.png", as_stored(values_HW, mode))
+    save(root / "masks/city/b.png", as_stored(1 - values_HW, mode))
+    run(settings(root, "convert.grey=[1,0]", street=False))
+    assert np.array_equal(ids_in(root / "labels/a.png"), 1 - values_HW)
+    assert np.array_equal(ids_in(root / "labels/city/b.png"), values_HW)
+
+
+def test_a_colour_among_grey_values_is_named(root):
+    save(root / "masks/a.png", np.array([[[7, 7, 7], [7, 7, 8]]], np.uint8))
+    with pytest.raises(UserError, match=r"a\.png: \[7, 7, 8\] at row 0, column 1 is no grey value; expected R = G = B"):
+        run(settings(root, "convert.grey=[7]", street=False))
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_a_label_that_is_too_large_names_the_setting_of_this_verb(root, table):
+    with pytest.raises(UserError, match=r"8 x 6 px; expected at most convert\.max_pixels=47\. .* raise convert\."):
+        run(settings(root, "convert.max_pixels=47", *([] if table else ["convert.grey=[0]"]), street=table))
+
+
 def test_two_workers_write_what_one_does(root):
     run(settings(root))
     run(settings(root, "convert.workers=2", f"convert.output={root / 'two'}"))
@@ -204,8 +232,8 @@ def test_tables_that_cannot_be_right_are_refused_before_anything_is_written(root
         (["convert.grey=[0,0]"], "expected different values"),
         (["convert.grey=[256]"], r"convert\.grey=\[256\]"),
         (["convert.grey=[1]", "convert.ignored=[x]"], "convert.grey has no names"),
-        (["convert.palette=ade20k"], r"road and skyscraper both have \[140, 140, 140\]"),
-        (["convert.palette=nowhere.txt"], "neither one of ade20k, cityscapes, camvid, pascal_voc nor a file"),
+        (["convert.palette=ade20k"], "ade20k: it paints two classes alike, and is neither one of cityscapes, camvid, "),
+        (["convert.palette=nowhere.txt"], "neither one of cityscapes, camvid, pascal_voc nor a file"),
     ],
 )
 def test_tables_without_colours_of_ones_own(root, overrides, message):

@@ -95,6 +95,29 @@ def test_absent_class_is_nan_and_left_out_but_a_class_only_predicted_counts_zero
     assert (result.miou, result.macc, result.aacc, result.mprecision) == (0.375, 0.75, 0.75, 0.5)
 
 
+@settings(max_examples=50)
+@given(st.integers(0, 2**32), st.sampled_from([2, 11, 150]))
+def test_mfscore_is_the_mean_over_precision_and_recall_where_both_tell(seed, num_classes):
+    """mmsegmentation's formula, class by class, NaN by NaN."""
+    counts_CC = counts_of([maps(seed, num_classes)], num_classes)
+    with np.errstate(invalid="ignore"):
+        precision_C = np.diagonal(counts_CC) / counts_CC.sum(axis=0)
+        recall_C = np.diagonal(counts_CC) / counts_CC.sum(axis=1)
+        f_C = 2 * precision_C * recall_C / (precision_C + recall_C)
+    expected = np.nan if np.isnan(f_C).all() else np.nanmean(f_C)
+    assert scores(counts_CC).mfscore == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def test_classes_without_a_correct_pixel_are_in_mf1_and_not_in_mfscore():
+    """Classes: right, only predicted, never predicted, always mistaken, absent."""
+    counts_CC = np.array([[4, 2, 0, 0, 0], [0] * 5, [1, 0, 0, 1, 0], [1, 0, 0, 0, 0], [0] * 5])
+    result = scores(counts_CC)
+    np.testing.assert_array_equal(result.f1_C, [2 * 4 / (6 + 6), 0, 0, 0, np.nan])
+    np.testing.assert_array_equal(result.precision_C, [4 / 6, 0, np.nan, 0, np.nan])
+    np.testing.assert_array_equal(result.acc_C, [4 / 6, np.nan, 0, 0, np.nan])
+    assert (result.mf1, result.mfscore) == (result.f1_C[0] / 4, result.f1_C[0])
+
+
 def test_counts_are_exact_above_the_float32_limit():
     counts = np.array([[2**24 + 1, 0], [0, 2**53 - 1]])
     assert scores(counts).miou == 1.0
@@ -105,7 +128,7 @@ def test_counts_are_exact_above_the_float32_limit():
 def test_all_ignored_gives_nan_everywhere_without_a_warning():
     label_HW = np.full((4, 5), 255, np.uint8)
     result = scores(counts_of([(np.zeros_like(label_HW), label_HW)], 3))
-    for name in ("miou", "macc", "aacc", "mf1", "mprecision", "mrecall"):
+    for name in ("miou", "macc", "aacc", "mf1", "mprecision", "mrecall", "mfscore"):
         assert math.isnan(getattr(result, name)), name
     assert np.isnan(result.iou_C).all()
 

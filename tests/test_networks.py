@@ -1,5 +1,6 @@
 """What every convolutional family owes: sizes, outputs, start, saving, training, and all methods of adaptation."""
 
+import json
 import shutil
 
 import pytest
@@ -238,18 +239,44 @@ def test_an_auxiliary_head_learns_by_its_loss_alone(tmp_path, losses, learns):
 @pytest.mark.parametrize(
     ("family", "wrong", "said"),
     [
-        ("segadapt_deeplabv3", {"output_stride": 4}, r"config\.output_stride=4: expected 8 or 16\."),
-        ("segadapt_deeplabv3", {"stem_sizes": [4, 4]}, r"config\.stem_sizes=\[4, 4\]: expected 1 or 3 numbers"),
-        ("segadapt_deeplabv3", {"depths": [1, 0, 2, 2]}, r"config\.depths=\[1, 0, 2, 2\]: expected 4 numbers of 1 or"),
+        ("segadapt_deeplabv3", {"output_stride": 4}, r"config: output_stride=4: expected 8 or 16\."),
+        ("segadapt_deeplabv3", {"rates": []}, r"config: rates=\[\]: expected one number or more, each 1 or more\."),
+        ("segadapt_deeplabv3", {"rates": [6, 0]}, r"config: rates=\[6, 0\]: expected one number or more"),
+        ("segadapt_deeplabv3", {"head_size": 0}, r"config: head_size=0: expected 1 or more\."),
+        ("segadapt_deeplabv3", {"dropout": 1.0}, r"config: dropout=1\.0: expected at least 0 and less than 1\."),
+        ("segadapt_hrnet", {"blocks": 0}, r"config: blocks=0: expected 1 or more\."),
+        ("segadapt_hrnet", {"id2label": 5}, r"config\.id2label=5: expected a mapping of numbers to names\."),
+        ("segadapt_hrnet_ocr", {"key_size": -1}, r"config: key_size=-1: expected 1 or more\."),
+        ("segadapt_hrnet_ocr", {"stem_size": 0}, r"config: stem_size=0: expected 1 or more\."),
+        ("segadapt_deeplabv3", {"stem_sizes": [4, 4]}, r"config: stem_sizes=\[4, 4\]: expected 1 or 3 numbers"),
+        ("segadapt_deeplabv3", {"depths": [1, 0, 2, 2]}, r"config: depths=\[1, 0, 2, 2\]: expected 4 numbers of 1 or"),
         ("segadapt_deeplabv3", {"head_sise": 4}, r"config\.head_sise is not a setting .*Did you mean head_size\?"),
-        ("segadapt_hrnet", {"modules": [1, 2]}, r"config\.modules=\[1, 2\]: expected 3 numbers"),
-        ("segadapt_hrnet", {"blocks": "many"}, r"config: TypeError: Field 'blocks' expected int, got str"),
+        ("segadapt_hrnet", {"modules": [1, 2]}, r"config: modules=\[1, 2\]: expected 3 numbers"),
+        ("segadapt_hrnet", {"blocks": "many"}, r"config: Field 'blocks' expected int, got str"),
         ("segadapt_hrnet_ocr", {"ocr_sizes": 4}, r"config\.ocr_sizes is not a setting .*Did you mean ocr_size\?"),
     ],
 )
 def test_a_wrong_config_is_refused_in_one_line(family, wrong, said):
     with pytest.raises(UserError, match=r"^model\.discriminative\." + said) as caught:
         make(family, **wrong)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "wrong", "said"),
+    [
+        ("segadapt_deeplabv3", {"rates": [0]}, r"rates=\[0\]: expected one number or more, each 1 or more\. Fetch"),
+        ("segadapt_hrnet", {"blocks": "many"}, r"Field 'blocks' expected int, got str"),
+        ("segadapt_hrnet_ocr", {"dropout": -1}, r"dropout=-1: expected at least 0 and less than 1\. Fetch"),
+        ("segadapt_hrnet", {"id2label": 5}, r"id2label=5: expected numbers with the names"),
+    ],
+)
+def test_a_folder_with_a_wrong_config_is_refused_in_one_line(family, wrong, said, tmp_path):
+    make(family).save(tmp_path / "net")
+    path = tmp_path / "net" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **wrong}))
+    with pytest.raises(UserError, match=r"^model\.discriminative\.checkpoint=.*/net: config\.json: " + said) as caught:
+        load_segmenter(str(tmp_path / "net"), num_classes=6, device="cpu")
     assert "\n" not in str(caught.value)
 
 

@@ -14,6 +14,7 @@ from segadapt.errors import UserError
 
 # H W image px  3 RGB
 
+LIMIT = "data.max_pixels"  # what max_pixels is the value of, unless the caller has another setting for it
 _PLAIN_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 _16_BIT_MODES = {"I;16", "I;16B", "I;16L"}
 # Pillow stretches gray PNGs of 2 and 4 bit to 0..255 (by these factors), which would turn label id 1 into 85 or 17.
@@ -24,9 +25,9 @@ _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyEr
 
 
 @contextmanager
-def _opened(path: Path, *, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+def _opened(path: Path, *, max_pixels: int, limit: str = LIMIT) -> Iterator[ImageFile.ImageFile]:
     """Open an image by its header; UserError if it is too large, broken, or breaks while the caller decodes it."""
-    too_large = f"expected at most data.max_pixels={max_pixels}. Replace the file, or raise data.max_pixels."
+    too_large = f"expected at most {limit}={max_pixels}. Replace the file, or raise {limit}."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit here
@@ -92,22 +93,25 @@ def ids_size(path: Path, *, max_pixels: int) -> tuple[int, int]:
         return image.height, image.width
 
 
-def read_ids(path: Path, *, max_pixels: int) -> np.ndarray:
-    """Decode a label file as stored: uint8 [H, W] ids; palette indices are kept, EXIF is not applied.
+def read_ids(path: Path, *, max_pixels: int, limit: str = LIMIT) -> np.ndarray:
+    """Decode a label file as stored: uint8 [H, W] ids; palette indices are kept, 1-bit pixels are 0 and 1, EXIF is not
+    applied.
 
+    Args:
+        limit: the setting that max_pixels is the value of.
     Raises:
         UserError: not an image, truncated, empty, more than max_pixels, colours instead of ids, or an id above 255.
     """
-    with _opened(path, max_pixels=max_pixels) as image:
-        if image.mode not in {"L", "P"} | _16_BIT_MODES:
+    with _opened(path, max_pixels=max_pixels, limit=limit) as image:
+        if image.mode not in {"1", "L", "P"} | _16_BIT_MODES:
             raise UserError(
-                f"{path}: label of pixel format {image.mode}; expected one id a pixel (gray or palette PNG, 8 or 16 "
+                f"{path}: label of pixel format {image.mode}; expected one id a pixel (gray or palette PNG, 1 to 16 "
                 f"bit). Convert the colours to ids with `segadapt convert`, or correct data.label_path if it leads to "
                 f"images."
             )
         stretch = _STRETCH.get(str(image.tile[0].args), 1) if image.tile else 1
         ids_HW = np.array(image)
-    if ids_HW.dtype != np.uint8 and ids_HW.max(initial=0) > 255:
+    if ids_HW.itemsize > 1 and ids_HW.max(initial=0) > 255:
         row, column = np.argwhere(ids_HW > 255)[0]
         raise UserError(
             f"{path}: label id {ids_HW[row, column]} at row {row}, column {column}; expected 0..255. Store class ids, "
@@ -116,14 +120,35 @@ def read_ids(path: Path, *, max_pixels: int) -> np.ndarray:
     return ids_HW.astype(np.uint8) // np.uint8(stretch)
 
 
-def read_colours(path: Path, *, max_pixels: int) -> np.ndarray:
+def read_greys(path: Path, *, max_pixels: int, limit: str = LIMIT) -> np.ndarray:
+    """Decode a label file of grey values: as `read_ids`, also where each is stored as R = G = B, or beside alpha.
+
+    Raises:
+        UserError: as `read_ids` and `read_colours`; a pixel with a colour.
+    """
+    with _opened(path, max_pixels=max_pixels, limit=limit) as image:
+        has_colours = image.mode in {"LA", "PA", "RGB", "RGBA", "RGBX"}
+    if not has_colours:
+        return read_ids(path, max_pixels=max_pixels, limit=limit)
+    colour_HW3 = read_colours(path, max_pixels=max_pixels, limit=limit)
+    is_grey_HW = (colour_HW3 == colour_HW3[:, :, :1]).all(axis=2)
+    if not is_grey_HW.all():
+        row, column = np.argwhere(~is_grey_HW)[0]
+        raise UserError(f"{path}: {colour_HW3[row, column].tolist()} at row {row}, column {column} is no grey value; "
+                        "expected R = G = B. Name the colours in convert.colours or convert.palette.")  # fmt: skip
+    return colour_HW3[:, :, 0]
+
+
+def read_colours(path: Path, *, max_pixels: int, limit: str = LIMIT) -> np.ndarray:
     """Decode a label file of colours as stored: uint8 [H, W, 3] RGB; a palette is looked up, EXIF is not applied, alpha
     is dropped.
 
+    Args:
+        limit: the setting that max_pixels is the value of.
     Raises:
         UserError: not an image, truncated, empty, more than max_pixels, or a pixel format without exact 8-bit colours.
     """
-    with _opened(path, max_pixels=max_pixels) as image:
+    with _opened(path, max_pixels=max_pixels, limit=limit) as image:
         if image.mode not in _PLAIN_MODES - {"CMYK", "YCbCr"}:
             raise UserError(f"{path}: label of pixel format {image.mode}; expected 8-bit colours, a palette or gray. "
                             "Save it as RGB PNG.")  # fmt: skip

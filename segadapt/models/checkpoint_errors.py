@@ -6,10 +6,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub.utils.logging
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 
 from segadapt.errors import UserError
+
+LOADING = (
+    OSError,  # of the hub and the connection, too
+    ValueError,
+    StrictDataclassError,  # a value of config.json
+    SafetensorError,
+    pickle.UnpicklingError,
+    RecursionError,  # JSON that is nested too deep
+)
 
 
 def local_folder(checkpoint: str, setting: str) -> Path | None:
@@ -40,15 +49,14 @@ def explain_checkpoint_errors(kind: str, checkpoint: str, setting: str) -> Itera
         checkpoint: hub id or folder, as the user wrote it.
         setting: the setting that holds it, "model.generative.checkpoint".
     Raises:
-        UserError: in place of OSError (hub and connection errors among them), ValueError, SafetensorError,
-            UnpicklingError and RecursionError (JSON that is nested too deep); the original is its cause.
+        UserError: in place of one of LOADING; the original is its cause.
     """
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries would print ten lines before ours
     try:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, SafetensorError, pickle.UnpicklingError, RecursionError) as error:
+    except LOADING as error:
         raise UserError(f"{setting}={checkpoint}: {_diagnosis(kind, checkpoint, setting, error)}") from error
 
 

@@ -10,14 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
-from segadapt.errors import UserError
 from segadapt.models.discriminative import Outputs
 
 HEADS = ("head", "auxiliary_head")  # everything but `encoder`
 
 
 @dataclass(frozen=True)
-class Scored:
+class Maps:
     """What a net returns."""
 
     logits: Tensor  # [B, C, h, w], raw
@@ -37,13 +36,22 @@ def tops(config: Any) -> re.Pattern[str]:
 
 
 def check_lists(config: PreTrainedConfig, **lengths: tuple[int, ...]) -> None:
-    """UserError: a list of a config that has another length than these, or a number below 1."""
+    """ValueError: a list of a config that has another length than these, or a number below 1."""
     for name, allowed in lengths.items():
         given = list(getattr(config, name))
         if len(given) not in allowed or min(given) < 1:
             expected = " or ".join(map(str, allowed))
-            raise UserError(f"model.discriminative.config.{name}={given}: expected {expected} numbers of 1 or more. "
-                            "Correct the list.")  # fmt: skip
+            raise ValueError(f"{name}={given}: expected {expected} numbers of 1 or more")
+
+
+def check_numbers(config: PreTrainedConfig, *sizes: str) -> None:
+    """ValueError: a size or count below 1, or a dropout outside of [0, 1)."""
+    for name in sizes:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}: expected 1 or more")
+    dropout = config.dropout
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout}: expected at least 0 and less than 1")
 
 
 class ConvNorm(nn.Module):

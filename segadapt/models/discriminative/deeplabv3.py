@@ -3,8 +3,6 @@
 # B images  3 RGB  H W image px  C dataset classes  h w logits, px / output stride  D channels
 """
 
-from typing import Any
-
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
@@ -15,9 +13,10 @@ from segadapt.models.discriminative.convolutional import (
     Classifier,
     ConvNorm,
     ConvolutionalNet,
+    Maps,
     PlainHead,
-    Scored,
     check_lists,
+    check_numbers,
 )
 from segadapt.models.discriminative.resnet import EXPANSION, ResNet
 
@@ -44,12 +43,14 @@ class DeepLabV3Config(PreTrainedConfig):
     auxiliary_size: int = 256
     dropout: float | int = 0.1
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def validate_sizes(self) -> None:
+        """Asked by `strict`. ValueError: a value of which no net can be made."""
         if self.output_stride not in (8, 16):
-            raise UserError(f"model.discriminative.config.output_stride={self.output_stride}: expected 8 or 16. "
-                            "Choose one of them.")  # fmt: skip
+            raise ValueError(f"output_stride={self.output_stride}: expected 8 or 16")
         check_lists(self, depths=(4,), widths=(4,), stem_sizes=(1, 3))
-        super().__post_init__(**kwargs)
+        check_numbers(self, "head_size", "auxiliary_size")
+        if not self.rates or min(self.rates) < 1:
+            raise ValueError(f"rates={list(self.rates)}: expected one number or more, each 1 or more")
 
 
 class PyramidHead(nn.Module):
@@ -91,8 +92,8 @@ class DeepLabV3(ConvolutionalNet):
         )
         self.post_init()
 
-    def forward(self, pixel_values: Tensor) -> Scored:
+    def forward(self, pixel_values: Tensor) -> Maps:
         """Normalised images [B, 3, H, W]."""
         third_BDhw, last_BDhw = self.encoder(pixel_values)
         auxiliary_BChw = self.auxiliary_head(third_BDhw) if self.training else None
-        return Scored(self.head(last_BDhw), auxiliary_BChw, last_BDhw)
+        return Maps(self.head(last_BDhw), auxiliary_BChw, last_BDhw)

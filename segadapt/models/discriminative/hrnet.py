@@ -6,7 +6,6 @@ Module names of the encoder are those of its authors' ImageNet files, hrnetv2_w1
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import PreTrainedConfig
 
-from segadapt.models.discriminative.convolutional import ConvolutionalNet, PlainHead, Scored, check_lists
+from segadapt.models.discriminative.convolutional import ConvolutionalNet, Maps, PlainHead, check_lists, check_numbers
 from segadapt.models.discriminative.keymaps import add_counters
 from segadapt.models.discriminative.resnet import EXPANSION, Bottleneck
 
@@ -46,9 +45,10 @@ class HrnetConfig(PreTrainedConfig):
     stem_size: int = 64
     dropout: float | int = 0.1
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def validate_sizes(self) -> None:
+        """Asked by `strict`. ValueError: a value of which no net can be made."""
         check_lists(self, hidden_sizes=(4,), modules=(3,))
-        super().__post_init__(**kwargs)
+        check_numbers(self, "blocks", "stem_size")
 
 
 class BasicBlock(nn.Module):
@@ -166,10 +166,10 @@ class HrnetSegmenter(ConvolutionalNet):
         self.head = PlainHead(channels, channels, config.num_labels or 0, dropout=config.dropout, bias=False)
         self.post_init()
 
-    def forward(self, pixel_values: Tensor) -> Scored:
+    def forward(self, pixel_values: Tensor) -> Maps:
         """Normalised images [B, 3, H, W]."""
         features_BDhw = self.encoder(pixel_values)
-        return Scored(self.head(features_BDhw), None, features_BDhw)
+        return Maps(self.head(features_BDhw), None, features_BDhw)
 
 
 def hrnet_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -78,7 +78,14 @@ def _read_folder(
                 f"one of {', '.join(FAMILIES)}. Give the folder or id of one of these, with a segmentation head."
             )
         family = FAMILIES[found["model_type"]]
-        config = family.config.from_dict(found)
+        if not isinstance(found.get("id2label") or {}, Mapping):
+            raise UserError(f"{SETTING}={checkpoint}: config.json: id2label={found['id2label']!r}: expected numbers "
+                            "with the names of classes. Fetch the folder again, or correct the file.")  # fmt: skip
+        try:
+            config = family.config.from_dict(found)
+        except StrictDataclassError as error:
+            raise UserError(f"{SETTING}={checkpoint}: config.json: {_said(error)}. Fetch the folder again, or correct "
+                            "the file.") from error  # fmt: skip
         _check_classes(checkpoint, config.num_labels or 0, num_classes)
         return read_weights(family.net, source, config=config, use_safetensors=None if allow_pickle else True, **where)
 
@@ -169,6 +176,9 @@ def make_segmenter(
         raise UserError(f"model.discriminative.family={family} is not a family.{did_you_mean(family, FAMILIES)}")
     kind = FAMILIES[family]
     _check_keys(config, kind.config, "model.discriminative.config")
+    if not isinstance(config.get("id2label") or {}, Mapping):
+        raise UserError(f"model.discriminative.config.id2label={config['id2label']!r}: expected a mapping of numbers "
+                        "to names. Correct it, or leave it out.")  # fmt: skip
     id2label = dict(config.get("id2label") or {index: f"class_{index}" for index in range(num_classes)})
     if len(id2label) != num_classes:
         raise UserError(
@@ -181,12 +191,15 @@ def make_segmenter(
         try:
             of_family = kind.config(**{**config, "id2label": id2label, "label2id": label2id})
         except StrictDataclassError as error:
-            raise UserError(
-                f"model.discriminative.config: {str(error).splitlines()[-1].strip()}. Correct it, or leave it out."
-            ) from error
+            raise UserError(f"model.discriminative.config: {_said(error)}. Correct it, or leave it out.") from error
         net = kind.net(of_family)
     net.to(torch.device(device))
     return NetSegmenter(net, channel_order=channel_order, gradient_checkpointing=gradient_checkpointing)
+
+
+def _said(error: StrictDataclassError) -> str:
+    """Which value is wrong: the last line, without the type of the error that it quotes."""
+    return str(error).splitlines()[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
 
 
 def _check_keys(config: Mapping[str, Any], kind: type[PreTrainedConfig], prefix: str) -> None:

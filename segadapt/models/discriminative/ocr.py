@@ -8,7 +8,14 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from segadapt.models.discriminative.convolutional import Classifier, ConvNorm, ConvolutionalNet, PlainHead, Scored
+from segadapt.models.discriminative.convolutional import (
+    Classifier,
+    ConvNorm,
+    ConvolutionalNet,
+    Maps,
+    PlainHead,
+    check_numbers,
+)
 from segadapt.models.discriminative.hrnet import Hrnet, HrnetConfig
 
 
@@ -28,6 +35,11 @@ class HrnetOcrConfig(HrnetConfig):
     key_size: int = 256
     auxiliary_size: int = 720
     dropout: float | int = 0.05
+
+    def validate_sizes(self) -> None:
+        """As HrnetConfig."""
+        super().validate_sizes()
+        check_numbers(self, "ocr_size", "key_size", "auxiliary_size")
 
 
 def region_vectors(pixels_BDhw: Tensor, regions_BChw: Tensor) -> Tensor:
@@ -81,8 +93,8 @@ class HrnetOcr(ConvolutionalNet):
         self.head = OcrHead(channels, config)
         self.post_init()
 
-    def forward(self, pixel_values: Tensor) -> Scored:
+    def forward(self, pixel_values: Tensor) -> Maps:
         """Normalised images [B, 3, H, W]."""
         features_BDhw = self.encoder(pixel_values)
         regions_BChw = self.auxiliary_head(features_BDhw)
-        return Scored(self.head(features_BDhw, regions_BChw), regions_BChw, features_BDhw)
+        return Maps(self.head(features_BDhw, regions_BChw), regions_BChw, features_BDhw)
