@@ -3,6 +3,7 @@
 B images   3 RGB   H W image px   C dataset classes   h w logits, ceil(px / 4)   D head channels
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import SegformerConfig, SegformerModel
 from transformers.models.segformer.modeling_segformer import SegformerPreTrainedModel
+
+from segadapt.models.discriminative.convolutional import Classifier
 
 LAYER_NORM_EPS = 1e-6  # of every LayerNorm in mmsegmentation's encoder; transformers has 1e-5 and reads no setting
 
@@ -44,16 +47,20 @@ class MmsegHead(nn.Module):
         self.convs = nn.ModuleList(ConvModule(channels, width) for channels in config.hidden_sizes)
         self.fusion_conv = ConvModule(width * len(config.hidden_sizes), width)
         self.dropout = nn.Dropout2d(config.classifier_dropout_prob)  # whole channels; transformers' head drops numbers
-        self.conv_seg = nn.Conv2d(width, config.num_labels or 0, kernel_size=1)
+        self.conv_seg = Classifier(width, config.num_labels or 0)
 
-    def forward(self, maps: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps of the stages, [B, channels, px / 4 ... px / 32], to logits [B, C, h, w]."""
+        return self.conv_seg(self.dropout(self.fused(maps)))
+
+    def fused(self, maps: Sequence[Tensor]) -> Tensor:
+        """The maps joined at the size of the first, [B, D, h, w]."""
         size = maps[0].shape[2:]
         same_size = [
             interpolate(conv(x_BDyx), size=size, mode="bilinear", align_corners=False)
             for conv, x_BDyx in zip(self.convs, maps, strict=True)
         ]
-        return self.conv_seg(self.dropout(self.fusion_conv(torch.cat(same_size, dim=1))))
+        return self.fusion_conv(torch.cat(same_size, dim=1))
 
 
 @dataclass(frozen=True)
