@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import CLASSES
 from safetensors.torch import save_file
 from steps import random_noise
 from tiny_networks import disturbed
+from torch import distributed as dist
 from torch import nn
 from training_runs import training
 
@@ -19,6 +21,8 @@ from segadapt.methods.build import build_method
 from segadapt.models.discriminative.backbone import load_backbone
 from segadapt.models.discriminative.foreign import own_names
 from segadapt.models.discriminative.load import load_segmenter, make_segmenter
+from segadapt.models.discriminative.smp_net import SmpNet
+from segadapt.training.parallel import World, spread
 
 
 class NormAct(nn.BatchNorm2d):
@@ -237,6 +241,24 @@ def test_training_ends_in_a_folder_that_is_read(stand_in, tmp_path):
     read = load_segmenter(f"{results['folder']}/model", num_classes=len(results["per_class"]), device="cpu")
     assert read.net.config.model_type == "segadapt_timm"
     assert read.outputs(image(48, 48)).features_BDyx.shape == (1, 8, 12, 12)
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_weights_that_nothing_reads_are_no_obstacle_to_ddp(tmp_path, says_so):
+    """As smp's PSPNet has them; DDP would else refuse the second step, as it waits for their gradient."""
+    net = nn.ModuleDict({"read": nn.Linear(2, 1), "unread": nn.Linear(2, 1)})
+    net.has_unread_weights = says_so
+    net.forward = lambda values: net["read"](values).sum()
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        together = spread(net, net, World("ddp"))
+        together(torch.ones(1, 2)).backward()
+        with nullcontext() if says_so else pytest.raises(RuntimeError, match="finished reduction"):
+            together(torch.ones(1, 2)).backward()
+    finally:
+        dist.destroy_process_group()
+    assert SmpNet.has_unread_weights
+    assert net["unread"].weight.grad is None
 
 
 # With the packages: make test on a machine that has segadapt[smp]

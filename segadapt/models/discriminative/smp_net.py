@@ -59,6 +59,7 @@ class SmpNet(ForeignNet):
 
     config: SmpConfig
     config_class = SmpConfig
+    has_unread_weights = True  # of some, such as pspnet and efficientnet: no gradient comes for them
 
     def __init__(self, config: SmpConfig):
         super().__init__(config)
