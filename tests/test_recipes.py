@@ -12,6 +12,18 @@ def recipe(name):
     return from_overrides("train", [f"experiment={name}", "data.data_root=data"], TrainConfig)
 
 
+def test_b5_at_640_is_nvidias():
+    """local_configs/segformer/B5/segformer.b5.640x640.ade.160k.py; all but the three sizes as at 512."""
+    given, other = recipe("segformer_b5_640_ade20k"), recipe("segformer_b5_ade20k")
+    assert (given.data.short_side_px, given.train.transforms.box_short_px, given.train.transforms.crop_px) == (640,) * 3
+    assert (given.train.transforms.box_long_px, given.evaluate.long_side_px, given.evaluate.window_px) == (
+        2048, 2048, None)  # fmt: skip
+    given.experiment.name = other.experiment.name
+    given.data.short_side_px = other.data.short_side_px
+    given.train.transforms.box_short_px, given.train.transforms.crop_px = 512, 512
+    assert given == other
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     ("data", "iters", "batch", "side", "split", "rule"),

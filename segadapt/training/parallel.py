@@ -118,8 +118,9 @@ def joined(settings: TrainConfig) -> Iterator[World]:
 def spread(module: nn.Module, net: nn.Module, world: World) -> nn.Module:
     """The module as all processes train it together: their gradients are averaged.
 
-    DDP takes each parameter for used; buffers stay each process's own, as the losses' memories are equal anyway. FSDP2
-    shards each block that the net names as one not to split, then the rest. BatchNorm becomes SyncBatchNorm on GPUs.
+    DDP takes each parameter for used, but for nets that say has_unread_weights; buffers stay each process's own, as the
+    losses' memories are equal anyway. FSDP2 shards each block that the net names as one not to split, then the rest.
+    BatchNorm becomes SyncBatchNorm on GPUs.
 
     Args:
         module: what is called; it holds the net.
@@ -131,7 +132,13 @@ def spread(module: nn.Module, net: nn.Module, world: World) -> nn.Module:
         known = inspect.signature(DistributedDataParallel).parameters
         buffers: Any = {("forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"): False}
         ids = [device.index] if device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **buffers)
+        return DistributedDataParallel(
+            module,
+            device_ids=ids,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=getattr(net, "has_unread_weights", False),
+            **buffers,
+        )
     if world.kind == "fsdp":
         mesh = init_device_mesh(device.type, (world.size,))
         names = set(getattr(net, "_no_split_modules", None) or ())

@@ -104,7 +104,7 @@ def _read_file(
         raise UserError(f"model.discriminative.revision={revision} beside the file {SETTING}={backbone}: it would have "
                         "no effect. Set it to null.")  # fmt: skip
     stored = read_state(backbone, SETTING, allow_pickle=allow_pickle)
-    renamed = segmenter.family.encoder_names or dict
+    renamed = segmenter.family.encoder_names(encoder)
     dropped = [
         key for key in stored if key.removeprefix("backbone.").startswith(HEADS) or not renamed({key: stored[key]})
     ]

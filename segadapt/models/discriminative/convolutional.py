@@ -30,7 +30,7 @@ def outputs(net: Any, pixels_B3HW: Tensor) -> Outputs:
     return Outputs(found.logits, found.auxiliary, found.features)
 
 
-def tops(config: Any) -> re.Pattern[str]:
+def tops(net: Any) -> re.Pattern[str]:
     """The last stage has this name in all our encoders, whatever their sizes."""
     return re.compile(r"encoder\.(layer4|stage4)\.|head\.|auxiliary_head\.")
 

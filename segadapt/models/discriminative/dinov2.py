@@ -102,8 +102,8 @@ class Dinov2Segmenter(PreTrainedModel):
         rows, columns = (size // patch for size in padded_B3HW.shape[2:])
         maps_BDhw = tokens_BTD.transpose(1, 2).unflatten(2, (rows, columns))
         H, W = pixels_B3HW.shape[2:]
-        down_hh = _interpolation(rows, H, before=top, patch=patch, like=maps_BDhw)
-        across_ww = _interpolation(columns, W, before=left, patch=patch, like=maps_BDhw)
+        down_hh = covering(rows, H, before=top, patch=patch, like=maps_BDhw)
+        across_ww = covering(columns, W, before=left, patch=patch, like=maps_BDhw)
         return self.decode_head.norm(down_hh @ maps_BDhw @ across_ww.T)
 
     def forward(self, pixel_values: Tensor) -> Scored:
@@ -117,8 +117,8 @@ def _padding(size: int, patch: int) -> tuple[int, int]:
     return missing // 2, missing - missing // 2
 
 
-def _interpolation(patches: int, size: int, *, before: int, patch: int, like: Tensor) -> Tensor:
-    """Matrix [patches, patches] from a padded side to as many values that cover the image alone.
+def covering(patches: int, size: int, *, before: int, patch: float, like: Tensor) -> Tensor:
+    """Matrix [patches, patches] from a padded side's values to as many that cover the image alone.
 
     Linear between the centres of patches, as `interpolate` with align_corners=False, and on GPUs deterministic too. The
     identity where nothing is padded.
@@ -126,6 +126,7 @@ def _interpolation(patches: int, size: int, *, before: int, patch: int, like: Te
     Args:
         size: of the image, px.
         before: padding in front of it, px.
+        patch: px of the padded side to a value.
     """
     index_h = torch.arange(patches, device=like.device, dtype=torch.float64)
     wanted_h = ((index_h + 0.5) * (size / patches) + before) / patch - 0.5

@@ -22,12 +22,15 @@ from transformers import (
 from segadapt.models.discriminative import Outputs, convolutional
 from segadapt.models.discriminative.deeplabv3 import DeepLabV3, DeepLabV3Config
 from segadapt.models.discriminative.dinov2 import Dinov2Segmenter, Dinov2SegmenterConfig
+from segadapt.models.discriminative.foreign import own_names
 from segadapt.models.discriminative.hrnet import HrnetConfig, HrnetSegmenter, hrnet_names
 from segadapt.models.discriminative.keymaps import encoder_names
 from segadapt.models.discriminative.mmseg import MmsegSegformer, MmsegSegformerConfig, stage_maps
 from segadapt.models.discriminative.ocr import HrnetOcr, HrnetOcrConfig
 from segadapt.models.discriminative.resnet import resnet_names
 from segadapt.models.discriminative.semantic_map import SemanticMask2Former, SemanticUperNet
+from segadapt.models.discriminative.smp_net import SmpConfig, SmpNet, smp_outputs, smp_tops
+from segadapt.models.discriminative.timm_net import TimmConfig, TimmSegmenter, timm_tops
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in 0..1, as in torchvision and in SegFormer's training
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -40,12 +43,12 @@ class Family:
     config: type[PreTrainedConfig]
     net: Any  # a PreTrainedModel; its forward takes pixel_values and returns an object with `logits`
     heads: tuple[str, ...]  # modules that are no encoder
-    is_top: Callable[[Any], re.Pattern[str]]  # of a config: names of norms in the last encoder stage and in the head
+    is_top: Callable[[Any], re.Pattern[str]]  # of a net: names of norms in the last encoder stage and in the head
     # of (net, normalised image), see NetSegmenter.outputs; None: it is scored and adapted only
     outputs: Callable[[Any, Tensor], Outputs] | None
     encoder: str | None  # module that a pretrained backbone goes into; None: it comes with its weights only
-    # of a file's weights: the same under the encoder's own names, see backbone.py; None: they have them
-    encoder_names: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    # of an encoder: what brings the weights of a file under its names, see backbone.py; dict: they have them
+    encoder_names: Callable[[Any], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = lambda _: dict
     frozen: Callable[[Any], tuple[str, ...]] = lambda _: ()  # of a config: modules that training leaves as they are
     has_auxiliary: bool = False  # in train mode it gives Outputs.auxiliary_BChw
     auxiliary_head: str | None = None  # a module that nothing but the auxiliary loss reads
@@ -77,15 +80,15 @@ def dinov2_outputs(net: Any, pixels_B3HW: Tensor) -> Outputs:
     return Outputs(net.decode_head.classifier(features_BDhw), None, features_BDhw)
 
 
-def segformer_tops(config: Any) -> re.Pattern[str]:
+def segformer_tops(net: Any) -> re.Pattern[str]:
     """`stages.3`, in older versions of transformers `block.3`; and the head."""
-    last = len(config.depths) - 1
+    last = len(net.config.depths) - 1
     return re.compile(rf"decode_head\.|(.*\.)?(stages|patch_embeddings|block|layer_norm)\.{last}\.")
 
 
-def dinov2_tops(config: Any) -> re.Pattern[str]:
+def dinov2_tops(net: Any) -> re.Pattern[str]:
     """The last layer, and what stands behind it."""
-    last = config.backbone_config.num_hidden_layers - 1
+    last = net.config.backbone_config.num_hidden_layers - 1
     return re.compile(rf"decode_head\.|backbone\.(encoder\.layer\.{last}|layernorm)\.")
 
 
@@ -94,9 +97,9 @@ def dinov2_frozen(config: Any) -> tuple[str, ...]:
     return ("backbone",) if config.frozen else ("backbone.embeddings",)
 
 
-def pyramid_tops(config: Any) -> re.Pattern[str]:
+def pyramid_tops(net: Any) -> re.Pattern[str]:
     """Of Mask2Former and UPerNet: all but the encoder's first stages; it is a Swin, ConvNeXt or ResNet."""
-    last = len(config.backbone_config.depths) - 1
+    last = len(net.config.backbone_config.depths) - 1
     encoder = r"(model\.pixel_level_module\.encoder|backbone)\."
     stage = rf"(swin\.)?encoder\.(layers|stages)\.{last}|hidden_states_norms\.stage{last + 1}|swin\.layernorm"
     return re.compile(rf"(?!{encoder})|{encoder}({stage})\.")
@@ -110,7 +113,7 @@ FAMILIES: dict[str, Family] = {
         segformer_tops,
         segformer_outputs,
         "segformer",
-        encoder_names,
+        lambda _: encoder_names,
     ),
     "segadapt_segformer_mmseg": Family(
         MmsegSegformerConfig,
@@ -119,7 +122,7 @@ FAMILIES: dict[str, Family] = {
         segformer_tops,
         mmseg_outputs,
         "segformer",
-        encoder_names,
+        lambda _: encoder_names,
     ),
     "segadapt_dinov2": Family(
         Dinov2SegmenterConfig,
@@ -153,7 +156,7 @@ FAMILIES: dict[str, Family] = {
         convolutional.tops,
         convolutional.outputs,
         "encoder",
-        resnet_names,
+        lambda _: resnet_names,
         has_auxiliary=True,
         auxiliary_head="auxiliary_head",
     ),
@@ -164,7 +167,7 @@ FAMILIES: dict[str, Family] = {
         convolutional.tops,
         convolutional.outputs,
         "encoder",
-        hrnet_names,
+        lambda _: hrnet_names,
     ),
     "segadapt_hrnet_ocr": Family(
         HrnetOcrConfig,
@@ -173,7 +176,25 @@ FAMILIES: dict[str, Family] = {
         convolutional.tops,
         convolutional.outputs,
         "encoder",
-        hrnet_names,
+        lambda _: hrnet_names,
         has_auxiliary=True,
+    ),
+    "segadapt_timm": Family(
+        TimmConfig,
+        TimmSegmenter,
+        convolutional.HEADS,
+        timm_tops,
+        convolutional.outputs,
+        "encoder",
+        own_names,
+    ),
+    "segadapt_smp": Family(
+        SmpConfig,
+        SmpNet,
+        ("model.decoder", "model.segmentation_head"),
+        smp_tops,
+        smp_outputs,
+        "model.encoder",
+        own_names,
     ),
 }

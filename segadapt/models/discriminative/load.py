@@ -234,7 +234,8 @@ def read_weights(kind: Any, source: str | None, **options: Any) -> tuple[Any, li
         source: folder or hub id; None: the weights are in options["state_dict"].
     """
     options = options | {"dtype": torch.float32, "output_loading_info": True}
-    with without_load_report():
+    # a net that is not built without values draws them, see foreign.py
+    with without_load_report(), torch.random.fork_rng(devices=[]):
         try:
             net, info = kind.from_pretrained(source, **options)
         except RuntimeError as error:

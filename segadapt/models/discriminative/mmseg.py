@@ -12,6 +12,8 @@ from torch.nn.functional import interpolate
 from transformers import SegformerConfig, SegformerModel
 from transformers.models.segformer.modeling_segformer import SegformerPreTrainedModel
 
+from segadapt.models.discriminative.convolutional import Classifier
+
 LAYER_NORM_EPS = 1e-6  # of every LayerNorm in mmsegmentation's encoder; transformers has 1e-5 and reads no setting
 
 
@@ -45,7 +47,7 @@ class MmsegHead(nn.Module):
         self.convs = nn.ModuleList(ConvModule(channels, width) for channels in config.hidden_sizes)
         self.fusion_conv = ConvModule(width * len(config.hidden_sizes), width)
         self.dropout = nn.Dropout2d(config.classifier_dropout_prob)  # whole channels; transformers' head drops numbers
-        self.conv_seg = nn.Conv2d(width, config.num_labels or 0, kernel_size=1)
+        self.conv_seg = Classifier(width, config.num_labels or 0)
 
     def fused(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps of the stages, [B, channels, px / 4 ... px / 32], to what the classifier sees, [B, D, h, w]."""

@@ -104,7 +104,7 @@ class NetSegmenter:
 
     def top_norm_parameters(self) -> dict[str, nn.Parameter]:
         """Those of the last encoder stage and of the head."""
-        is_top = self.family.is_top(self.net.config)
+        is_top = self.family.is_top(self.net)
         return {name: parameter for name, parameter in self.norm_parameters().items() if is_top.match(name)}
 
     def save(self, folder: str | Path) -> None:
