@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, SegformerConfig
 
 from segadapt.errors import UserError, did_you_mean
-from segadapt.models.discriminative.convolutional import Scored
+from segadapt.models.discriminative.convolutional import Maps
 from segadapt.models.discriminative.foreign import (
     SETTING,
     ForeignNet,
@@ -93,7 +93,7 @@ class TimmSegmenter(ForeignNet):
     def _taken(self, values: Any) -> list[Any]:
         return [value for value, is_taken in zip(values, self._is_taken, strict=True) if is_taken]
 
-    def forward(self, pixel_values: Tensor) -> Scored:
+    def forward(self, pixel_values: Tensor) -> Maps:
         """Normalised images [B, 3, H, W]."""
         padded_B3HW = self.padded(pixel_values, self._multiple_px)
         with explain_images(self.config.encoder_name, padded_B3HW):
@@ -101,7 +101,7 @@ class TimmSegmenter(ForeignNet):
         if str(getattr(self.encoder, "output_fmt", "NCHW")).endswith("NHWC"):
             maps = [map_BhwD.movedim(3, 1) for map_BhwD in maps]
         features_BDhw = self.without_padding(self.head.fused(maps), padded_B3HW, pixel_values)
-        return Scored(self.head.conv_seg(self.head.dropout(features_BDhw)), None, features_BDhw)
+        return Maps(self.head.classified(features_BDhw), None, features_BDhw)
 
 
 def check_known(timm: Any, name: str) -> None:
