@@ -5,6 +5,7 @@ What is counted or agreed on goes over gloo between the CPUs, so that no GPU wai
 
 import inspect
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -129,6 +130,8 @@ def spread(module: nn.Module, net: nn.Module, world: World) -> nn.Module:
     if world.size > 1 and device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(module)
     if world.kind == "ddp":
+        # of a side of length 1 any stride is right
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         known = inspect.signature(DistributedDataParallel).parameters
         buffers: Any = {("forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"): False}
         ids = [device.index] if device.type == "cuda" else None
