@@ -57,7 +57,7 @@ def load_backbone(segmenter: NetSegmenter, backbone: str, *, revision: str | Non
         allow_pickle: also read pytorch_model.bin, *.pth and *.pt, with torch's weights-only reader.
     Raises:
         UserError: a family without such an encoder; missing, gated or damaged weights, or of another architecture; a
-            key that is missing, unexpected or of another shape, but for those of HEADS.
+            key that is missing, unexpected or of another shape, but for those of HEADS and the family's `new_keys`.
     """
     name = segmenter.family.encoder
     if name is None:
@@ -68,14 +68,19 @@ def load_backbone(segmenter: NetSegmenter, backbone: str, *, revision: str | Non
     encoder = segmenter.net.get_submodule(name)
     read = _read_file if is_file(backbone) else _read_folder
     state, faults, dropped = read(segmenter, encoder, backbone, revision=revision, allow_pickle=allow_pickle)
+    new = [] if segmenter.family.new_keys is None else [
+        key for key in state if segmenter.family.new_keys.match(key) and f"{key} is missing" in faults
+    ]  # fmt: skip
+    faults = [fault for fault in faults if fault.removesuffix(" is missing") not in new]
     if faults:
         raise UserError(
             f"{SETTING}={backbone}: the weights do not fit the encoder that model.discriminative.config describes: "
             f"{listed(faults)}. Expected every key once, in its shape. Choose the config of these weights."
         )
     encoder.load_state_dict(state)
+    anew = f"; new, as pretraining has none: {', '.join(new)}" if new else ""
     left_out = f"; left out, as a head is made anew: {', '.join(dropped)}" if dropped else ""
-    return f"backbone {backbone}: {len(state)} tensors into {name}{left_out}"
+    return f"backbone {backbone}: {len(state) - len(new)} tensors into {name}{anew}{left_out}"
 
 
 def _read_folder(

@@ -50,6 +50,8 @@ class Family:
     # of an encoder: what brings the weights of a file under its names, see backbone.py; dict: they have them
     encoder_names: Callable[[Any], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = lambda _: dict
     frozen: Callable[[Any], tuple[str, ...]] = lambda _: ()  # of a config: modules that training leaves as they are
+    # of an encoder: names of weights that no pretraining knows; without a value in the file they start anew
+    new_keys: re.Pattern[str] | None = None
     has_auxiliary: bool = False  # in train mode it gives Outputs.auxiliary_BChw
     auxiliary_head: str | None = None  # a module that nothing but the auxiliary loss reads
 
@@ -105,6 +107,13 @@ def pyramid_tops(net: Any) -> re.Pattern[str]:
     return re.compile(rf"(?!{encoder})|{encoder}({stage})\.")
 
 
+def unread_norm(config: Any, encoder: str) -> tuple[str, ...]:
+    """Of a Swin that gives maps: the norm behind its last layer, which none of them passes."""
+    return (f"{encoder}.swin.layernorm",) if config.backbone_config.model_type == "swin" else ()
+
+
+MAP_NORMS = re.compile(r"hidden_states_norms\.")  # of the encoders of transformers that give maps: one for each
+
 FAMILIES: dict[str, Family] = {
     "segformer": Family(
         SegformerConfig,
@@ -138,8 +147,10 @@ FAMILIES: dict[str, Family] = {
         SemanticMask2Former,
         ("model.pixel_level_module.decoder", "model.transformer_module", "class_predictor"),
         pyramid_tops,
-        None,
-        None,
+        lambda net, pixels_B3HW: net.outputs(pixels_B3HW),
+        "model.pixel_level_module.encoder",
+        frozen=lambda config: unread_norm(config, "model.pixel_level_module.encoder"),
+        new_keys=MAP_NORMS,
     ),
     "upernet": Family(
         UperNetConfig,
