@@ -9,7 +9,7 @@ import pytest
 import torch
 from quick_settings import quick_settings
 from safetensors.torch import load_file
-from test_transformer_networks import CONFIGS, SWIN
+from tiny_networks import MASK2FORMER, SWIN
 from torch.nn import functional as F
 from training_runs import QUIET, Cut, lines_of, training
 from transformers import SwinConfig, SwinForImageClassification
@@ -218,7 +218,7 @@ def tiny_training(root, *overrides):
         root, MASKS, "train.losses.masks.points=64", "model.discriminative.family=mask2former", "train.iters=2",
         "train.transforms.crop_px=64", "train.accumulate=2", "train.batch_size=2", *overrides,
     )  # fmt: skip
-    settings.model.discriminative.config = dict(CONFIGS["mask2former"])
+    settings.model.discriminative.config = dict(MASK2FORMER)
     return settings
 
 
@@ -240,7 +240,7 @@ def settings_of_no_weights():
 
 
 def test_outputs_are_those_of_the_scores_and_of_each_layer():
-    segmenter, image = make_segmenter("mask2former", CONFIGS["mask2former"], 5), torch.rand(2, 3, 64, 96)
+    segmenter, image = make_segmenter("mask2former", MASK2FORMER, 5), torch.rand(2, 3, 64, 96)
     with torch.no_grad():
         found = segmenter.outputs(image)
         torch.testing.assert_close(found.logits_BChw, segmenter.logits(image))
@@ -283,7 +283,7 @@ def test_a_training_that_was_cut_goes_on_to_the_same_bits_and_is_read(tmp_path, 
 def test_it_learns_four_images_by_heart():
     """Coloured halves and quarters, each colour a class."""
     torch.manual_seed(0)
-    segmenter = make_segmenter("mask2former", CONFIGS["mask2former"], CLASSES, seed=0)
+    segmenter = make_segmenter("mask2former", MASK2FORMER, CLASSES, seed=0)
     objective, generator = build(), torch.Generator().manual_seed(0)
     label_BHW = (
         torch.randint(0, CLASSES, (4, 2, 2), generator=generator).repeat_interleave(32, 1).repeat_interleave(32, 2)
@@ -318,14 +318,15 @@ def swin(tmp_path_factory):
 
 def test_a_swin_of_imagenet_fills_the_encoder_all_but_the_norms_of_its_maps(swin):
     net, folder = swin
-    segmenter = make_segmenter("mask2former", CONFIGS["mask2former"], 5, seed=3)
+    segmenter = make_segmenter("mask2former", MASK2FORMER, 5, seed=3)
     said = load_backbone(segmenter, str(folder), revision=None, allow_pickle=False)
     encoder = segmenter.net.model.pixel_level_module.encoder
     assert fingerprint(encoder.swin) == fingerprint(net.swin)
-    assert f"{len(net.swin.state_dict())} tensors into model.pixel_level_module.encoder; new" in said
+    assert f"{len(net.swin.state_dict())} tensors into model.pixel_level_module.encoder; left out" in said
+    assert "made anew, as no bare encoder has it: hidden_states_norms.stage1" in said
     assert said.count("hidden_states_norms.stage") == 8
     assert "left out, as a head is made anew: classifier.bias, classifier.weight" in said
-    wrong = make_segmenter("mask2former", CONFIGS["mask2former"] | {"backbone_config": SWIN | {"window_size": 2}}, 5)
+    wrong = make_segmenter("mask2former", MASK2FORMER | {"backbone_config": SWIN | {"window_size": 2}}, 5)
     with pytest.raises(UserError, match=r"has window_size 4, model\.discriminative\.config has 2"):
         load_backbone(wrong, str(folder), revision=None, allow_pickle=False)
 
@@ -333,7 +334,7 @@ def test_a_swin_of_imagenet_fills_the_encoder_all_but_the_norms_of_its_maps(swin
 def test_norms_embeddings_and_tables_are_not_decayed_where_asked_for(tmp_path):
     overrides = ("train.optimizer.undecayed=norms_and_embeddings", "train.optimizer.lr=1",
                  "train.optimizer.head_lr_factor=10", "train.optimizer.weight_decay=0.05")  # fmt: skip
-    segmenter = make_segmenter("mask2former", CONFIGS["mask2former"], 5)
+    segmenter = make_segmenter("mask2former", MASK2FORMER, 5)
     names = {id(parameter): name for name, parameter in segmenter.parameters().items()}
     groups = parameter_groups(segmenter, training(tmp_path, *overrides).train.optimizer)
     assert [(group["name"], group["lr"], group["weight_decay"]) for group in groups] == [

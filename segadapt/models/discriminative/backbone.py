@@ -1,5 +1,6 @@
 """Pretrained weights into the encoder of a segmenter that was made from scratch, strictly."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,7 +58,7 @@ def load_backbone(segmenter: NetSegmenter, backbone: str, *, revision: str | Non
         allow_pickle: also read pytorch_model.bin, *.pth and *.pt, with torch's weights-only reader.
     Raises:
         UserError: a family without such an encoder; missing, gated or damaged weights, or of another architecture; a
-            key that is missing, unexpected or of another shape, but for those of HEADS and the family's `new_keys`.
+            key that is missing, unexpected or of another shape, but for those of HEADS.
     """
     name = segmenter.family.encoder
     if name is None:
@@ -68,19 +69,20 @@ def load_backbone(segmenter: NetSegmenter, backbone: str, *, revision: str | Non
     encoder = segmenter.net.get_submodule(name)
     read = _read_file if is_file(backbone) else _read_folder
     state, faults, dropped = read(segmenter, encoder, backbone, revision=revision, allow_pickle=allow_pickle)
-    new = [] if segmenter.family.new_keys is None else [
-        key for key in state if segmenter.family.new_keys.match(key) and f"{key} is missing" in faults
-    ]  # fmt: skip
-    faults = [fault for fault in faults if fault.removesuffix(" is missing") not in new]
+    of_bare = [fault for fault in faults if re.fullmatch(segmenter.family.bare_faults, fault)]
+    faults = [fault for fault in faults if fault not in of_bare]
     if faults:
         raise UserError(
             f"{SETTING}={backbone}: the weights do not fit the encoder that model.discriminative.config describes: "
             f"{listed(faults)}. Expected every key once, in its shape. Choose the config of these weights."
         )
     encoder.load_state_dict(state)
-    anew = f"; new, as pretraining has none: {', '.join(new)}" if new else ""
     left_out = f"; left out, as a head is made anew: {', '.join(dropped)}" if dropped else ""
-    return f"backbone {backbone}: {len(state) - len(new)} tensors into {name}{anew}{left_out}"
+    anew = [fault.removesuffix(" is missing") for fault in of_bare if fault.endswith(" is missing")]
+    unread = [fault.removesuffix(" is unexpected") for fault in of_bare if fault.endswith(" is unexpected")]
+    left_out += f"; left out, as nothing reads it: {', '.join(unread)}" if unread else ""
+    made_anew = f"; made anew, as no bare encoder has it: {', '.join(anew)}" if anew else ""
+    return f"backbone {backbone}: {len(state) - len(anew)} tensors into {name}{left_out}{made_anew}"
 
 
 def _read_folder(

@@ -49,9 +49,9 @@ class Family:
     encoder: str | None  # module that a pretrained backbone goes into; None: it comes with its weights only
     # of an encoder: what brings the weights of a file under its names, see backbone.py; dict: they have them
     encoder_names: Callable[[Any], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = lambda _: dict
+    # faults, in the words of backbone.py, that a folder or file of a bare encoder has and may have
+    bare_faults: str = "(?!)"
     frozen: Callable[[Any], tuple[str, ...]] = lambda _: ()  # of a config: modules that training leaves as they are
-    # of an encoder: names of weights that no pretraining knows; without a value in the file they start anew
-    new_keys: re.Pattern[str] | None = None
     has_auxiliary: bool = False  # in train mode it gives Outputs.auxiliary_BChw
     auxiliary_head: str | None = None  # a module that nothing but the auxiliary loss reads
 
@@ -112,7 +112,8 @@ def unread_norm(config: Any, encoder: str) -> tuple[str, ...]:
     return (f"{encoder}.swin.layernorm",) if config.backbone_config.model_type == "swin" else ()
 
 
-MAP_NORMS = re.compile(r"hidden_states_norms\.")  # of the encoders of transformers that give maps: one for each
+# of the encoders of transformers that give maps: a norm for each of these, and of a ConvNeXt no last one
+MAP_FAULTS = r"hidden_states_norms\..* is missing|(convnext\.)?layernorm\.(weight|bias) is unexpected"
 
 FAMILIES: dict[str, Family] = {
     "segformer": Family(
@@ -150,7 +151,7 @@ FAMILIES: dict[str, Family] = {
         lambda net, pixels_B3HW: net.outputs(pixels_B3HW),
         "model.pixel_level_module.encoder",
         frozen=lambda config: unread_norm(config, "model.pixel_level_module.encoder"),
-        new_keys=MAP_NORMS,
+        bare_faults=MAP_FAULTS,
     ),
     "upernet": Family(
         UperNetConfig,
