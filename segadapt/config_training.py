@@ -43,6 +43,8 @@ class TransformSettings:
     box_short_px: int = setting("resize=box: its short side at factor 1, px", low=16)
     scale_low: float = setting("random resize: smallest factor", low=0.01)
     scale_high: float = setting("random resize: largest factor", low=0.01)
+    scale_step: float = setting("random resize: factors are scale_low plus a multiple of this; 0: any", low=0)
+    longest_px: int | None = setting("resize=short_side: largest long side, px; null: any", low=16)
     aspect_low: float = setting("random resize: smallest factor on width / height", low=0.1, high=10)
     aspect_high: float = setting("random resize: largest factor on width / height", low=0.1, high=10)
     crop_px: int = setting("height of the training crop, px; less where the resized image is smaller", low=16)
@@ -121,6 +123,17 @@ class RmiSettings(PlainLossSettings):
 
 
 @dataclass
+class MasksSettings(PlainLossSettings):
+    class_weight: float = setting("of the queries' cross-entropy, in the sum and in the matching", low=0)
+    mask_weight: float = setting("of the masks' binary cross-entropy, in both", low=0)
+    dice_weight: float = setting("of the masks' Dice, in both", low=0)
+    no_object_weight: float = setting("class weight of unmatched queries", low=1e-6)
+    points: int = setting("points of a mask that its losses and the matching read", low=1)
+    oversample: float = setting("times as many are drawn, of which the least sure are kept", low=1)
+    importance: float = setting("share of the points that are kept so; the rest is drawn anywhere", low=0, high=1)
+
+
+@dataclass
 class MemorySettings:
     enabled: bool = setting("anchors also meet embeddings of earlier batches")
     region_rows: int = setting("rows of a class: mean embeddings of an image", low=1)
@@ -165,6 +178,7 @@ class LossesSettings:
     lovasz: PlainLossSettings = setting("Lovasz-Softmax")
     dice: DiceSettings = setting("overlap")
     rmi: RmiSettings = setting("region mutual information")
+    masks: MasksSettings = setting("Mask2Former's, of its queries")
     contrast: ContrastSettings = setting("pixel contrast")
 
 
@@ -173,7 +187,9 @@ class TrainOptimizerSettings:
     name: str = setting("rule", choices=("adamw", "sgd"))
     lr: float = setting("learning rate of the encoder, which the schedule starts from", low=0)
     head_lr_factor: float = setting("times lr for the head, and for the losses' own parameters", low=0)
-    weight_decay: float = setting("decoupled for adamw; norms of the encoder have none", low=0)
+    weight_decay: float = setting("decoupled for adamw; none for what `undecayed` names", low=0)
+    undecayed: str = setting("norms of the encoder; or all norms, embeddings and tables of positions",
+                             choices=("encoder_norms", "norms_and_embeddings"))  # fmt: skip
     beta1: float = setting("adamw", low=0, high=BELOW_ONE)
     beta2: float = setting("adamw", low=0, high=BELOW_ONE)
     eps: float = setting("adamw", low=0)

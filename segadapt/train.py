@@ -114,8 +114,8 @@ def build(
 def build_objective(settings: TrainConfig, segmenter: NetSegmenter, class_weights: ClassWeights) -> Objective:
     """The losses of the settings, for the features that the segmenter is seen to have, on its device.
 
-    An auxiliary head without its loss is frozen, so that it is in no parameter group. UserError: the auxiliary loss is
-    on, and the network has no such head.
+    An auxiliary head without its loss is frozen, so that it is in no parameter group. UserError: the auxiliary loss or
+    that of masks is on, and the network has no such head or no queries.
     """
     t, device, family = settings.train, segmenter.net.device, segmenter.family
     chosen = segmenter.net.config.model_type
@@ -126,12 +126,16 @@ def build_objective(settings: TrainConfig, segmenter: NetSegmenter, class_weight
         segmenter.net.get_submodule(family.auxiliary_head).requires_grad_(False)
     with torch.no_grad():
         seen = segmenter.outputs(torch.zeros(1, 3, t.transforms.crop_px, t.transforms.crop_px, device=device))
+    if t.losses.masks.weight and seen.queries is None:
+        raise UserError(f"train.losses.masks.weight={t.losses.masks.weight}, but {chosen} has no queries that answer "
+                        "with masks. Set it to 0, or choose model.discriminative.family=mask2former.")  # fmt: skip
     return Objective(
         t.losses,
         num_classes=seen.logits_BChw.shape[1],
         feature_channels=seen.features_BDyx.shape[1],
         class_weights_C=class_weights.weights_C,
         seed=settings.experiment.seed,
+        num_queries=None if seen.queries is None else seen.queries.class_LBQn[-1].shape[1],
     ).to(device)
 
 

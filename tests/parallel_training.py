@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_networks import TINY
+from tiny_networks import MASK2FORMER, SWIN, TINY
 from training_runs import QUIET, training
+from transformers.models.mask2former import modeling_mask2former
 
 from segadapt import train
 from segadapt.losses import Objective
@@ -42,6 +43,18 @@ def build_and_keep(*given) -> Objective:
     return built[-1]
 
 
+class SamePoints:
+    """torch for the loss of masks, but that it draws the same points for every mask in every process."""
+
+    points_P2 = torch.rand(300, 2, generator=torch.Generator().manual_seed(0))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+    def rand(self, count: int, size: int, _: int, device: torch.device) -> torch.Tensor:
+        return self.points_P2[:size].repeat(count, 1, 1)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if os.environ.get("BATCH_NORM_LEARNS") != "1":
@@ -51,6 +64,9 @@ if __name__ == "__main__":
     settings = training(root, *sys.argv[2:])
     if settings.model.discriminative.family == "segadapt_deeplabv3":
         settings.model.discriminative.config = TINY["segadapt_deeplabv3"] | {"dropout": 0.0}
+    if settings.model.discriminative.family == "mask2former":
+        settings.model.discriminative.config = MASK2FORMER | {"backbone_config": SWIN | {"drop_path_rate": 0.0}}
+        modeling_mask2former.torch = SamePoints()  # pyright: ignore[reportPrivateImportUsage]
     try:
         train.run(settings, console=QUIET)
     except Stopped as stopped:

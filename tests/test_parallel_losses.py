@@ -11,10 +11,15 @@ import pytest
 import torch
 from test_parallel_training import begin, finish, left_by
 from training_runs import lines_of
+from transformers.utils.import_utils import is_scipy_available
 
 SUPERVISED = (
     "model.discriminative.family=segadapt_deeplabv3", "train/losses=auxiliary",
     "train.losses.class_weights.recipe=inverse_sqrt", "train.transforms.crop_px=64",
+)  # fmt: skip
+MASKS = (
+    "model.discriminative.family=mask2former", "train/losses=masks", "train.losses.masks.points=100",
+    "train.transforms.crop_px=64", "train.optimizer.lr=0.01", "train.optimizer.name=sgd",
 )  # fmt: skip
 CONTRAST = (
     "train/losses=contrast_memory", "train.losses.contrast.warmup_iters=5", "train.losses.contrast.min_views=1",
@@ -66,6 +71,26 @@ def test_class_weights_and_an_auxiliary_head_train_as_in_one_process(tmp_path):
         torch.testing.assert_close(model[name], value, rtol=1e-3, atol=1e-5, msg=lambda said, name=name: name + said)
     assert results["class_weights"] == its["class_weights"]
     assert results["validation"] == pytest.approx(its["validation"], abs=2e-3)
+
+
+@pytest.mark.skipif(not is_scipy_available(), reason="needs segadapt[mask2former]")
+def test_masks_train_as_in_one_process_whatever_each_has_of_them(tmp_path):
+    """Micro-batches and processes have other numbers of masks; every weight that moves has a gradient."""
+    run(tmp_path / "one", *MASKS, processes=1)
+    expected, its = left_by(tmp_path / "one")
+    for kind in ("ddp", "fsdp"):
+        run(tmp_path / kind, *MASKS, f"train.parallel={kind}", "train.accumulate=2", processes=2)
+        model, results = left_by(tmp_path / kind)
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                model[name], value, rtol=1e-3, atol=1e-4, msg=lambda said, name=name: name + said
+            )
+        assert results["validation"] == pytest.approx(its["validation"], abs=2e-3)
+        mine, theirs = (
+            [line for line in lines_of(tmp_path / at / "train" / "one") if "terms" in line] for at in (kind, "one")
+        )
+        for line, other in zip(mine, theirs, strict=True):
+            assert line["terms"] == pytest.approx(other["terms"], rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -3,6 +3,7 @@
 import pytest
 
 from segadapt.config_training import TrainConfig
+from segadapt.models.discriminative.families import FAMILIES
 from segadapt.parse import from_overrides
 
 SIZES = ("b0", "b1", "b2", "b3", "b4", "b5")
@@ -49,6 +50,28 @@ def test_segformers_recipe_is_nvidias(size, data, iters, batch, side, split, rul
     assert (r.cat_max_ratio, r.flip, r.photometric) == (0.75, 0.5, True)
     windows = (e.window_px, e.stride_px) if e.window_px else None
     assert (e.input_resize, windows, e.logit_resize) == (*rule, "two_step")
+
+
+def test_mask2formers_recipe_is_the_published_one():
+    """mmsegmentation's configs/mask2former/mask2former_swin-s_8xb2-160k_ade20k-512x512.py and its bases."""
+    settings = recipe("mask2former_swin_s_ade20k")
+    t, e, chosen = settings.train, settings.evaluate, settings.model.discriminative
+    assert (chosen.family, chosen.checkpoint) == ("mask2former", None)
+    assert chosen.backbone == "microsoft/swin-small-patch4-window7-224"
+    swin = chosen.config["backbone_config"]
+    assert (swin["depths"], swin["window_size"], swin["drop_path_rate"]) == ([2, 2, 18, 2], 7, 0.3)
+    made = FAMILIES["mask2former"].config(**chosen.config)
+    assert (made.num_queries, made.decoder_layers - 1, made.encoder_layers, made.num_attention_heads) == (100, 9, 6, 8)
+    assert (settings.data.name, t.iters, t.batch_size, settings.data.short_side_px) == ("ade20k", 160_000, 16, 512)
+    o, s, r, m = t.optimizer, t.schedule, t.transforms, t.losses.masks
+    assert (o.name, o.lr * o.head_lr_factor, o.lr, o.weight_decay, o.undecayed, o.clip_norm) == (
+        "adamw", pytest.approx(1e-4), 1e-5, 0.05, "norms_and_embeddings", 0.01)  # fmt: skip
+    assert (s.kind, s.decay, s.power, s.min_lr, s.warmup_iters) == ("chained", "poly", 0.9, 0, 0)
+    assert (r.resize, r.scale_low, r.scale_high, r.scale_step, r.longest_px, r.crop_px, r.cat_max_ratio) == (
+        "short_side", 0.5, 2, 0.1, 2048, 512, 0.75)  # fmt: skip
+    assert (t.losses.cross_entropy.weight, m.weight, m.class_weight, m.mask_weight, m.dice_weight) == (0, 1, 2, 5, 5)
+    assert (m.no_object_weight, m.points, m.oversample, m.importance) == (0.1, 12_544, 3, 0.75)
+    assert (e.input_resize, e.long_side_px, e.size_divisor, e.window_px) == ("box", 2048, 32, None)
 
 
 @pytest.mark.parametrize("name", ["s_linear", "b_linear", "s_ms", "b_ms"])

@@ -55,6 +55,10 @@ def test_what_training_would_pass_over_is_refused(tmp_path, verb, prepared, over
          r"train\.sigma_low=0\.9 is above train\.sigma_high=0\.6"),
         (train_generative, generative_training, "train.broad.grain_min_px=5",
          r"train\.broad\.grain_min_px=5 is above train\.broad\.grain_max_px=4"),
+        (train, training, "train.transforms.scale_step=1",
+         r"train\.transforms\.scale_step=1\.0 leaves scale_low=0\.75 alone of the factors up to scale_high=1\.5"),
+        (train, training, "train.transforms.longest_px=64 train.transforms.resize=own",
+         r"train\.transforms\.longest_px=64 with train\.transforms\.resize=own: it would have no effect"),
         (train, training, "train.transforms.scale_low=9",
          r"train\.transforms\.scale_low=9\.0 is above train\.transforms\.scale_high=1\.5"),
         (train, training, "train.transforms.aspect_low=2",
@@ -65,7 +69,7 @@ def test_what_training_would_pass_over_is_refused(tmp_path, verb, prepared, over
 )  # fmt: skip
 def test_a_range_upside_down_is_refused(tmp_path, verb, prepared, override, said):
     with pytest.raises(UserError, match=said):
-        verb.run(prepared(tmp_path, override))
+        verb.run(prepared(tmp_path, *override.split()))
     assert not any(tmp_path.iterdir())
 
 

@@ -96,6 +96,22 @@ def test_an_aspect_stretches_width_against_height_and_keeps_the_area(ratio, aspe
     assert width / height == pytest.approx(4 / 3 * aspect, rel=1e-3)
 
 
+def test_steps_of_the_factor_give_mask2formers_sixteen_short_sides():
+    """[int(512 * x * 0.1) for x in range(5, 21)] of mmsegmentation, each as often."""
+    t, rng = preset("mmseg", resize="short_side", scale_step=0.1, longest_px=2048), np.random.default_rng(0)
+    found = Counter(Resize.draw(rng, (512, 683), t, short_side_px=512).height for _ in range(3200))
+    assert sorted(found) == [int(512 * x * 0.1) for x in range(5, 21)]
+    assert min(found.values()) > 140
+
+
+@pytest.mark.parametrize(("width", "expected"), [(1000, (2000, 1024)), (2000, (2048, 524)), (3000, (2048, 350))])
+def test_a_longest_side_lowers_the_factor(width, expected):
+    """As ResizeShortestEdge of mmcv with max_size."""
+    t = preset("mmseg", resize="short_side", longest_px=2048)
+    drawn = Resize.draw(Scripted(2.0, 1.0), (512, width), t, short_side_px=512)  # pyright: ignore
+    assert (drawn.width, drawn.height) == expected
+
+
 def test_factors_and_aspects_are_uniform_in_their_ranges():
     t, rng = preset("openseg", scale_low=0.5, scale_high=2.0), np.random.default_rng(0)
     drawn = [Resize.draw(rng, (10000, 10000), t, short_side_px=1) for _ in range(2000)]

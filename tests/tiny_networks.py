@@ -1,4 +1,4 @@
-"""Tiny networks of every convolutional family, and modules whose norms do something."""
+"""Tiny networks of every convolutional family and of Mask2Former, and modules whose norms do something."""
 
 import torch
 from torch import nn
@@ -12,6 +12,14 @@ TINY = {  # family: config
     },
     "segadapt_hrnet": BRANCHES,
     "segadapt_hrnet_ocr": BRANCHES | {"ocr_size": 8, "key_size": 4, "auxiliary_size": 8},
+}  # fmt: skip
+
+SWIN = {"model_type": "swin", "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4,
+        "image_size": 64, "out_features": ["stage1", "stage2", "stage3", "stage4"]}  # fmt: skip
+MASK2FORMER = {
+    "backbone_config": SWIN, "feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32,
+    "encoder_feedforward_dim": 16, "encoder_layers": 1, "decoder_layers": 3, "num_attention_heads": 2,
+    "dim_feedforward": 16, "num_queries": 5,
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from segadapt.datasets.labels import IGNORE
 from segadapt.errors import UserError
 from segadapt.losses import contrast, region
 from segadapt.losses.cross_entropy import cross_entropy, focal, ohem
+from segadapt.losses.masks import MaskLoss
 from segadapt.losses.memory import Memory, pixels_at
 from segadapt.models.discriminative import Outputs
 from segadapt.seeds import derive, torch_generator
@@ -44,7 +45,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Any, Tensor | None, str], Tensor]] =
 class Terms:
     """Of one call: what is minimised, and what it is made of. A loss that is off is in neither dict."""
 
-    total: Tensor  # scalar with a graph
+    total: Tensor  # scalar with a graph: of weights x values x the shares that were given
     values: dict[str, Tensor]  # scalars without, before their weight
     weights: dict[str, float]  # of this step: that of contrast is 0 before its warm-up ends
 
@@ -59,6 +60,7 @@ class Objective(nn.Module):
     Args:
         class_weights_C: see class_weights_of.
         feature_channels: of Outputs.features_BDyx.
+        num_queries: of Outputs.queries; None: the net has none.
     """
 
     idle_steps: Tensor
@@ -72,10 +74,15 @@ class Objective(nn.Module):
         feature_channels: int,
         class_weights_C: Tensor | None,
         seed: int,
+        num_queries: int | None = None,
     ) -> None:
         super().__init__()
         self.settings, self.num_classes, self.seed = settings, num_classes, seed
         self.register_buffer("class_weights_C", class_weights_C, persistent=False)
+        self.masks = None
+        if settings.masks.weight:
+            assert num_queries is not None, "the caller refuses such nets"
+            self.masks = MaskLoss(settings.masks, num_classes=num_classes, num_queries=num_queries)
         self.projection, self.memory, own = None, None, settings.contrast
         if own.weight:
             with torch.random.fork_rng(devices=[]):
@@ -92,23 +99,24 @@ class Objective(nn.Module):
             )
         self._step, self._calls = 0, 0
 
-    def forward(self, outputs: Outputs, label_BHW: Tensor, *, step: int) -> Terms:
+    def forward(self, outputs: Outputs, label_BHW: Tensor, *, step: int, shares_T: Tensor | None = None) -> Terms:
         """Losses in float32 (float64 stays), whatever autocast the caller is in; logits are resized to the label.
 
         Args:
             label_BHW: int64, 0..C-1 or 255, on the device of the outputs.
             step: number of the optimizer step that these outputs are for, from 1.
+            shares_T: of each term in that of the whole step, see `amounts`; None: these labels are all.
         Raises:
             UserError: the auxiliary loss is on, and the net has no auxiliary head.
         """
         s, values, weights = self.settings, {}, {}
         with torch.autocast(label_BHW.device.type, enabled=False):
-            logits_BCHW = at_label_size(outputs.logits_BChw, label_BHW)
-            for name, loss in LOSSES.items():
+            on = [name for name in LOSSES if getattr(s, name).weight]
+            logits_BCHW = at_label_size(outputs.logits_BChw, label_BHW) if on else outputs.logits_BChw
+            for name in on:
                 own = getattr(s, name)
-                if own.weight:
-                    weights[name] = own.weight
-                    values[name] = loss(logits_BCHW, label_BHW, own, self.class_weights_C, s.reduction)
+                weights[name] = own.weight
+                values[name] = LOSSES[name](logits_BCHW, label_BHW, own, self.class_weights_C, s.reduction)
             if s.auxiliary.weight:
                 if outputs.auxiliary_BChw is None:
                     raise UserError(f"train.losses.auxiliary.weight={s.auxiliary.weight}, but the network has no "
@@ -120,11 +128,16 @@ class Objective(nn.Module):
                     class_weights_C=self.class_weights_C,
                     reduction=s.reduction,
                 )
+            if self.masks is not None:
+                assert outputs.queries is not None
+                values |= self.masks(outputs.queries, label_BHW)
+                weights |= self.masks.weights
         if s.contrast.weight:
             # computed before its time too, times 0: every rank sees every parameter used, and the memory fills
             weights["contrast"] = s.contrast.weight if step > s.contrast.warmup_iters else 0.0
             values["contrast"] = self._contrast(outputs, label_BHW, s.contrast, step)
-        total = torch.stack([weights[name] * value for name, value in values.items()]).sum()
+        each_T = torch.stack([weights[name] * value for name, value in values.items()])
+        total = (each_T if shares_T is None else each_T * shares_T).sum()
         return Terms(total, {name: value.detach() for name, value in values.items()}, weights)
 
     def _contrast(self, outputs: Outputs, label_BHW: Tensor, own: ContrastSettings, step: int) -> Tensor:
@@ -191,12 +204,21 @@ class Objective(nn.Module):
         rank = dist.get_rank() if dist.is_initialized() else 0
         return torch_generator(self.seed, "contrast", step, rank, self._calls)
 
-    def amount(self, label_BHW: Tensor) -> Tensor:
-        """What the mean of cross-entropy over these labels divides by: parts of a step count by their share of it.
+    def amounts(self, label_BHW: Tensor) -> Tensor:
+        """What the mean of each term over these labels divides by: parts of a step count by their share of it.
+
+        Of terms that are no mean over pixels or masks, what cross-entropy divides by.
 
         Returns:
-            float64, a scalar on the device of the label.
+            float64 [T], T the terms in the order of Terms.values, on the device of the label.
         """
+        s, pixels = self.settings, self._pixels(label_BHW)
+        before = sum(bool(getattr(s, name).weight) for name in (*LOSSES, "auxiliary"))
+        masks = [] if self.masks is None else [*self.masks.amounts(label_BHW)]
+        return torch.stack([*[pixels] * before, *masks, *[pixels] * bool(s.contrast.weight)])
+
+    def _pixels(self, label_BHW: Tensor) -> Tensor:
+        """What cross-entropy divides by: a scalar, float64."""
         is_labelled_BHW = label_BHW != IGNORE
         if self.settings.reduction == "all":
             is_labelled_BHW = torch.ones_like(is_labelled_BHW)

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.utils.import_utils import is_scipy_available
 
 from segadapt import stream
-from segadapt.config_training import ClassWeightsSettings, ContrastSettings, LossesSettings
+from segadapt.config_training import ClassWeightsSettings, ContrastSettings, LossesSettings, MasksSettings
 from segadapt.datasets import Dataset, Task
 from segadapt.errors import UserError, did_you_mean
 from segadapt.losses.objective import LOSSES
@@ -55,7 +56,7 @@ def check_losses(losses: LossesSettings, *, iters: int) -> None:
     Args:
         iters: optimizer steps of the training.
     """
-    on = [name for name in (*LOSSES, "auxiliary", "contrast") if getattr(losses, name).weight]
+    on = [name for name in (*LOSSES, "auxiliary", "masks", "contrast") if getattr(losses, name).weight]
     if not on:
         raise UserError(f"{HERE}: every weight is 0, so nothing would be learned. Set {HERE}.cross_entropy.weight=1.")
     recipe = losses.class_weights.recipe
@@ -68,6 +69,7 @@ def check_losses(losses: LossesSettings, *, iters: int) -> None:
         raise UserError(f"{HERE}.reduction=all with {HERE}.class_weights.recipe={recipe}: a sum over all pixels has no "
                         "weighted mean. Set reduction=valid, or recipe=none.")  # fmt: skip
     _check_class_weights(losses.class_weights)
+    _check_masks(losses.masks)
     _check_contrast(losses.contrast, iters=iters)
 
 
@@ -85,6 +87,18 @@ def _check_class_weights(own: ClassWeightsSettings) -> None:
     if own.absent and own.recipe in ("none", "list"):
         raise UserError(f"{here}.absent={own.absent} with {here}.recipe={own.recipe}: no labels are counted, so it "
                         "would have no effect. Set absent=[].")  # fmt: skip
+
+
+def _check_masks(own: MasksSettings) -> None:
+    here = f"{HERE}.masks"
+    if not own.weight:
+        return
+    if not (own.class_weight or own.mask_weight or own.dice_weight):
+        raise UserError(f"{here}.weight={own.weight} with class_weight, mask_weight and dice_weight all 0: nothing "
+                        "would be learned. Set one above 0; published are 2, 5 and 5.")  # fmt: skip
+    if not is_scipy_available():
+        raise UserError(f"{here}.weight={own.weight} needs scipy, which matches queries with masks, and it is not "
+                        "installed. Run pip install 'segadapt[mask2former]', or set it to 0.")  # fmt: skip
 
 
 def _check_contrast(own: ContrastSettings, *, iters: int) -> None:

@@ -1,6 +1,6 @@
 """The loop of a segmenter's training, and all that it moves.
 
-B images of a micro-batch   3 RGB   H W crop px   C classes   iou a fraction a class
+B images of a micro-batch   3 RGB   H W crop px   C classes   M micro-batches   T terms   iou a fraction a class
 """
 
 import math
@@ -40,11 +40,13 @@ class Learner(nn.Module):
         self.net, self.objective, self._precision = segmenter.net, objective, precision
         self._outputs = torch.compile(segmenter.outputs) if is_compiled else segmenter.outputs
 
-    def forward(self, image_B3HW: Tensor, label_BHW: Tensor, step: int) -> tuple[Tensor, dict, dict]:
+    def forward(
+        self, image_B3HW: Tensor, label_BHW: Tensor, step: int, shares_T: Tensor | None = None
+    ) -> tuple[Tensor, dict, dict]:
         """The objective's total, values and weights at a step, counted from 1."""
         with autocast(image_B3HW.device, self._precision):
             outputs = self._outputs(image_B3HW)
-        terms = self.objective(outputs, label_BHW, step=step)
+        terms = self.objective(outputs, label_BHW, step=step, shares_T=shares_T)
         return terms.total, terms.values, terms.weights
 
 
@@ -207,46 +209,47 @@ class Training:
     def _step(self, micro_batches: Sequence[Batch], *, is_read: bool) -> dict[str, Any]:
         """One step of the optimizer; its numbers if they are read.
 
-        Each micro-batch's mean counts by its share of what the whole step's mean divides by, the labelled pixels, so
-        that the gradient is that of one large batch, whatever its division. UserError: not finite.
+        Each micro-batch's means count by their shares of what the whole step's mean divides by, mostly the labelled
+        pixels, so that the gradient is that of one large batch, whatever its division. UserError: not finite.
         """
         t, world, index = self.settings.train, self.world, self.step
         rates = set_rates(self._optimizer, index, t)
         on_device = [batch.to(self._device) for batch in micro_batches]
-        shares = self._shares([label_BHW for _, label_BHW in on_device])
+        shares_MT = self._shares([label_BHW for _, label_BHW in on_device])
         found: list[dict[str, Tensor]] = []
         weights: dict[str, float] = {}
         for number, (image_B3HW, label_BHW) in enumerate(on_device):
             seed = derive(self.settings.experiment.seed, "training", index, number, world.rank)
             torch.manual_seed(seed)  # dropout and drop path draw from the global generator
             with synchronised(self._learner, last=number == len(micro_batches) - 1):
-                total, values, weights = self._learner(image_B3HW, label_BHW, index + 1)
-                (total * (shares[number] * world.size)).backward()  # the processes' gradients are averaged
+                total, values, weights = self._learner(image_B3HW, label_BHW, index + 1, shares_MT[number])
+                (total * world.size).backward()  # the processes' gradients are averaged
             found.append({"loss": total.detach(), **values})
         moving = self.state.parameters.values()
         line: dict[str, Any] = {}
         if is_read or t.optimizer.clip_norm is not None:
             norm = clip(moving, t.optimizer.clip_norm)
             if is_read:
-                line = self._read(found, shares.cpu().numpy(), norm) | {"weights": weights, "lr": dict(rates)}
+                line = self._read(found, shares_MT.cpu().numpy(), norm) | {"weights": weights, "lr": dict(rates)}
         self.state.advance()
         self._objective.remember()
         return line
 
     def _shares(self, labels: Sequence[Tensor]) -> Tensor:
-        """Of each micro-batch in the mean of the whole step: float64 on the device, which nothing waits for."""
+        """Of each micro-batch's terms in the means of the whole step: float64 on the device; nothing waits for them."""
+        amounts_MT = torch.stack([self._objective.amounts(label_BHW) for label_BHW in labels])
         if len(labels) * self.world.size == 1:
-            return torch.ones(1, dtype=torch.float64, device=self._device)
-        amounts = torch.stack([self._objective.amount(label_BHW) for label_BHW in labels])
-        total = self.world.added_up(amounts.sum())
-        return amounts / torch.where(total > 0, total, 1)
+            return torch.ones_like(amounts_MT)
+        total_T = self.world.added_up(amounts_MT.sum(dim=0))
+        return amounts_MT / torch.where(total_T > 0, total_T, 1)
 
-    def _read(self, found: Sequence[Mapping[str, Tensor]], shares: np.ndarray, norm: Tensor) -> dict[str, Any]:
+    def _read(self, found: Sequence[Mapping[str, Tensor]], shares_MT: np.ndarray, norm: Tensor) -> dict[str, Any]:
         """Losses of the whole step over all processes, and the gradient's norm. UserError: not finite."""
         names = list(found[0])
         read = torch.stack([*(values[name].float() for values in found for name in names), norm.float()]).cpu().double()
         values = read[:-1].view(len(found), len(names)).numpy()
-        means = self.world.sum((shares[:, None] * values).sum(axis=0))
+        values[:, 1:] *= shares_MT  # the loss, which comes first, has them in it
+        means = self.world.sum(values.sum(axis=0))
         loss, grad_norm = float(means[0]), float(read[-1])
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"norm of the gradient is {grad_norm}"

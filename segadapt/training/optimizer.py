@@ -22,38 +22,61 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainOptimizerSettings, bo
 }
 
 
+HEAD = ("head", "head undecayed")  # names of groups
+
+
 def parameter_groups(
     segmenter: NetSegmenter, settings: TrainOptimizerSettings, *, more: Iterable[nn.Parameter] = ()
 ) -> list[dict[str, Any]]:
-    """Encoder, its norms without decay, and head with lr_factor; each parameter that moves is in exactly one.
+    """Encoder, and head with lr_factor, each with a part without decay; each parameter that moves is in exactly one.
 
-    The head's norms are decayed, as in mmseg's and NVIDIA's SegFormer; so are biases. Frozen parameters are in none.
+    undecayed=encoder_norms: the head's norms are decayed, as in mmseg's and NVIDIA's SegFormer; so are biases.
+    norms_and_embeddings, as in Mask2Former's: neither norms, nor embeddings and tables. Frozen parameters are in none.
 
     Args:
         more: of the head's kind: the losses' own.
     Returns:
         groups with `name`, `base_lr` and `weight_decay`; empty ones are left out.
     """
-    norms = {id(parameter) for parameter in segmenter.norm_parameters().values()}
+    undecayed = {id(parameter) for parameter in segmenter.norm_parameters().values()}
     head = {id(parameter) for parameter in segmenter.head_parameters().values()}
-    groups: dict[str, list[nn.Parameter]] = {"encoder": [], "encoder norms": [], "head": []}
+    names = {False: ("encoder", "encoder norms"), True: ("head", "head")}  # is in the head: decayed, and not
+    if settings.undecayed == "norms_and_embeddings":
+        undecayed |= {id(parameter) for parameter in table_parameters(segmenter.net)}
+        names = {False: ("encoder", "encoder undecayed"), True: ("head", "head undecayed")}
+    groups: dict[str, list[nn.Parameter]] = {name: [] for both in names.values() for name in both}
     for parameter in segmenter.parameters().values():
-        name = "head" if id(parameter) in head else "encoder norms" if id(parameter) in norms else "encoder"
-        groups[name].append(parameter)
+        groups[names[id(parameter) in head][id(parameter) in undecayed]].append(parameter)
     groups["head"] += more
-    factor, decay = {"head": settings.head_lr_factor}, {"encoder norms": 0.0}
     moving = {name: [p for p in params if p.requires_grad] for name, params in groups.items()}
     return [
         {
             "params": params,
             "name": name,
-            "base_lr": settings.lr * factor.get(name, 1),
-            "lr": settings.lr * factor.get(name, 1),
-            "weight_decay": decay.get(name, settings.weight_decay),
+            "base_lr": settings.lr * (settings.head_lr_factor if name in HEAD else 1),
+            "lr": settings.lr * (settings.head_lr_factor if name in HEAD else 1),
+            "weight_decay": settings.weight_decay if name in ("encoder", "head") else 0.0,
         }
         for name, params in moving.items()
         if params
     ]
+
+
+def table_parameters(net: nn.Module) -> list[nn.Parameter]:
+    """Embeddings, and what a module that is not of torch holds itself: tables of positions, tokens, scales of layers.
+
+    Where mmseg matches names such as relative_position_bias_table, query_embed and level_embed.
+    """
+    return [
+        parameter
+        for module in net.modules()
+        if isinstance(module, nn.Embedding) or not any(_is_torchs(kind) for kind in type(module).__mro__)
+        for parameter in module.parameters(recurse=False)
+    ]
+
+
+def _is_torchs(kind: type) -> bool:
+    return kind is not nn.Module and kind.__module__.startswith("torch.nn.modules.")
 
 
 def build_optimizer(
@@ -72,6 +95,6 @@ def build_optimizer(
 def set_rates(optimizer: torch.optim.Optimizer, t: int, train: TrainSettings) -> Mapping[str, float]:
     """Give each group its rate of step t (from 0); returns the rates by group."""
     for group in optimizer.param_groups:
-        is_encoder = group["name"] != "head"
+        is_encoder = group["name"] not in HEAD
         group["lr"] = rate(t, group["base_lr"], train.schedule, iters=train.iters, is_encoder=is_encoder)
     return {group["name"]: group["lr"] for group in optimizer.param_groups}

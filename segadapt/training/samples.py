@@ -90,6 +90,12 @@ def check_transforms(settings: TrainConfig) -> None:
     check_range(name, t, "aspect_low", "aspect_high")
     check_range(name, t, "box_short_px", "box_long_px")
     check_range(f"{name}.broad", t.broad, "grain_min_px", "grain_max_px")
+    if t.scale_step > t.scale_high - t.scale_low:
+        raise UserError(f"{name}.scale_step={t.scale_step} leaves scale_low={t.scale_low} alone of the factors up to "
+                        f"scale_high={t.scale_high}. Set it lower, or 0 for any factor.")  # fmt: skip
+    if t.longest_px is not None and t.resize != "short_side":
+        raise UserError(f"{name}.longest_px={t.longest_px} with {name}.resize={t.resize}: it would have no effect. Set "
+                        "it to null, or resize=short_side.")  # fmt: skip
     sizes.check_sizes(t, batch_size=settings.train.batch_size)
 
 

@@ -61,16 +61,19 @@ class Resize:
     ) -> "Resize":
         """One factor, uniform, of the box that the image must fit into or of its own size; then the aspect.
 
-        The box of `short_side` has no long side. A box is truncated to whole px, the image's sides are rounded half up.
+        The box of `short_side` has the long side longest_px, whatever the factor, or none. A box is truncated to whole
+        px, the image's sides are rounded half up.
 
         Args:
             size: height and width of the image, px.
         """
-        ratio = rng.uniform(t.scale_low, t.scale_high)
+        ratio = _factor(rng, t)
         if t.resize == "box":
             factor = min(int(t.box_long_px * ratio) / max(size), int(t.box_short_px * ratio) / min(size))
         elif t.resize == "short_side":
             factor = int(short_side_px * ratio) / min(size)
+            if t.longest_px is not None:
+                factor = min(factor, t.longest_px / max(size))
         else:
             factor = ratio
         stretch = math.sqrt(rng.uniform(t.aspect_low, t.aspect_high))
@@ -187,6 +190,14 @@ class Photometric:
         if self.contrast is not None and not self.is_contrast_first:
             image_HW3 = cv2.LUT(image_HW3, _line(times=self.contrast))
         return image_HW3
+
+
+def _factor(rng: np.random.Generator, t: TransformSettings) -> float:
+    """Uniform between scale_low and scale_high, or over its steps."""
+    if not t.scale_step:
+        return rng.uniform(t.scale_low, t.scale_high)
+    steps = int((t.scale_high - t.scale_low) / t.scale_step + 1e-6)
+    return round(t.scale_low + t.scale_step * int(rng.integers(steps + 1)), 9)  # 0.7, not 0.7000000000000001
 
 
 _VALUES_256 = np.arange(256)

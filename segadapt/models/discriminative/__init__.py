@@ -1,6 +1,7 @@
 """What a segmenter is: image to logits. Ours are in segmenter.py and families.py; yours needs the same members.
 
 B images   3 RGB   H W image px   C dataset classes   h w logits, of any stride   D feature channels   y x features
+L layers   Q queries   n C classes and no object
 """
 
 from dataclasses import dataclass
@@ -13,12 +14,21 @@ NORM_TYPES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._Norm
 
 
 @dataclass(frozen=True)
+class Queries:
+    """Raw class and mask logits of a net that answers with masks, layer by layer, the last one last."""
+
+    class_LBQn: tuple[Tensor, ...]
+    mask_LBQhw: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
 class Outputs:
     """What training asks a net for; adaptation and scores take `Segmenter.logits` alone."""
 
     logits_BChw: Tensor  # raw
     auxiliary_BChw: Tensor | None  # of an auxiliary head in train mode, on a grid of its own
     features_BDyx: Tensor  # for the contrast loss; of a convolutional encoder its map, else what the classifier sees
+    queries: Queries | None = None  # for the loss `masks`
 
 
 class Segmenter(Protocol):

@@ -49,6 +49,8 @@ class Family:
     encoder: str | None  # module that a pretrained backbone goes into; None: it comes with its weights only
     # of an encoder: what brings the weights of a file under its names, see backbone.py; dict: they have them
     encoder_names: Callable[[Any], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = lambda _: dict
+    # faults, in the words of backbone.py, that a folder or file of a bare encoder has and may have
+    bare_faults: str = "(?!)"
     frozen: Callable[[Any], tuple[str, ...]] = lambda _: ()  # of a config: modules that training leaves as they are
     has_auxiliary: bool = False  # in train mode it gives Outputs.auxiliary_BChw
     auxiliary_head: str | None = None  # a module that nothing but the auxiliary loss reads
@@ -106,6 +108,14 @@ def pyramid_tops(net: Any) -> re.Pattern[str]:
     return re.compile(rf"(?!{encoder})|{encoder}({stage})\.")
 
 
+def unread_norm(config: Any, encoder: str) -> tuple[str, ...]:
+    """Of a Swin that gives maps: the norm behind its last layer, which none of them passes."""
+    return (f"{encoder}.swin.layernorm",) if config.backbone_config.model_type == "swin" else ()
+
+
+# of the encoders of transformers that give maps: a norm for each of these, and of a ConvNeXt no last one
+MAP_FAULTS = r"hidden_states_norms\..* is missing|(convnext\.)?layernorm\.(weight|bias) is unexpected"
+
 FAMILIES: dict[str, Family] = {
     "segformer": Family(
         SegformerConfig,
@@ -139,8 +149,10 @@ FAMILIES: dict[str, Family] = {
         SemanticMask2Former,
         ("model.pixel_level_module.decoder", "model.transformer_module", "class_predictor"),
         pyramid_tops,
-        None,
-        None,
+        lambda net, pixels_B3HW: net.outputs(pixels_B3HW),
+        "model.pixel_level_module.encoder",
+        frozen=lambda config: unread_norm(config, "model.pixel_level_module.encoder"),
+        bare_faults=MAP_FAULTS,
     ),
     "upernet": Family(
         UperNetConfig,

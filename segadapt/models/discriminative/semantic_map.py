@@ -1,6 +1,7 @@
-"""Trained segmenters of transformers: Mask2Former (Cheng et al. 2022) and UPerNet (Xiao et al. 2018).
+"""Segmenters of transformers: Mask2Former (Cheng et al. 2022) and UPerNet (Xiao et al. 2018).
 
-# B images  3 RGB  H W image px  C dataset classes  Q queries  h w logits, about px / 4
+# B images  3 RGB  H W image px  C dataset classes  n C classes and no object  Q queries  h w logits, about px / 4
+# D channels  L layers of the decoder
 """
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerModel, UperNetForSemanticSegmentation
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerPreTrainedModel
 
+from segadapt.models.discriminative import Outputs, Queries
 from segadapt.models.discriminative.mmseg import Scored
 
 FLOOR = 1e-6  # of a class in the semantic map, which lies in 0..Q
@@ -28,8 +30,13 @@ def semantic_map(class_BQn: Tensor, mask_BQhw: Tensor) -> Tensor:
         return torch.einsum("bqc,bqhw->bchw", probability_BQC, mask_BQhw.to(at_least).sigmoid())
 
 
+def _logits(class_BQn: Tensor, mask_BQhw: Tensor) -> Tensor:
+    """Whose softmax is the semantic map divided by its sum over classes."""
+    return (semantic_map(class_BQn, mask_BQhw) + FLOOR).log()
+
+
 class SemanticMask2Former(Mask2FormerPreTrainedModel):
-    """Mask2FormerForUniversalSegmentation without its training loss, which needs scipy: the same files.
+    """Mask2FormerForUniversalSegmentation without its training loss, which is in losses/masks.py: the same files.
 
     Logits are log(semantic map + FLOOR), so that their softmax is the map divided by its sum over classes.
     """
@@ -48,7 +55,16 @@ class SemanticMask2Former(Mask2FormerPreTrainedModel):
         found = self.model(pixel_values=pixel_values, output_hidden_states=True)
         queries_QBD = found.transformer_decoder_intermediate_states[-1]  # behind the last layer and its norm
         class_BQn = self.class_predictor(queries_QBD.transpose(0, 1))
-        return Scored((semantic_map(class_BQn, found.masks_queries_logits[-1]) + FLOOR).log())
+        return Scored(_logits(class_BQn, found.masks_queries_logits[-1]))
+
+    def outputs(self, pixel_values: Tensor) -> Outputs:
+        """For training: logits as above, the features that each query's mask is a product with, all layers' queries."""
+        found = self.model(pixel_values=pixel_values, output_hidden_states=True)
+        queries_LQBD = found.transformer_decoder_intermediate_states  # the first: before any layer
+        class_LBQn = tuple(self.class_predictor(queries_QBD.transpose(0, 1)) for queries_QBD in queries_LQBD)
+        mask_LBQhw = tuple(found.masks_queries_logits)
+        logits_BChw = _logits(class_LBQn[-1], mask_LBQhw[-1])
+        return Outputs(logits_BChw, None, found.pixel_decoder_last_hidden_state, Queries(class_LBQn, mask_LBQhw))
 
 
 class SemanticUperNet(UperNetForSemanticSegmentation):
