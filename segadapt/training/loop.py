@@ -5,6 +5,7 @@ B images of a micro-batch   3 RGB   H W crop px   C classes   iou a fraction a c
 
 import math
 import signal
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from segadapt.seeds import derive
 from segadapt.signals import Asked, Stopped
 from segadapt.training.log import LOG_EVERY, Log
 from segadapt.training.optimizer import build_optimizer, set_rates
-from segadapt.training.parallel import World, clip, spread, synchronised, whole
+from segadapt.training.parallel import World, agree, clip, spread, synchronised, whole
 from segadapt.training.samples import TrainingSamples, batches
 from segadapt.training.sizes import Batch
 from segadapt.training.state import TrainingState
@@ -54,11 +55,11 @@ def steps_of(
     """The micro-batches of this process, step by step, from step `first` on.
 
     Step i takes the items i B .. i B + B - 1 of the samples, whatever the number of processes and micro-batches: each
-    micro-batch is a stretch of them, and each process has its part of it.
+    micro-batch is a stretch of them, and each process, or those that work together, have their part of it.
     """
-    part = t.batch_size // (world.size * t.accumulate)
+    part = t.batch_size // (world.parts * t.accumulate)
     firsts = (
-        step * t.batch_size + (micro * world.size + world.rank) * part
+        step * t.batch_size + (micro * world.parts + world.part) * part
         for step in range(first, t.iters)
         for micro in range(t.accumulate)
     )
@@ -71,7 +72,7 @@ class Training:
     """Weights, their average, optimizer, objective and scores so far; `fit` moves them.
 
     Args:
-        unsharded: a copy that holds the weights where FSDP shards those of the segmenter; else None.
+        unsharded: a copy that holds all weights where the processes have parts of those of the segmenter; else None.
         entries: images of a validation, shared among the processes.
         log: None in all processes but the first.
     """
@@ -115,7 +116,7 @@ class Training:
     @property
     def group_sizes(self) -> dict[str, int]:
         """Tensors by parameter group."""
-        return {group["name"]: len(group["params"]) for group in self._optimizer.param_groups}
+        return dict(sum((Counter({g["name"]: len(g["params"])}) for g in self._optimizer.param_groups), Counter()))
 
     @property
     def best(self) -> dict[str, Any]:
@@ -217,16 +218,17 @@ class Training:
         found: list[dict[str, Tensor]] = []
         weights: dict[str, float] = {}
         for number, (image_B3HW, label_BHW) in enumerate(on_device):
-            seed = derive(self.settings.experiment.seed, "training", index, number, world.rank)
+            seed = derive(self.settings.experiment.seed, "training", index, number, world.part)
             torch.manual_seed(seed)  # dropout and drop path draw from the global generator
             with synchronised(self._learner, last=number == len(micro_batches) - 1):
                 total, values, weights = self._learner(image_B3HW, label_BHW, index + 1)
-                (total * (shares[number] * world.size)).backward()  # the processes' gradients are averaged
+                (total * (shares[number] * world.parts)).backward()  # the processes' gradients are averaged
             found.append({"loss": total.detach(), **values})
         moving = self.state.parameters.values()
+        agree(moving, world)
         line: dict[str, Any] = {}
         if is_read or t.optimizer.clip_norm is not None:
-            norm = clip(moving, t.optimizer.clip_norm)
+            norm = clip(moving, t.optimizer.clip_norm, world)
             if is_read:
                 line = self._read(found, shares.cpu().numpy(), norm) | {"weights": weights, "lr": dict(rates)}
         self.state.advance()
@@ -235,10 +237,10 @@ class Training:
 
     def _shares(self, labels: Sequence[Tensor]) -> Tensor:
         """Of each micro-batch in the mean of the whole step: float64 on the device, which nothing waits for."""
-        if len(labels) * self.world.size == 1:
+        if len(labels) * self.world.parts == 1:
             return torch.ones(1, dtype=torch.float64, device=self._device)
         amounts = torch.stack([self._objective.amount(label_BHW) for label_BHW in labels])
-        total = self.world.added_up(amounts.sum())
+        total = self.world.sum_of_parts(amounts.sum())
         return amounts / torch.where(total > 0, total, 1)
 
     def _read(self, found: Sequence[Mapping[str, Tensor]], shares: np.ndarray, norm: Tensor) -> dict[str, Any]:
@@ -246,7 +248,7 @@ class Training:
         names = list(found[0])
         read = torch.stack([*(values[name].float() for values in found for name in names), norm.float()]).cpu().double()
         values = read[:-1].view(len(found), len(names)).numpy()
-        means = self.world.sum((shares[:, None] * values).sum(axis=0))
+        means = self.world.sum((shares[:, None] * values).sum(axis=0)) / self.world.together
         loss, grad_norm = float(means[0]), float(read[-1])
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"norm of the gradient is {grad_norm}"

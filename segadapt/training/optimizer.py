@@ -13,6 +13,7 @@ from torch import nn
 from segadapt.config_training import TrainOptimizerSettings, TrainSettings
 from segadapt.errors import UserError
 from segadapt.models.discriminative.segmenter import NetSegmenter
+from segadapt.training.parallel import by_mesh
 from segadapt.training.schedule import rate
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainOptimizerSettings, bool], torch.optim.Optimizer]] = {
@@ -58,13 +59,14 @@ def parameter_groups(
 def build_optimizer(
     segmenter: NetSegmenter, settings: TrainOptimizerSettings, *, more: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """Over `parameter_groups`, fused on CUDA.
+    """Over `parameter_groups`, fused on CUDA; a group of tensors on several meshes becomes several of one name.
 
     UserError: nothing moves.
     """
     groups = parameter_groups(segmenter, settings, more=more)
     if not groups:
         raise UserError("model.discriminative: every parameter is frozen; expected some that train. Unfreeze a part.")
+    groups = [group | {"params": params} for group in groups for params in by_mesh(group["params"])]
     return OPTIMIZERS[settings.name](groups, settings, groups[0]["params"][0].is_cuda)
 
 
