@@ -190,10 +190,10 @@ def _train(
         _make(settings, folder, stack)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z") if state is None else state["started"]
     log = _begun(settings, terminal, folder, checkpoints.newest, state, stack) if world.is_main else None
-    whole = copy.deepcopy(segmenter) if world.mesh is not None else None
+    whole = copy.deepcopy(segmenter) if world.has_parts else None
     training = Training(settings, segmenter, whole, objective, images.held_out, images.entries, world, log)
     if state is not None:
-        training.load_state_dict(state["training"])
+        training.load_state_dict(state["training"], checkpoints.path_of(checkpoints.newest))
     more = {"origin": {**origin, "segadapt": __version__}, "started": started}
     samples = build_samples(settings, cached(images.dataset, settings), count=t.iters * t.batch_size)
     if world.is_main and state is None:

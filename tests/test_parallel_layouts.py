@@ -15,12 +15,15 @@ from training_runs import lines_of
 pytestmark = pytest.mark.slow
 
 TWO_D = ("train.parallel=2d", "train.tensor_parallel=2")
-# name: the starts of a run one after the other, each of so many processes; all but the last stop within step 3
+# name: the starts of a run one after the other, each of so many processes; the first stops within step 2, then 4
 RUNS: dict[str, list[tuple[int, tuple[str, ...]]]] = {
     "one": [(1, ())],
     "tp": [(2, ("train.parallel=tp", "train.accumulate=2"))],
-    "2d": [(4, (*TWO_D, "train.accumulate=2"))],
+    "2d": [(4, TWO_D)],
+    "one-2d-one": [(1, ()), (4, TWO_D), (1, ())],
+    "fsdp-tp": [(2, ("train.parallel=fsdp",)), (2, ("train.parallel=tp",))],
 }
+STOPS = (2, 4)
 
 
 def free_port(stack: ExitStack) -> int:
@@ -37,10 +40,10 @@ def root(tmp_path_factory) -> Path:
     with ExitStack() as stack:
         for name, own in RUNS.items():
             for index, (processes, overrides) in enumerate(own):
-                starts.append({
-                    "name": name, "processes": processes, "overrides": [*OWN, *overrides],
-                    "port": free_port(stack) if processes > 1 else None, "stop_at": 3 if index + 1 < len(own) else 0,
-                })  # fmt: skip
+                port = free_port(stack) if processes > 1 else None
+                stop_at = STOPS[index] if index + 1 < len(own) else 0
+                starts.append({"name": name, "processes": processes, "overrides": [*OWN, *overrides], "port": port,
+                               "stop_at": stop_at})  # fmt: skip
     (root / "runs.json").write_text(json.dumps(starts))
     paths = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     own = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "MASTER_ADDR": "localhost"}

@@ -8,6 +8,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from segadapt import metrics, scoring, stream
-from segadapt.checkpoint import Checkpoints
+from segadapt.checkpoint import Checkpoints, Parts
 from segadapt.config_training import TrainConfig, TrainSettings
 from segadapt.datasets import Dataset
 from segadapt.errors import UserError
@@ -25,6 +26,7 @@ from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.precision import autocast
 from segadapt.seeds import derive
 from segadapt.signals import Asked, Stopped
+from segadapt.training import shards
 from segadapt.training.log import LOG_EVERY, Log
 from segadapt.training.optimizer import build_optimizer, set_rates
 from segadapt.training.parallel import World, agree, clip, spread, synchronised, whole
@@ -141,19 +143,29 @@ class Training:
         return self.step == t.iters or bool(t.patience and stale >= t.patience)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on, gathered by all processes together; see `checkpoint.encode`."""
+        """All that the rest of the run depends on, but what processes hold in parts; see `checkpoint.encode`.
+
+        All processes ask for it together.
+        """
         self.world.share_buffers(self.segmenter.net)
         return {
-            **self.state.state_dict(),
+            **({"step": self.step} if self.world.has_parts else self.state.state_dict()),
             "buffers": dict(self.segmenter.net.named_buffers()),
             "objective": dict(self._objective.named_buffers()),
             "validations": self.validations,
             "kept": self._kept.get("best", {}),  # the last ones are those of a step to come
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As it was when `state_dict` gave this."""
-        self.state.load_state_dict(state)
+    def load_state_dict(self, state: Mapping[str, Any], checkpoint: Path) -> None:
+        """As it was when `state_dict` gave this, in whatever layout of processes.
+
+        checkpoint: the folder of the state, with the parts if there are any.
+        """
+        if "weights" in state:
+            self.state.load_state_dict(state)
+        else:
+            folder = checkpoint / shards.FOLDER
+            self.state.restore(state["step"], shards.names_in(folder), partial(shards.read, folder))
         for name, module in (("buffers", self.segmenter.net), ("objective", self._objective)):
             for key, buffer in module.named_buffers():
                 buffer.copy_(state[name][key])
@@ -285,6 +297,11 @@ class Training:
             self.segmenter.train()
 
     def _write(self, checkpoints: Checkpoints, more: Mapping[str, Any]) -> None:
-        state = self.state_dict()
+        state, parts = self.state_dict(), None
+        if self.world.has_parts:
+            tensors = self.state.tensors()
+            parts = Parts(shards.FOLDER, tensors, partial(shards.write, tensors=tensors, world=self.world))
         if self.log is not None:
-            checkpoints.write(self.step, {"training": state, **self.log.state_dict(), **more})
+            checkpoints.write(self.step, {"training": state, **self.log.state_dict(), **more}, parts)
+        elif parts is not None:
+            shards.write(None, parts.tensors, self.world)

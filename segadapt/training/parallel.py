@@ -50,8 +50,13 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """It alone writes and speaks."""
+        """It alone speaks, and writes what is whole."""
         return self.rank == 0
+
+    @property
+    def has_parts(self) -> bool:
+        """A process may hold less than all weights."""
+        return self.kind not in ("none", "ddp")
 
     @property
     def parts(self) -> int:
@@ -90,6 +95,13 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
         return held[0]
+
+    def every(self, value: Any) -> list[Any]:
+        """What the processes have, in their order, for all."""
+        held = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(held, value)
+        return held
 
     @torch.no_grad()
     def share_buffers(self, net: nn.Module) -> None:

@@ -8,7 +8,6 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from segadapt.errors import UserError
 from segadapt.models.discriminative.convolutional import (
     Classifier,
     ConvNorm,
