@@ -207,8 +207,9 @@ class TrainSettings:
     schedule: ScheduleSettings = setting("learning rate by step")
     ema_decay: float = setting("of the weights' moving average, which is validated and saved; 0: none", low=0, high=1)
     parallel: str = setting(
-        "over the processes of torchrun: copies, shards, slices (tensor parallel), or both; none: one process",
-        choices=("none", "ddp", "fsdp", "tp", "2d"),
+        "over the processes of torchrun: copies, shards, slices (tensor parallel), shards of slices, or stages one "
+        "after the other (experimental); none: one process",
+        choices=("none", "ddp", "fsdp", "tp", "2d", "pipeline"),
     )
     tensor_parallel: int = setting("parallel=2d: processes that share the slices of one shard", low=1)
     transforms: TransformSettings = setting("from an image of the data set to a batch")

@@ -31,6 +31,7 @@ from segadapt.training.images import Images, list_images, read_labels, shared_li
 from segadapt.training.log import Log
 from segadapt.training.loop import Training
 from segadapt.training.parallel import World, joined, refuse_parts
+from segadapt.training.pipeline import refuse_pipeline
 from segadapt.training.preparation import cached, check_settings, found_folder
 from segadapt.training.preview import write_preview
 from segadapt.training.samples import build_samples
@@ -242,6 +243,8 @@ def _built(
     segmenter = build(settings, images.dataset.classes, main, console=terminal.console)
     _refuse_single_images(settings, world, segmenter)
     refuse_parts(settings, world, segmenter.net)
+    if world.kind == "pipeline":
+        refuse_pipeline(settings, world, segmenter.net)
     weights = {"weights_sha256": {"discriminative": fingerprint(segmenter.net)}}
     if state is None:
         if images.num_shared:

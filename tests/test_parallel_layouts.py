@@ -15,11 +15,14 @@ from training_runs import lines_of
 pytestmark = pytest.mark.slow
 
 TWO_D = ("train.parallel=2d", "train.tensor_parallel=2")
+PIPELINE = ("train.parallel=pipeline", "train.accumulate=2")
 # name: the starts of a run one after the other, each of so many processes; the first stops within step 2, then 4
 RUNS: dict[str, list[tuple[int, tuple[str, ...]]]] = {
     "one": [(1, ())],
     "tp": [(2, ("train.parallel=tp", "train.accumulate=2"))],
     "2d": [(4, TWO_D)],
+    "pipeline": [(2, PIPELINE)],
+    "pipeline-one": [(4, (*PIPELINE, "train.accumulate=4")), (1, ("train.accumulate=4",))],
     "one-2d-one": [(1, ()), (4, TWO_D), (1, ())],
     "fsdp-tp": [(2, ("train.parallel=fsdp",)), (2, ("train.parallel=tp",))],
 }

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from segadapt.training.log import LOG_EVERY, Log
 from segadapt.training.optimizer import build_optimizer, set_rates
 from segadapt.training.parallel import World, agree, clip, spread, synchronised, whole
 from segadapt.training.samples import TrainingSamples, batches
+from segadapt.training.pipeline import Pipeline
 from segadapt.training.sizes import Batch
 from segadapt.training.state import TrainingState
 
@@ -97,12 +99,17 @@ class Training:
         precision, is_compiled = settings.runtime.precision, bool(settings.runtime.compile)
         learner = Learner(segmenter, objective.to(self._device), precision=precision, is_compiled=is_compiled)
         self._learner = spread(learner, segmenter.net, world)  # before the optimizer: FSDP makes new parameters
+        self._pipeline = None
+        if world.kind == "pipeline":
+            assert unsharded is not None
+            self._pipeline = Pipeline(settings, segmenter, unsharded, objective, world)
         own = {f"objective.{name}": p for name, p in objective.named_parameters()}
         named = segmenter.parameters() | own
         self._optimizer = build_optimizer(segmenter, t.optimizer, more=own.values())
         self.state = TrainingState(
             {name: p for name, p in named.items() if p.requires_grad}, self._optimizer, decay=t.ema_decay
         )
+        self.group_sizes = self._sizes_by_group()
         self.validations: list[dict[str, Any]] = []  # step, scores, iou by class
         rules = {"model": "last"} if t.keep == "last" else {"model": "best"}
         self._rules = rules | ({"model_last": "last"} if t.keep == "both" else {})  # folder: which validation's weights
@@ -114,11 +121,6 @@ class Training:
     def step(self) -> int:
         """Optimizer steps made."""
         return self.state.step
-
-    @property
-    def group_sizes(self) -> dict[str, int]:
-        """Tensors by parameter group."""
-        return dict(sum((Counter({g["name"]: len(g["params"])}) for g in self._optimizer.param_groups), Counter()))
 
     @property
     def best(self) -> dict[str, Any]:
@@ -147,10 +149,9 @@ class Training:
 
         All processes ask for it together.
         """
-        self.world.share_buffers(self.segmenter.net)
         return {
             **({"step": self.step} if self.world.has_parts else self.state.state_dict()),
-            "buffers": dict(self.segmenter.net.named_buffers()),
+            "buffers": self._buffers(),
             "objective": dict(self._objective.named_buffers()),
             "validations": self.validations,
             "kept": self._kept.get("best", {}),  # the last ones are those of a step to come
@@ -227,25 +228,60 @@ class Training:
         rates = set_rates(self._optimizer, index, t)
         on_device = [batch.to(self._device) for batch in micro_batches]
         shares = self._shares([label_BHW for _, label_BHW in on_device])
-        found: list[dict[str, Tensor]] = []
-        weights: dict[str, float] = {}
-        for number, (image_B3HW, label_BHW) in enumerate(on_device):
-            seed = derive(self.settings.experiment.seed, "training", index, number, world.part)
-            torch.manual_seed(seed)  # dropout and drop path draw from the global generator
-            with synchronised(self._learner, last=number == len(micro_batches) - 1):
-                total, values, weights = self._learner(image_B3HW, label_BHW, index + 1)
-                (total * (shares[number] * world.parts)).backward()  # the processes' gradients are averaged
-            found.append({"loss": total.detach(), **values})
+        found, weights = self._backward(on_device, shares)
         moving = self.state.parameters.values()
         agree(moving, world)
         line: dict[str, Any] = {}
         if is_read or t.optimizer.clip_norm is not None:
             norm = clip(moving, t.optimizer.clip_norm, world)
+            if is_read and self._pipeline is not None:
+                rates, found, weights = self._told(rates, found, weights)
             if is_read:
                 line = self._read(found, shares.cpu().numpy(), norm) | {"weights": weights, "lr": dict(rates)}
         self.state.advance()
         self._objective.remember()
         return line
+
+    def _backward(
+        self, on_device: Sequence[tuple[Tensor, Tensor]], shares: Tensor
+    ) -> tuple[list[dict[str, Tensor]], dict[str, float]]:
+        """Gradients of the step; the losses of each micro-batch, and their weights."""
+        found: list[dict[str, Tensor]] = []
+        weights: dict[str, float] = {}
+        seeds = (self.settings.experiment.seed, "training", self.step)
+        if self._pipeline is not None:
+            torch.manual_seed(derive(*seeds, 0, self.world.rank))
+            images, labels = zip(*on_device, strict=True)
+            return self._pipeline.backward(images, labels, shares, self.step + 1)
+        for number, (image_B3HW, label_BHW) in enumerate(on_device):
+            # dropout and drop path draw from the global generator
+            torch.manual_seed(derive(*seeds, number, self.world.part))
+            with synchronised(self._learner, last=number == len(on_device) - 1):
+                total, values, weights = self._learner(image_B3HW, label_BHW, self.step + 1)
+                (total * (shares[number] * self.world.parts)).backward()  # the processes' gradients are averaged
+            found.append({"loss": total.detach(), **values})
+        return found, weights
+
+    def _told(self, rates: Mapping[str, float], found: list[dict[str, Tensor]], weights: dict[str, float]) -> Any:
+        """Of a pipeline: the rates of all its processes, the losses of the last, for all."""
+        at_hand = [{name: value.cpu() for name, value in values.items()} for values in found]
+        told = self.world.every((dict(rates), at_hand, weights))
+        return {name: rate for one, _, _ in told for name, rate in one.items()}, told[-1][1], told[-1][2]
+
+    def _sizes_by_group(self) -> dict[str, int]:
+        """Tensors by parameter group; of all processes of a pipeline."""
+        sizes: Counter[str] = Counter()
+        own = [(group["name"], len(group["params"])) for group in self._optimizer.param_groups]
+        for name, size in chain.from_iterable(self.world.every(own) if self._pipeline is not None else [own]):
+            sizes[name] += size
+        return dict(sizes)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Of the net, made the same in all processes, which ask for it together."""
+        if self._pipeline is not None:
+            return self._pipeline.buffers()
+        self.world.share_buffers(self.segmenter.net)
+        return dict(self.segmenter.net.named_buffers())
 
     def _shares(self, labels: Sequence[Tensor]) -> Tensor:
         """Of each micro-batch in the mean of the whole step: float64 on the device, which nothing waits for."""
@@ -287,9 +323,12 @@ class Training:
     def _evaluated(self) -> Iterator[NetSegmenter]:
         """The averaged weights in one piece and in eval mode, the same in all processes; training mode afterwards."""
         with self.state.averaged(), torch.no_grad():
-            self.world.share_buffers(self.segmenter.net)
             segmenter = self.segmenter if self._unsharded is None else self._unsharded
-            if segmenter is not self.segmenter:
+            if self._pipeline is not None:
+                self._pipeline.gather(segmenter.net.state_dict())
+            else:
+                self._buffers()
+            if self._pipeline is None and segmenter is not self.segmenter:
                 theirs = segmenter.net.state_dict()
                 for name, value in self.segmenter.net.state_dict().items():
                     theirs[name].copy_(whole(value))

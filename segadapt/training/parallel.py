@@ -123,7 +123,7 @@ def joined(settings: TrainConfig) -> Iterator[World]:
     if kind != "none" and "RANK" not in os.environ:
         raise UserError(f"train.parallel={kind}, but torchrun has not started this process. Run torchrun "
                         "--nproc-per-node GPUS -m segadapt train ..., or set train.parallel=none.")  # fmt: skip
-    together = {"tp": size, "2d": settings.train.tensor_parallel}.get(kind, 1)
+    together = {"tp": size, "pipeline": size, "2d": settings.train.tensor_parallel}.get(kind, 1)
     _refuse_division(settings, size, together)
     if kind == "none":
         yield World()
@@ -164,15 +164,16 @@ def _refuse_division(settings: TrainConfig, size: int, together: int) -> None:
 def refuse_parts(settings: TrainConfig, world: World, net: nn.Module) -> None:
     """UserError: processes that work on the same images cannot do so with this net, these losses, or compiled."""
     t, kind = settings.train, world.kind
-    if kind not in ("tp", "2d"):
+    if kind not in ("tp", "2d", "pipeline"):
         return
-    refuse_slices(net, kind, world.together)
+    if kind != "pipeline":
+        refuse_slices(net, kind, world.together)
     if t.losses.contrast.weight:
         raise UserError(f"train.losses.contrast.weight={t.losses.contrast.weight} with train.parallel={kind}: each "
                         "process would draw anchors of its own in the same images. Set train.parallel=ddp or fsdp, "
                         "or train.losses.contrast.weight=0.")  # fmt: skip
     if settings.runtime.compile:
-        raise UserError(f"runtime.compile=true with train.parallel={kind}: slices are not compiled. Set "
+        raise UserError(f"runtime.compile=true with train.parallel={kind}: parts are not compiled. Set "
                         "runtime.compile=null, or train.parallel=ddp or fsdp.")  # fmt: skip
 
 
@@ -283,7 +284,7 @@ def whole(tensor: Tensor) -> Tensor:
 def copies_of(tensor: Tensor, world: World) -> int:
     """Processes that have the same part of it."""
     if not isinstance(tensor, DTensor):
-        return world.size
+        return 1 if world.kind == "pipeline" else world.size
     sizes = (tensor.device_mesh.size(dim) for dim, own in enumerate(tensor.placements) if not own.is_replicate())
     return world.size // math.prod(sizes)
 
