@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from segadapt import metrics, scoring, stream
 from segadapt.checkpoint import Checkpoints, Parts
@@ -24,33 +24,16 @@ from segadapt.datasets import Dataset
 from segadapt.errors import UserError
 from segadapt.losses import Objective
 from segadapt.models.discriminative.segmenter import NetSegmenter
-from segadapt.models.precision import autocast
-from segadapt.seeds import derive
 from segadapt.signals import Asked, Stopped
 from segadapt.training import shards
+from segadapt.training.learner import AllLayers, Losses
 from segadapt.training.log import LOG_EVERY, Log
 from segadapt.training.optimizer import build_optimizer, set_rates
-from segadapt.training.parallel import World, agree, clip, spread, synchronised, whole
-from segadapt.training.samples import TrainingSamples, batches
+from segadapt.training.parallel import World, agree, clip
 from segadapt.training.pipeline import Pipeline
+from segadapt.training.samples import TrainingSamples, batches
 from segadapt.training.sizes import Batch
 from segadapt.training.state import TrainingState
-
-
-class Learner(nn.Module):
-    """Images and labels to the loss: one module, as DDP and FSDP see what goes in, comes out, and moves."""
-
-    def __init__(self, segmenter: NetSegmenter, objective: nn.Module, *, precision: str, is_compiled: bool):
-        super().__init__()
-        self.net, self.objective, self._precision = segmenter.net, objective, precision
-        self._outputs = torch.compile(segmenter.outputs) if is_compiled else segmenter.outputs
-
-    def forward(self, image_B3HW: Tensor, label_BHW: Tensor, step: int) -> tuple[Tensor, dict, dict]:
-        """The objective's total, values and weights at a step, counted from 1."""
-        with autocast(image_B3HW.device, self._precision):
-            outputs = self._outputs(image_B3HW)
-        terms = self.objective(outputs, label_BHW, step=step)
-        return terms.total, terms.values, terms.weights
 
 
 def steps_of(
@@ -96,20 +79,21 @@ class Training:
         self._unsharded, self._objective, self._held_out = unsharded, objective, held_out
         self._entries = list(entries[world.rank :: world.size])
         self._device, t = next(segmenter.net.parameters()).device, settings.train
-        precision, is_compiled = settings.runtime.precision, bool(settings.runtime.compile)
-        learner = Learner(segmenter, objective.to(self._device), precision=precision, is_compiled=is_compiled)
-        self._learner = spread(learner, segmenter.net, world)  # before the optimizer: FSDP makes new parameters
-        self._pipeline = None
+        objective.to(self._device)
         if world.kind == "pipeline":
             assert unsharded is not None
-            self._pipeline = Pipeline(settings, segmenter, unsharded, objective, world)
+            self._learner = Pipeline(settings, segmenter, unsharded, objective, world)
+        else:
+            self._learner = AllLayers(settings, segmenter, objective, world)
         own = {f"objective.{name}": p for name, p in objective.named_parameters()}
         named = segmenter.parameters() | own
         self._optimizer = build_optimizer(segmenter, t.optimizer, more=own.values())
         self.state = TrainingState(
             {name: p for name, p in named.items() if p.requires_grad}, self._optimizer, decay=t.ema_decay
         )
-        self.group_sizes = self._sizes_by_group()
+        own = [Counter({group["name"]: len(group["params"])}) for group in self._optimizer.param_groups]
+        everyone = world.every(own) if world.kind == "pipeline" else [own]
+        self.group_sizes = dict(sum(chain.from_iterable(everyone), Counter()))  # tensors by parameter group
         self.validations: list[dict[str, Any]] = []  # step, scores, iou by class
         rules = {"model": "last"} if t.keep == "last" else {"model": "best"}
         self._rules = rules | ({"model_last": "last"} if t.keep == "both" else {})  # folder: which validation's weights
@@ -151,7 +135,7 @@ class Training:
         """
         return {
             **({"step": self.step} if self.world.has_parts else self.state.state_dict()),
-            "buffers": self._buffers(),
+            "buffers": self._learner.buffers(),
             "objective": dict(self._objective.named_buffers()),
             "validations": self.validations,
             "kept": self._kept.get("best", {}),  # the last ones are those of a step to come
@@ -228,60 +212,18 @@ class Training:
         rates = set_rates(self._optimizer, index, t)
         on_device = [batch.to(self._device) for batch in micro_batches]
         shares = self._shares([label_BHW for _, label_BHW in on_device])
-        found, weights = self._backward(on_device, shares)
+        found, weights = self._learner.backward(on_device, shares, self.step + 1)
         moving = self.state.parameters.values()
         agree(moving, world)
         line: dict[str, Any] = {}
         if is_read or t.optimizer.clip_norm is not None:
             norm = clip(moving, t.optimizer.clip_norm, world)
-            if is_read and self._pipeline is not None:
-                rates, found, weights = self._told(rates, found, weights)
             if is_read:
+                rates, found, weights = self._learner.told(rates, found, weights)
                 line = self._read(found, shares.cpu().numpy(), norm) | {"weights": weights, "lr": dict(rates)}
         self.state.advance()
         self._objective.remember()
         return line
-
-    def _backward(
-        self, on_device: Sequence[tuple[Tensor, Tensor]], shares: Tensor
-    ) -> tuple[list[dict[str, Tensor]], dict[str, float]]:
-        """Gradients of the step; the losses of each micro-batch, and their weights."""
-        found: list[dict[str, Tensor]] = []
-        weights: dict[str, float] = {}
-        seeds = (self.settings.experiment.seed, "training", self.step)
-        if self._pipeline is not None:
-            torch.manual_seed(derive(*seeds, 0, self.world.rank))
-            images, labels = zip(*on_device, strict=True)
-            return self._pipeline.backward(images, labels, shares, self.step + 1)
-        for number, (image_B3HW, label_BHW) in enumerate(on_device):
-            # dropout and drop path draw from the global generator
-            torch.manual_seed(derive(*seeds, number, self.world.part))
-            with synchronised(self._learner, last=number == len(on_device) - 1):
-                total, values, weights = self._learner(image_B3HW, label_BHW, self.step + 1)
-                (total * (shares[number] * self.world.parts)).backward()  # the processes' gradients are averaged
-            found.append({"loss": total.detach(), **values})
-        return found, weights
-
-    def _told(self, rates: Mapping[str, float], found: list[dict[str, Tensor]], weights: dict[str, float]) -> Any:
-        """Of a pipeline: the rates of all its processes, the losses of the last, for all."""
-        at_hand = [{name: value.cpu() for name, value in values.items()} for values in found]
-        told = self.world.every((dict(rates), at_hand, weights))
-        return {name: rate for one, _, _ in told for name, rate in one.items()}, told[-1][1], told[-1][2]
-
-    def _sizes_by_group(self) -> dict[str, int]:
-        """Tensors by parameter group; of all processes of a pipeline."""
-        sizes: Counter[str] = Counter()
-        own = [(group["name"], len(group["params"])) for group in self._optimizer.param_groups]
-        for name, size in chain.from_iterable(self.world.every(own) if self._pipeline is not None else [own]):
-            sizes[name] += size
-        return dict(sizes)
-
-    def _buffers(self) -> dict[str, Tensor]:
-        """Of the net, made the same in all processes, which ask for it together."""
-        if self._pipeline is not None:
-            return self._pipeline.buffers()
-        self.world.share_buffers(self.segmenter.net)
-        return dict(self.segmenter.net.named_buffers())
 
     def _shares(self, labels: Sequence[Tensor]) -> Tensor:
         """Of each micro-batch in the mean of the whole step: float64 on the device, which nothing waits for."""
@@ -291,7 +233,7 @@ class Training:
         total = self.world.sum_of_parts(amounts.sum())
         return amounts / torch.where(total > 0, total, 1)
 
-    def _read(self, found: Sequence[Mapping[str, Tensor]], shares: np.ndarray, norm: Tensor) -> dict[str, Any]:
+    def _read(self, found: Losses, shares: np.ndarray, norm: Tensor) -> dict[str, Any]:
         """Losses of the whole step over all processes, and the gradient's norm. UserError: not finite."""
         names = list(found[0])
         read = torch.stack([*(values[name].float() for values in found for name in names), norm.float()]).cpu().double()
@@ -324,14 +266,10 @@ class Training:
         """The averaged weights in one piece and in eval mode, the same in all processes; training mode afterwards."""
         with self.state.averaged(), torch.no_grad():
             segmenter = self.segmenter if self._unsharded is None else self._unsharded
-            if self._pipeline is not None:
-                self._pipeline.gather(segmenter.net.state_dict())
+            if segmenter is self.segmenter:
+                self._learner.buffers()
             else:
-                self._buffers()
-            if self._pipeline is None and segmenter is not self.segmenter:
-                theirs = segmenter.net.state_dict()
-                for name, value in self.segmenter.net.state_dict().items():
-                    theirs[name].copy_(whole(value))
+                self._learner.gather(segmenter.net.state_dict())
             yield segmenter.eval()
             self.segmenter.train()
 

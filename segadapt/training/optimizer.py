@@ -13,8 +13,8 @@ from torch import nn
 from segadapt.config_training import TrainOptimizerSettings, TrainSettings
 from segadapt.errors import UserError
 from segadapt.models.discriminative.segmenter import NetSegmenter
-from segadapt.training.parallel import by_mesh
 from segadapt.training.schedule import rate
+from segadapt.training.sharded import by_mesh
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainOptimizerSettings, bool], torch.optim.Optimizer]] = {
     "adamw": lambda groups, o, fused: torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps, fused=fused),

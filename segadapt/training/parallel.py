@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from segadapt.config_training import TrainConfig
 from segadapt.errors import UserError
+from segadapt.training.sharded import is_sliced, local
 from segadapt.training.tensor_parallel import refuse_slices, sliced
 
 PATIENCE = timedelta(hours=2)  # with the first process, which alone looks at all files
@@ -262,56 +262,9 @@ def clip(parameters: Iterable[nn.Parameter], most: float | None, world: World) -
     return norm
 
 
-# --- tensors that may be sharded ---
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part, which shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of it, the same in each process, which all must ask for; of a tensor that is not sharded itself."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    placements = list(tensor.placements)
-    for dim in range(len(placements)):  # shards first, which FSDP took of the slices
-        placements[dim] = Replicate()
-        tensor = tensor.redistribute(placements=placements)
-    return tensor.to_local()
-
-
 def copies_of(tensor: Tensor, world: World) -> int:
     """Processes that have the same part of it."""
     if not isinstance(tensor, DTensor):
         return 1 if world.kind == "pipeline" else world.size
     sizes = (tensor.device_mesh.size(dim) for dim, own in enumerate(tensor.placements) if not own.is_replicate())
     return world.size // math.prod(sizes)
-
-
-def is_sliced(tensor: Tensor) -> bool:
-    """Among the processes that are together each has a part of its own."""
-    return isinstance(tensor, DTensor) and "tp" in (tensor.device_mesh.mesh_dim_names or ())
-
-
-def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Those of one mesh, or of none, together, as torch takes them for an operation on many."""
-    groups: dict[Any, list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
-    return list(groups.values())
-
-
-@torch.no_grad()
-def fill(tensor: Tensor, values: Tensor) -> None:
-    """Overwrite in place, each process its part, with the whole of it on any device."""
-    if isinstance(tensor, DTensor):
-        mesh = tensor.device_mesh
-        for dim in reversed(range(mesh.ndim)):  # slices first, whose shards FSDP took
-            placement: Any = tensor.placements[dim]
-            if isinstance(placement, Replicate):
-                continue
-            parts = values.chunk(mesh.size(dim), placement.dim)
-            rank = mesh.get_local_rank(dim)
-            values = parts[rank] if rank < len(parts) else values.narrow(placement.dim, 0, 0)
-    local(tensor).copy_(values)

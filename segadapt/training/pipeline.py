@@ -8,7 +8,7 @@ B images of a micro-batch   3 RGB   H W crop px   C classes   h w logits   D fea
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from segadapt.models.discriminative import Outputs
 from segadapt.models.discriminative.mmseg import stage_maps
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.precision import autocast
+from segadapt.seeds import derive
+from segadapt.training.learner import Losses
 from segadapt.training.parallel import World
 from segadapt.training.sizes import targets_of
 
@@ -132,24 +134,26 @@ class Pipeline:
         stage = PipelineStage(self._part, world.rank, world.size, device, input_args=given, output_args=made)
         self._schedule = Schedule1F1B(stage, t.accumulate, self._loss, scale_grads=False)
         self._shares = torch.zeros(0)
-        self._step, self._found, self._weights = 0, [], {}
+        self._step, self._found = 0, cast(Losses, [])
+        self._weights: dict[str, float] = {}
 
     def backward(
-        self, images: Sequence[Tensor], labels: Sequence[Tensor], shares: Tensor, step: int
-    ) -> tuple[list[dict[str, Tensor]], dict[str, float]]:
-        """Gradients of a step; what each micro-batch's losses were, and their weights, empty but in the last process.
-
-        Args:
-            images: of each micro-batch, float [B, 3, H, W] in 0..1.
-            labels: int64 [B, H, W].
-            shares: of the micro-batches in the mean of the step.
-            step: from 1.
-        """
+        self, micro_batches: Sequence[tuple[Tensor, Tensor]], shares: Tensor, step: int
+    ) -> tuple[Losses, dict[str, float]]:
+        """As `AllLayers.backward`; but in the last process there are no losses and no weights."""
         self._shares, self._step, self._found = shares, step, []
+        torch.manual_seed(derive(self._seed, "training", step - 1, 0, self._world.rank))
+        images, labels = zip(*micro_batches, strict=True)
         is_first, is_last = self._world.rank == 0, self._world.rank == self._world.size - 1
-        target = torch.cat(list(labels)) if is_last else None
-        self._schedule.step(*([torch.cat(list(images))] if is_first else []), target=target, return_outputs=False)
+        target = torch.cat(labels) if is_last else None
+        self._schedule.step(*([torch.cat(images)] if is_first else []), target=target, return_outputs=False)
         return self._found, self._weights
+
+    def told(self, rates: Mapping[str, float], found: Losses, weights: dict[str, float]) -> Any:
+        """Of the groups of all processes, and from the last, in every process."""
+        at_hand = [{name: value.cpu() for name, value in values.items()} for values in found]
+        everyone = self._world.every((dict(rates), at_hand, weights))
+        return {name: rate for own, _, _ in everyone for name, rate in own.items()}, *everyone[-1][1:]
 
     def _loss(self, outputs: tuple[Tensor, Tensor], label_BHW: Tensor) -> Tensor:
         """Of the next micro-batch, times its share. The schedule keeps their order."""
@@ -159,10 +163,10 @@ class Pipeline:
         return terms.total * share
 
     @torch.no_grad()
-    def gather(self, whole: Mapping[str, Tensor]) -> None:
+    def gather(self, state: Mapping[str, Tensor]) -> None:
         """Fill the whole net's state in all processes, each name from the process that trains it."""
         own = self._net.state_dict()
-        for name, target in whole.items():
+        for name, target in state.items():
             if name in own:
                 target.copy_(own[name])
             dist.broadcast(target, src=self._owner[name])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from segadapt.checkpoint import decode, encode
 from segadapt.errors import UserError
 from segadapt.record import write_bytes
-from segadapt.training.parallel import fill, local
+from segadapt.training.sharded import fill, local
 
 
 class TrainingState:
