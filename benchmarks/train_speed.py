@@ -24,6 +24,7 @@ from segadapt.losses import ClassWeights
 from segadapt.models.set_up import set_up
 from segadapt.parse import from_overrides
 from segadapt.training import loop
+from segadapt.training.learner import Learner
 from segadapt.training.parallel import World
 from segadapt.training.preparation import cached, labelled_split
 from segadapt.training.samples import TrainingSamples, build_samples
@@ -55,7 +56,7 @@ def bare_speed(settings: TrainConfig) -> float:
     segmenter = train.build(settings, dataset.classes, main)
     objective = train.build_objective(settings, segmenter, ClassWeights(None, None))
     precision, is_compiled = settings.runtime.precision, bool(settings.runtime.compile)
-    learner = loop.Learner(segmenter, objective, precision=precision, is_compiled=is_compiled)
+    learner = Learner(segmenter, objective, precision=precision, is_compiled=is_compiled)
     segmenter.train()
     first = next(loop.steps_of(samples_of(settings, dataset), settings.train, World(), first=0, workers=0))
     image_B3HW, label_BHW = first[0].to(main)

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,20 @@ MOST_SHARE = 0.02  # of the time that checkpoints by the clock may take
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # whatever bytes may turn into
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Tensors of a state that several processes hold in parts.
+
+    Attributes:
+        folder: its name in the checkpoint.
+        write: makes that folder, with all processes together; returns the SHA-256 of each of its files.
+    """
+
+    folder: str
+    tensors: Mapping[str, Tensor]
+    write: Callable[[Path], dict[str, str]]
 
 
 class Checkpoints:
@@ -62,8 +77,8 @@ class Checkpoints:
         """Where the checkpoint after so many images lies."""
         return self.folder / f"{images:08d}"
 
-    def write(self, images: int, state: Mapping[str, Any]) -> None:
-        """Save nested state after so many images, see `encode`; it and the one before are kept.
+    def write(self, images: int, state: Mapping[str, Any], parts: Parts | None = None) -> None:
+        """Save nested state after so many images, see `encode`, and its parts; it and the one before are kept.
 
         Raises:
             UserError: the disk is full or fails; the earlier checkpoints stay.
@@ -72,9 +87,10 @@ class Checkpoints:
             return
         began, path = self._clock(), self.path_of(images)
         try:
-            write_folder(path, state)
+            write_folder(path, state, parts)
         except OSError as error:
-            needs = f"{(KEPT + 1) * size_of(state) / 2**30:.2f} GiB for {KEPT + 1} of them"
+            size = size_of(state) + (size_of(dict(parts.tensors)) if parts is not None else 0)
+            needs = f"{(KEPT + 1) * size / 2**30:.2f} GiB for {KEPT + 1} of them"
             raise UserError(
                 f"{path}: the checkpoint cannot be written ({error.strerror}); expected room of {needs}. Earlier ones "
                 "are intact: make room, and the same command goes on."
@@ -122,15 +138,15 @@ def size_of(state: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def write_folder(path: Path, state: Mapping[str, Any]) -> None:
-    """Nested state, see `encode`, as a folder that is there whole or not at all; one that is there is replaced.
+def write_folder(path: Path, state: Mapping[str, Any], parts: Parts | None = None) -> None:
+    """Nested state, see `encode`, and its parts, as a folder that is there whole or not at all.
 
-    OSError: it cannot be written, and nothing is left.
+    One that is there is replaced. OSError: it cannot be written, and nothing is left.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        _write(temporary, state)
+        _write(temporary, state, parts)
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -140,17 +156,21 @@ def write_folder(path: Path, state: Mapping[str, Any]) -> None:
         raise
 
 
-def _write(folder: Path, state: Mapping[str, Any]) -> None:
+def _write(folder: Path, state: Mapping[str, Any], parts: Parts | None) -> None:
     """state.json last, with the SHA-256 of the others and of itself."""
     tensors: dict[str, Tensor] = {}
     content = encode(state, tensors)
-    files = {}
+    files, of_parts = {}, {}
+    if parts is not None:
+        (folder / parts.folder).mkdir()
+        of_parts = {f"{parts.folder}/{file}": digest for file, digest in parts.write(folder / parts.folder).items()}
+        fsync_folder(folder / parts.folder)
     for number, names in enumerate(_shards(tensors)):
         data = save({name: tensors[name].detach().to("cpu", copy=True).contiguous() for name in names})
         file = f"{number:05d}.safetensors"
         files[file] = hashlib.sha256(data).hexdigest()
         _write_file(folder / file, data)
-    body = {"files": files, "state": content}
+    body = {"files": files} | ({"parts": of_parts} if of_parts else {}) | {"state": content}
     _write_file(folder / STATE, json.dumps({"sha256": _digest(body), **body}, allow_nan=False).encode())
     fsync_folder(folder)
 
@@ -163,16 +183,20 @@ def _write_file(path: Path, data: bytes) -> None:
 
 
 def read_folder(folder: Path) -> Any:
-    """What `write_folder` wrote; the tensors are read when they are used. ValueError, KeyError, OSError: damaged."""
+    """What `write_folder` wrote but for the parts; the tensors are read when they are used.
+
+    ValueError, KeyError, OSError: damaged.
+    """
     whole = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    body = {name: whole[name] for name in ("files", "state")}
+    body = {name: whole[name] for name in ("files", "parts", "state") if name in whole}
     if whole["sha256"] != _digest(body):
         raise ValueError(f"{STATE} has another SHA-256")
     tensors = {}
-    for name, expected in body["files"].items():
+    for name, expected in (body["files"] | body.get("parts", {})).items():
         with (folder / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                 raise ValueError(f"{name} has another SHA-256")
+    for name in body["files"]:
         with safe_open(folder / name, "pt") as file:
             tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     return decode(body["state"], tensors)

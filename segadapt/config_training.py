@@ -222,8 +222,12 @@ class TrainSettings:
     optimizer: TrainOptimizerSettings = setting("what moves the weights")
     schedule: ScheduleSettings = setting("learning rate by step")
     ema_decay: float = setting("of the weights' moving average, which is validated and saved; 0: none", low=0, high=1)
-    parallel: str = setting("over the processes of torchrun: copies (DDP), or shards (FSDP2); none: one process",
-                            choices=("none", "ddp", "fsdp"))  # fmt: skip
+    parallel: str = setting(
+        "over the processes of torchrun: copies, shards, slices (tensor parallel), shards of slices, or stages one "
+        "after the other (experimental); none: one process",
+        choices=("none", "ddp", "fsdp", "tp", "2d", "pipeline"),
+    )
+    tensor_parallel: int = setting("parallel=2d: processes that share the slices of one shard", low=1)
     transforms: TransformSettings = setting("from an image of the data set to a batch")
     preview: int = setting("training crops drawn into the run folder before the first step; 0: none", low=0)
     losses: LossesSettings = setting("what is minimised: a weighted sum")

@@ -52,6 +52,8 @@ FREE = (
     "runtime.checkpoint_images",
     "tta.diagnose_every",
     "train.preview",
+    "train.parallel",
+    "train.tensor_parallel",
     "evaluate.per_class",
     "evaluate.confusion_picture",
     "evaluate.submission",

@@ -30,7 +30,8 @@ from segadapt.terminal import Terminal, open_terminal, percent
 from segadapt.training.images import Images, list_images, read_labels, shared_line
 from segadapt.training.log import Log
 from segadapt.training.loop import Training
-from segadapt.training.parallel import World, joined
+from segadapt.training.parallel import World, joined, refuse_parts
+from segadapt.training.pipeline import refuse_pipeline
 from segadapt.training.preparation import cached, check_settings, found_folder
 from segadapt.training.preview import write_preview
 from segadapt.training.samples import build_samples
@@ -194,10 +195,10 @@ def _train(
         _make(settings, folder, stack)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z") if state is None else state["started"]
     log = _begun(settings, terminal, folder, checkpoints.newest, state, stack) if world.is_main else None
-    whole = copy.deepcopy(segmenter) if world.kind == "fsdp" else None
+    whole = copy.deepcopy(segmenter) if world.has_parts else None
     training = Training(settings, segmenter, whole, objective, images.held_out, images.entries, world, log)
     if state is not None:
-        training.load_state_dict(state["training"])
+        training.load_state_dict(state["training"], checkpoints.path_of(checkpoints.newest))
     more = {"origin": {**origin, "segadapt": __version__}, "started": started}
     samples = build_samples(settings, cached(images.dataset, settings), count=t.iters * t.batch_size)
     if world.is_main and state is None:
@@ -245,6 +246,9 @@ def _built(
     main = torch.device(main.type, world.local_rank) if main.type == "cuda" else main
     segmenter = build(settings, images.dataset.classes, main, console=terminal.console)
     _refuse_single_images(settings, world, segmenter)
+    refuse_parts(settings, world, segmenter.net)
+    if world.kind == "pipeline":
+        refuse_pipeline(settings, world, segmenter.net)
     weights = {"weights_sha256": {"discriminative": fingerprint(segmenter.net)}}
     if state is None:
         if images.num_shared:
@@ -288,10 +292,10 @@ def _begun(
 def _refuse_single_images(settings: TrainConfig, world: World, segmenter: NetSegmenter) -> None:
     """UserError: micro-batches of one image, of which the network's BatchNorm would have no statistics."""
     t, is_on_gpu = settings.train, segmenter.net.device.type == "cuda"
-    is_single = t.batch_size == world.size * t.accumulate and (world.size == 1 or not is_on_gpu)  # else SyncBatchNorm
+    is_single = t.batch_size == world.parts * t.accumulate and (world.parts == 1 or not is_on_gpu)  # else SyncBatchNorm
     if is_single and segmenter.family.pools_images:
         chosen = segmenter.net.config.model_type
-        raise UserError(f"train.batch_size={t.batch_size} with {world.size} processes x train.accumulate="
+        raise UserError(f"train.batch_size={t.batch_size} in {world.parts} parts x train.accumulate="
                         f"{t.accumulate} is one image a micro-batch; {chosen} pools whole images, and BatchNorm has "
                         "no statistics of a single one: expected 2 or more. Raise train.batch_size, or lower "
                         "train.accumulate or the number of processes.")  # fmt: skip

@@ -5,49 +5,35 @@ B images of a micro-batch   3 RGB   H W crop px   C classes   M micro-batches   
 
 import math
 import signal
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from segadapt import metrics, scoring, stream
-from segadapt.checkpoint import Checkpoints
+from segadapt.checkpoint import Checkpoints, Parts
 from segadapt.config_training import TrainConfig, TrainSettings
 from segadapt.datasets import Dataset
 from segadapt.errors import UserError
 from segadapt.losses import Objective
 from segadapt.models.discriminative.segmenter import NetSegmenter
-from segadapt.models.precision import autocast
-from segadapt.seeds import derive
 from segadapt.signals import Asked, Stopped
+from segadapt.training import shards
+from segadapt.training.learner import AllLayers, Losses
 from segadapt.training.log import LOG_EVERY, Log
 from segadapt.training.optimizer import build_optimizer, set_rates
-from segadapt.training.parallel import World, clip, spread, synchronised, whole
+from segadapt.training.parallel import World, agree, clip
+from segadapt.training.pipeline import Pipeline
 from segadapt.training.samples import TrainingSamples, batches
 from segadapt.training.sizes import Batch
 from segadapt.training.state import TrainingState
-
-
-class Learner(nn.Module):
-    """Images and labels to the loss: one module, as DDP and FSDP see what goes in, comes out, and moves."""
-
-    def __init__(self, segmenter: NetSegmenter, objective: nn.Module, *, precision: str, is_compiled: bool):
-        super().__init__()
-        self.net, self.objective, self._precision = segmenter.net, objective, precision
-        self._outputs = torch.compile(segmenter.outputs) if is_compiled else segmenter.outputs
-
-    def forward(
-        self, image_B3HW: Tensor, label_BHW: Tensor, step: int, shares_T: Tensor | None = None
-    ) -> tuple[Tensor, dict, dict]:
-        """The objective's total, values and weights at a step, counted from 1."""
-        with autocast(image_B3HW.device, self._precision):
-            outputs = self._outputs(image_B3HW)
-        terms = self.objective(outputs, label_BHW, step=step, shares_T=shares_T)
-        return terms.total, terms.values, terms.weights
 
 
 def steps_of(
@@ -56,11 +42,11 @@ def steps_of(
     """The micro-batches of this process, step by step, from step `first` on.
 
     Step i takes the items i B .. i B + B - 1 of the samples, whatever the number of processes and micro-batches: each
-    micro-batch is a stretch of them, and each process has its part of it.
+    micro-batch is a stretch of them, and each process, or those that work together, have their part of it.
     """
-    part = t.batch_size // (world.size * t.accumulate)
+    part = t.batch_size // (world.parts * t.accumulate)
     firsts = (
-        step * t.batch_size + (micro * world.size + world.rank) * part
+        step * t.batch_size + (micro * world.parts + world.part) * part
         for step in range(first, t.iters)
         for micro in range(t.accumulate)
     )
@@ -73,7 +59,7 @@ class Training:
     """Weights, their average, optimizer, objective and scores so far; `fit` moves them.
 
     Args:
-        unsharded: a copy that holds the weights where FSDP shards those of the segmenter; else None.
+        unsharded: a copy that holds all weights where the processes have parts of those of the segmenter; else None.
         entries: images of a validation, shared among the processes.
         log: None in all processes but the first.
     """
@@ -93,15 +79,21 @@ class Training:
         self._unsharded, self._objective, self._held_out = unsharded, objective, held_out
         self._entries = list(entries[world.rank :: world.size])
         self._device, t = next(segmenter.net.parameters()).device, settings.train
-        precision, is_compiled = settings.runtime.precision, bool(settings.runtime.compile)
-        learner = Learner(segmenter, objective.to(self._device), precision=precision, is_compiled=is_compiled)
-        self._learner = spread(learner, segmenter.net, world)  # before the optimizer: FSDP makes new parameters
+        objective.to(self._device)
+        if world.kind == "pipeline":
+            assert unsharded is not None
+            self._learner = Pipeline(settings, segmenter, unsharded, objective, world)
+        else:
+            self._learner = AllLayers(settings, segmenter, objective, world)
         own = {f"objective.{name}": p for name, p in objective.named_parameters()}
         named = segmenter.parameters() | own
         self._optimizer = build_optimizer(segmenter, t.optimizer, more=own.values())
         self.state = TrainingState(
             {name: p for name, p in named.items() if p.requires_grad}, self._optimizer, decay=t.ema_decay
         )
+        own = [Counter({group["name"]: len(group["params"])}) for group in self._optimizer.param_groups]
+        everyone = world.every(own) if world.kind == "pipeline" else [own]
+        self.group_sizes = dict(sum(chain.from_iterable(everyone), Counter()))  # tensors by parameter group
         self.validations: list[dict[str, Any]] = []  # step, scores, iou by class
         rules = {"model": "last"} if t.keep == "last" else {"model": "best"}
         self._rules = rules | ({"model_last": "last"} if t.keep == "both" else {})  # folder: which validation's weights
@@ -113,11 +105,6 @@ class Training:
     def step(self) -> int:
         """Optimizer steps made."""
         return self.state.step
-
-    @property
-    def group_sizes(self) -> dict[str, int]:
-        """Tensors by parameter group."""
-        return {group["name"]: len(group["params"]) for group in self._optimizer.param_groups}
 
     @property
     def best(self) -> dict[str, Any]:
@@ -142,19 +129,28 @@ class Training:
         return self.step == t.iters or bool(t.patience and stale >= t.patience)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on, gathered by all processes together; see `checkpoint.encode`."""
-        self.world.share_buffers(self.segmenter.net)
+        """All that the rest of the run depends on, but what processes hold in parts; see `checkpoint.encode`.
+
+        All processes ask for it together.
+        """
         return {
-            **self.state.state_dict(),
-            "buffers": dict(self.segmenter.net.named_buffers()),
+            **({"step": self.step} if self.world.has_parts else self.state.state_dict()),
+            "buffers": self._learner.buffers(),
             "objective": dict(self._objective.named_buffers()),
             "validations": self.validations,
             "kept": self._kept.get("best", {}),  # the last ones are those of a step to come
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As it was when `state_dict` gave this."""
-        self.state.load_state_dict(state)
+    def load_state_dict(self, state: Mapping[str, Any], checkpoint: Path) -> None:
+        """As it was when `state_dict` gave this, in whatever layout of processes.
+
+        checkpoint: the folder of the state, with the parts if there are any.
+        """
+        if "weights" in state:
+            self.state.load_state_dict(state)
+        else:
+            folder = checkpoint / shards.FOLDER
+            self.state.restore(state["step"], shards.names_in(folder), partial(shards.read, folder))
         for name, module in (("buffers", self.segmenter.net), ("objective", self._objective)):
             for key, buffer in module.named_buffers():
                 buffer.copy_(state[name][key])
@@ -216,20 +212,14 @@ class Training:
         rates = set_rates(self._optimizer, index, t)
         on_device = [batch.to(self._device) for batch in micro_batches]
         shares_MT = self._shares([label_BHW for _, label_BHW in on_device])
-        found: list[dict[str, Tensor]] = []
-        weights: dict[str, float] = {}
-        for number, (image_B3HW, label_BHW) in enumerate(on_device):
-            seed = derive(self.settings.experiment.seed, "training", index, number, world.rank)
-            torch.manual_seed(seed)  # dropout and drop path draw from the global generator
-            with synchronised(self._learner, last=number == len(micro_batches) - 1):
-                total, values, weights = self._learner(image_B3HW, label_BHW, index + 1, shares_MT[number])
-                (total * world.size).backward()  # the processes' gradients are averaged
-            found.append({"loss": total.detach(), **values})
+        found, weights = self._learner.backward(on_device, shares_MT, self.step + 1)
         moving = self.state.parameters.values()
+        agree(moving, world)
         line: dict[str, Any] = {}
         if is_read or t.optimizer.clip_norm is not None:
-            norm = clip(moving, t.optimizer.clip_norm)
+            norm = clip(moving, t.optimizer.clip_norm, world)
             if is_read:
+                rates, found, weights = self._learner.told(rates, found, weights)
                 line = self._read(found, shares_MT.cpu().numpy(), norm) | {"weights": weights, "lr": dict(rates)}
         self.state.advance()
         self._objective.remember()
@@ -238,18 +228,18 @@ class Training:
     def _shares(self, labels: Sequence[Tensor]) -> Tensor:
         """Of each micro-batch's terms in the means of the whole step: float64 on the device; nothing waits for them."""
         amounts_MT = torch.stack([self._objective.amounts(label_BHW) for label_BHW in labels])
-        if len(labels) * self.world.size == 1:
+        if len(labels) * self.world.parts == 1:
             return torch.ones_like(amounts_MT)
-        total_T = self.world.added_up(amounts_MT.sum(dim=0))
+        total_T = self.world.sum_of_parts(amounts_MT.sum(dim=0))
         return amounts_MT / torch.where(total_T > 0, total_T, 1)
 
-    def _read(self, found: Sequence[Mapping[str, Tensor]], shares_MT: np.ndarray, norm: Tensor) -> dict[str, Any]:
+    def _read(self, found: Losses, shares_MT: np.ndarray, norm: Tensor) -> dict[str, Any]:
         """Losses of the whole step over all processes, and the gradient's norm. UserError: not finite."""
         names = list(found[0])
         read = torch.stack([*(values[name].float() for values in found for name in names), norm.float()]).cpu().double()
         values = read[:-1].view(len(found), len(names)).numpy()
         values[:, 1:] *= shares_MT  # the loss, which comes first, has them in it
-        means = self.world.sum(values.sum(axis=0))
+        means = self.world.sum(values.sum(axis=0)) / self.world.together
         loss, grad_norm = float(means[0]), float(read[-1])
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"norm of the gradient is {grad_norm}"
@@ -276,16 +266,20 @@ class Training:
     def _evaluated(self) -> Iterator[NetSegmenter]:
         """The averaged weights in one piece and in eval mode, the same in all processes; training mode afterwards."""
         with self.state.averaged(), torch.no_grad():
-            self.world.share_buffers(self.segmenter.net)
             segmenter = self.segmenter if self._unsharded is None else self._unsharded
-            if segmenter is not self.segmenter:
-                theirs = segmenter.net.state_dict()
-                for name, value in self.segmenter.net.state_dict().items():
-                    theirs[name].copy_(whole(value))
+            if segmenter is self.segmenter:
+                self._learner.buffers()
+            else:
+                self._learner.gather(segmenter.net.state_dict())
             yield segmenter.eval()
             self.segmenter.train()
 
     def _write(self, checkpoints: Checkpoints, more: Mapping[str, Any]) -> None:
-        state = self.state_dict()
+        state, parts = self.state_dict(), None
+        if self.world.has_parts:
+            tensors = self.state.tensors()
+            parts = Parts(shards.FOLDER, tensors, partial(shards.write, tensors=tensors, world=self.world))
         if self.log is not None:
-            checkpoints.write(self.step, {"training": state, **self.log.state_dict(), **more})
+            checkpoints.write(self.step, {"training": state, **self.log.state_dict(), **more}, parts)
+        elif parts is not None:
+            shards.write(None, parts.tensors, self.world)

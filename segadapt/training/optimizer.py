@@ -14,6 +14,7 @@ from segadapt.config_training import TrainOptimizerSettings, TrainSettings
 from segadapt.errors import UserError
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.training.schedule import rate
+from segadapt.training.sharded import by_mesh
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainOptimizerSettings, bool], torch.optim.Optimizer]] = {
     "adamw": lambda groups, o, fused: torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps, fused=fused),
@@ -82,13 +83,14 @@ def _is_torchs(kind: type) -> bool:
 def build_optimizer(
     segmenter: NetSegmenter, settings: TrainOptimizerSettings, *, more: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """Over `parameter_groups`; AdamW is fused on CUDA.
+    """Over `parameter_groups`, AdamW fused on CUDA; a group of tensors on several meshes becomes several of one name.
 
     UserError: nothing moves.
     """
     groups = parameter_groups(segmenter, settings, more=more)
     if not groups:
         raise UserError("model.discriminative: every parameter is frozen; expected some that train. Unfreeze a part.")
+    groups = [group | {"params": params} for group in groups for params in by_mesh(group["params"])]
     return OPTIMIZERS[settings.name](groups, settings, groups[0]["params"][0].is_cuda)
 
 

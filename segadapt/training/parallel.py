@@ -1,9 +1,11 @@
-"""Training over the processes of torchrun: who is who, what they tell each other, copies (DDP) or shards (FSDP2).
+"""Training over the processes of torchrun: who is who, what they tell each other, copies (DDP) or parts of the weights.
 
 What is counted or agreed on goes over gloo between the CPUs, so that no GPU waits for it; gradients go over NCCL.
+Parts: shards (FSDP2) over the mesh dimension "dp", slices (tensor parallelism) over "tp", of one mesh.
 """
 
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -16,13 +18,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from segadapt.config_training import TrainConfig
 from segadapt.errors import UserError
+from segadapt.training.sharded import is_sliced, local
+from segadapt.training.tensor_parallel import refuse_slices, sliced
 
 PATIENCE = timedelta(hours=2)  # with the first process, which alone looks at all files
 
@@ -34,27 +38,46 @@ class World:
     Attributes:
         kind: train.parallel.
         local_rank: among those of this host: the GPU's number.
+        together: processes in a row that work on the same images, each with its part of the weights.
+        mesh: of the processes that hold parts of the weights, see `spread`; None: each has them all.
     """
 
     kind: str = "none"
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    together: int = 1
+    mesh: DeviceMesh | None = None
 
     @property
     def is_main(self) -> bool:
-        """It alone writes and speaks."""
+        """It alone speaks, and writes what is whole."""
         return self.rank == 0
+
+    @property
+    def has_parts(self) -> bool:
+        """A process may hold less than all weights."""
+        return self.kind not in ("none", "ddp")
+
+    @property
+    def parts(self) -> int:
+        """Into which a micro-batch of all processes is divided."""
+        return self.size // self.together
+
+    @property
+    def part(self) -> int:
+        """The one that this process works on."""
+        return self.rank // self.together
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Over all processes; int64 or float64, any shape."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
-    def added_up(self, value: Tensor) -> Tensor:
-        """A tensor summed over all processes, on its device."""
+    def sum_of_parts(self, value: Tensor) -> Tensor:
+        """A floating tensor summed over the parts of a batch, on its device."""
         if self.size > 1:
             dist.all_reduce(value)
-        return value
+        return value / self.together
 
     def largest(self, values: np.ndarray) -> np.ndarray:
         """Of all processes, value by value; int64 or float64."""
@@ -73,6 +96,13 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
         return held[0]
+
+    def every(self, value: Any) -> list[Any]:
+        """What the processes have, in their order, for all."""
+        held = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(held, value)
+        return held
 
     @torch.no_grad()
     def share_buffers(self, net: nn.Module) -> None:
@@ -94,41 +124,75 @@ def joined(settings: TrainConfig) -> Iterator[World]:
     if kind != "none" and "RANK" not in os.environ:
         raise UserError(f"train.parallel={kind}, but torchrun has not started this process. Run torchrun "
                         "--nproc-per-node GPUS -m segadapt train ..., or set train.parallel=none.")  # fmt: skip
-    parts = size * settings.train.accumulate
-    if settings.train.batch_size % parts:
-        raise UserError(f"train.batch_size={settings.train.batch_size}: expected a multiple of {parts}, {size} "
-                        f"processes x train.accumulate={settings.train.accumulate}. Use "
-                        f"{-(-settings.train.batch_size // parts) * parts}.")  # fmt: skip
+    together = {"tp": size, "pipeline": size, "2d": settings.train.tensor_parallel}.get(kind, 1)
+    _refuse_division(settings, size, together)
     if kind == "none":
         yield World()
         return
     is_on_gpu = settings.runtime.device != "cpu" and torch.cuda.is_available()
-    world = World(kind, int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
+    local_rank = int(os.environ["LOCAL_RANK"])
     if is_on_gpu:
-        if world.local_rank >= torch.cuda.device_count():
-            raise UserError(f"torchrun --nproc-per-node: process {world.local_rank} of this host, but "
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"torchrun --nproc-per-node: process {local_rank} of this host, but "
                             f"{torch.cuda.device_count()} GPUs are visible. Start one process for each.")  # fmt: skip
-        torch.cuda.set_device(world.local_rank)
+        torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if is_on_gpu else "gloo", timeout=PATIENCE)
     try:
-        yield world
+        sizes = {"fsdp": {"dp": size}, "tp": {"tp": size}, "2d": {"dp": size // together, "tp": together}}.get(kind)
+        mesh = None
+        if sizes is not None:
+            device = "cuda" if is_on_gpu else "cpu"
+            mesh = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        yield World(kind, int(os.environ["RANK"]), size, local_rank, together, mesh)
     finally:
         dist.destroy_process_group()
+
+
+def _refuse_division(settings: TrainConfig, size: int, together: int) -> None:
+    """UserError: so many processes, of which `together` work on the same images, cannot share the batch."""
+    t = settings.train
+    if size % together:
+        raise UserError(f"train.tensor_parallel={together} with {size} processes: expected a number that divides them. "
+                        f"Set train.tensor_parallel to such a one, or start a multiple of {together}.")  # fmt: skip
+    parts = size // together
+    whole = parts * t.accumulate
+    if t.batch_size % whole:
+        who = f"{size} processes" if together == 1 else f"{size} processes / {together} on the same images"
+        raise UserError(f"train.batch_size={t.batch_size}: expected a multiple of {whole}, {who} x train.accumulate="
+                        f"{t.accumulate}. Use {-(-t.batch_size // whole) * whole}.")  # fmt: skip
+
+
+def refuse_parts(settings: TrainConfig, world: World, net: nn.Module) -> None:
+    """UserError: processes that work on the same images cannot do so with this net, these losses, or compiled."""
+    t, kind = settings.train, world.kind
+    if kind not in ("tp", "2d", "pipeline"):
+        return
+    if kind != "pipeline":
+        refuse_slices(net, kind, world.together)
+    if t.losses.contrast.weight:
+        raise UserError(f"train.losses.contrast.weight={t.losses.contrast.weight} with train.parallel={kind}: each "
+                        "process would draw anchors of its own in the same images. Set train.parallel=ddp or fsdp, "
+                        "or train.losses.contrast.weight=0.")  # fmt: skip
+    if settings.runtime.compile:
+        raise UserError(f"runtime.compile=true with train.parallel={kind}: parts are not compiled. Set "
+                        "runtime.compile=null, or train.parallel=ddp or fsdp.")  # fmt: skip
 
 
 def spread(module: nn.Module, net: nn.Module, world: World) -> nn.Module:
     """The module as all processes train it together: their gradients are averaged.
 
     DDP takes each parameter for used, but for nets that say has_unread_weights; buffers stay each process's own, as the
-    losses' memories are equal anyway. FSDP2 shards each block that the net names as one not to split, then the rest.
-    BatchNorm becomes SyncBatchNorm on GPUs.
+    losses' memories are equal anyway. Slices first (tp), see `sliced`; then FSDP2 (dp) shards each block that the net
+    names as one not to split, then the rest. BatchNorm becomes SyncBatchNorm on GPUs, over the parts of a batch.
 
     Args:
         module: what is called; it holds the net.
     """
     device = next(net.parameters()).device
-    if world.size > 1 and device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    dimensions = world.mesh.mesh_dim_names or () if world.mesh is not None else ()
+    if world.parts > 1 and device.type == "cuda":
+        group = world.mesh["dp"].get_group() if world.mesh is not None else None
+        nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
     if world.kind == "ddp":
         # of a side of length 1 any stride is right
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -142,9 +206,10 @@ def spread(module: nn.Module, net: nn.Module, world: World) -> nn.Module:
             find_unused_parameters=getattr(net, "has_unread_weights", False),
             **buffers,
         )
-    if world.kind == "fsdp":
-        mesh = init_device_mesh(device.type, (world.size,))
-        names = set(getattr(net, "_no_split_modules", None) or ())
+    if world.mesh is not None and "tp" in dimensions:
+        sliced(net, world.mesh["tp"])
+    if world.mesh is not None and "dp" in dimensions:
+        mesh, names = world.mesh["dp"], set(getattr(net, "_no_split_modules", None) or ())
         for block in [block for block in net.modules() if type(block).__name__ in names]:
             fully_shard(block, mesh=mesh)
         fully_shard(module, mesh=mesh)
@@ -161,34 +226,48 @@ def synchronised(module: nn.Module, *, last: bool) -> Iterator[None]:
         yield
 
 
-def clip(parameters: Iterable[nn.Parameter], most: float | None) -> Tensor:
-    """Scale the gradient to an L2 norm of `most` if it is larger, over all shards; returns the norm before."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm(grads))
-    if most is not None:
-        factor = (most / (norm + 1e-6)).clamp(max=1)
-        torch._foreach_mul_([local(grad) for grad in grads], factor)  # pyright: ignore[reportPrivateImportUsage]
-    return norm
+@torch.no_grad()
+def agree(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Make the gradients of weights that are not sliced one in the processes that are together: their mean.
 
-
-# --- tensors that may be sharded ---
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part, which shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of it, the same in each process, which all must ask for; of a tensor that is not sharded itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    They are equal but for rounding, which GPUs may do in any order; left alone the weights would part.
+    """
+    if world.together > 1 and world.mesh is not None:
+        grads = [local(p.grad) for p in parameters if p.grad is not None and not is_sliced(p)]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat, group=world.mesh["tp"].get_group())
+        means = (flat / world.together).split([grad.numel() for grad in grads])
+        for grad, mean in zip(grads, means, strict=True):
+            grad.copy_(mean.view_as(grad))
 
 
 @torch.no_grad()
-def fill(tensor: Tensor, values: Tensor) -> None:
-    """Overwrite in place, each process its part, with the whole of it on any device."""
-    if isinstance(tensor, DTensor):
-        values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
-        local(tensor).copy_(local(values))
+def clip(parameters: Iterable[nn.Parameter], most: float | None, world: World) -> Tensor:
+    """Scale the gradient to an L2 norm of `most` if it is larger, over all its parts; returns the norm before.
+
+    Tensors of several meshes are in no common operation of torch: each process adds up the squares of what it has, each
+    by its share of it.
+    """
+    by_copies: dict[int, list[Tensor]] = {}
+    for grad in (parameter.grad for parameter in parameters if parameter.grad is not None):
+        by_copies.setdefault(copies_of(grad, world), []).append(local(grad))
+    squares = [torch.nn.utils.get_total_norm(own).square() / copies for copies, own in by_copies.items()]
+    square = torch.stack(squares).sum()
+    if list(by_copies) != [world.size]:
+        dist.all_reduce(square)
+        norm = square.sqrt()
     else:
-        tensor.copy_(values)
+        norm = (square * world.size).sqrt()
+    if most is not None:
+        factor = (most / (norm + 1e-6)).clamp(max=1)
+        grads = [grad for own in by_copies.values() for grad in own]
+        torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
+    return norm
+
+
+def copies_of(tensor: Tensor, world: World) -> int:
+    """Processes that have the same part of it."""
+    if not isinstance(tensor, DTensor):
+        return 1 if world.kind == "pipeline" else world.size
+    sizes = (tensor.device_mesh.size(dim) for dim, own in enumerate(tensor.placements) if not own.is_replicate())
+    return world.size // math.prod(sizes)

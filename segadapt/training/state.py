@@ -1,10 +1,7 @@
-"""What a training run moves: trained weights, their moving average, the optimizer. Saved whole, so it can go on.
-
-Weights that FSDP shards are saved whole too, so that a run goes on over another number of processes.
-"""
+"""What a training run moves: trained weights, their moving average, the optimizer. Saved, so it can go on."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ from torch import Tensor, nn
 from segadapt.checkpoint import decode, encode
 from segadapt.errors import UserError
 from segadapt.record import write_bytes
-from segadapt.training.parallel import fill, local, whole
+from segadapt.training.sharded import fill, local
 
 
 class TrainingState:
@@ -68,33 +65,56 @@ class TrainingState:
         self._swap()
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, as `checkpoint.encode` takes it; what is sharded is gathered, by all processes together."""
+        """All of it, as `checkpoint.encode` takes it; tensors that are sharded are this process's DTensors."""
         averages = dict(zip(self.parameters, self._average, strict=True)) if self.decay else {}
         moments = {name: self.optimizer.state[p] for name, p in self.parameters.items()}
         return {
             "step": self.step,
-            "weights": {name: whole(p.detach()) for name, p in self.parameters.items()},
-            "average": {name: whole(average) for name, average in averages.items()},
-            "moments": {name: {key: whole(value) for key, value in own.items() if isinstance(value, Tensor)}
+            "weights": {name: p.detach() for name, p in self.parameters.items()},
+            "average": averages,
+            "moments": {name: {key: value for key, value in own.items() if isinstance(value, Tensor)}
                         for name, own in moments.items()},
         }  # fmt: skip
 
-    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of `state_dict` by their path in it, such as moments/NAME/exp_avg."""
+        return flat(self.state_dict())
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As it was when `state_dict` gave this, to the bit."""
-        self.step, is_fused = state["step"], self.optimizer.defaults.get("fused")
-        averages = dict(zip(self.parameters, self._average, strict=True)) if self.decay else {}
-        for name, parameter in self.parameters.items():
-            fill(parameter, state["weights"][name])
-            own = self.optimizer.state[parameter] = {}
-            for key, value in state["moments"][name].items():
-                if key == "step":  # a fused rule counts where the parameter lies, any other on the CPU
-                    own[key] = value.to(parameter.device if is_fused else "cpu", copy=True)
-                else:
-                    own[key] = torch.zeros_like(parameter)
-                    fill(own[key], value)
-        for name, average in averages.items():
-            fill(average, state["average"][name])
+        """As it was when `state_dict` gave this in a process that held all, to the bit."""
+        values = flat(state)
+
+        def fill_all(targets: Mapping[str, Tensor]) -> None:
+            for path, target in targets.items():
+                fill(target, values[path])
+
+        self.restore(state["step"], values, fill_all)
+
+    @torch.no_grad()
+    def restore(self, step: int, paths: Iterable[str], read: Callable[[Mapping[str, Tensor]], None]) -> None:
+        """As it was after that step.
+
+        Args:
+            paths: of the saved tensors, see `tensors`; those of other processes among them.
+            read: fills tensors by their paths, in place.
+        """
+        self.step, is_fused = step, self.optimizer.defaults.get("fused")
+        targets = {f"weights/{name}": p.detach() for name, p in self.parameters.items()}
+        if self.decay:
+            targets |= {f"average/{name}": own for name, own in zip(self.parameters, self._average, strict=True)}
+        for parameter in self.parameters.values():
+            self.optimizer.state[parameter] = {}
+        for path in paths:
+            kind, name, *key = path.split("/")
+            if kind != "moments" or name not in self.parameters:
+                continue
+            parameter = self.parameters[name]
+            if key == ["step"]:  # a fused rule counts where the parameter lies, any other on the CPU
+                moment = torch.zeros((), device=parameter.device if is_fused else "cpu")
+            else:
+                moment = torch.zeros_like(parameter)
+            self.optimizer.state[parameter][key[0]] = targets[path] = moment
+        read(targets)
 
     @staticmethod
     def step_of(path: Path) -> int:
@@ -126,3 +146,11 @@ class TrainingState:
                 f"{path}: other weights than this run trains. Remove the file, or set experiment.restart=true."
             )
         self.load_state_dict(state)
+
+
+def flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of weights, average and moments by path."""
+    tensors: dict[str, Tensor] = {}
+    for key in ("weights", "average", "moments"):
+        encode(dict(state[key]), tensors, key)
+    return tensors

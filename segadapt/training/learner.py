@@ -1,0 +1,84 @@
+"""Forward and backward of a step, where each process has all layers: alone, as a copy, or with shards and slices.
+
+B images of a micro-batch   3 RGB   H W crop px   M micro-batches   T terms of the objective
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segadapt.config_training import TrainConfig
+from segadapt.losses import Objective
+from segadapt.models.discriminative.segmenter import NetSegmenter
+from segadapt.models.precision import autocast
+from segadapt.seeds import derive
+from segadapt.training.parallel import World, spread, synchronised
+from segadapt.training.sharded import whole
+
+Losses = list[dict[str, Tensor]]  # of each micro-batch: the sum, under "loss", and its terms
+
+
+class Learner(nn.Module):
+    """Images and labels to the loss: one module, as DDP and FSDP see what goes in, comes out, and moves."""
+
+    def __init__(self, segmenter: NetSegmenter, objective: nn.Module, *, precision: str, is_compiled: bool):
+        super().__init__()
+        self.net, self.objective, self._precision = segmenter.net, objective, precision
+        self._outputs = torch.compile(segmenter.outputs) if is_compiled else segmenter.outputs
+
+    def forward(
+        self, image_B3HW: Tensor, label_BHW: Tensor, step: int, shares_T: Tensor | None = None
+    ) -> tuple[Tensor, dict, dict]:
+        """The objective's total, values and weights at a step, counted from 1; see `Objective.forward`."""
+        with autocast(image_B3HW.device, self._precision):
+            outputs = self._outputs(image_B3HW)
+        terms = self.objective(outputs, label_BHW, step=step, shares_T=shares_T)
+        return terms.total, terms.values, terms.weights
+
+
+class AllLayers:
+    """What `Pipeline` does with some of the layers, with all of them. Make it before the optimizer: see `spread`."""
+
+    def __init__(self, settings: TrainConfig, segmenter: NetSegmenter, objective: Objective, world: World):
+        self._seed, self._net, self._world = settings.experiment.seed, segmenter.net, world
+        precision, is_compiled = settings.runtime.precision, bool(settings.runtime.compile)
+        learner = Learner(segmenter, objective, precision=precision, is_compiled=is_compiled)
+        self._learner = spread(learner, segmenter.net, world)
+
+    def backward(
+        self, micro_batches: Sequence[tuple[Tensor, Tensor]], shares_MT: Tensor, step: int
+    ) -> tuple[Losses, dict[str, float]]:
+        """Gradients of a step; its losses, and the weights of their terms.
+
+        Args:
+            micro_batches: images, float [B, 3, H, W] in 0..1, and labels, int64 [B, H, W].
+            shares_MT: of the micro-batches' terms in the means of the step, see `Objective.amounts`.
+            step: from 1.
+        """
+        found: Losses = []
+        weights: dict[str, float] = {}
+        for number, (image_B3HW, label_BHW) in enumerate(micro_batches):
+            # dropout and drop path draw from the global generator
+            torch.manual_seed(derive(self._seed, "training", step - 1, number, self._world.part))
+            with synchronised(self._learner, last=number == len(micro_batches) - 1):
+                total, values, weights = self._learner(image_B3HW, label_BHW, step, shares_MT[number])
+                (total * self._world.parts).backward()  # the processes' gradients are averaged
+            found.append({"loss": total.detach(), **values})
+        return found, weights
+
+    def told(self, rates: Mapping[str, float], found: Losses, weights: dict[str, float]) -> Any:
+        """Rates by group, losses and weights, in every process."""
+        return rates, found, weights
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Of the net, made the same in all processes, which ask for it together."""
+        self._world.share_buffers(self._net)
+        return dict(self._net.named_buffers())
+
+    def gather(self, state: Mapping[str, Tensor]) -> None:
+        """Fill the state of a net that no process has parts of; all ask for it together."""
+        self.buffers()
+        for name, value in self._net.state_dict().items():
+            state[name].copy_(whole(value))

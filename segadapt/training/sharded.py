@@ -1,0 +1,52 @@
+"""Tensors of which a process may have a part alone: DTensors, over the dimensions "dp" and "tp" of a mesh."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part, which shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, the same in each process, which all must ask for; of a tensor that is not sharded itself."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    placements = list(tensor.placements)
+    for dim in range(len(placements)):  # shards first, which FSDP took of the slices
+        placements[dim] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()
+
+
+def is_sliced(tensor: Tensor) -> bool:
+    """Among the processes that are together each has a part of its own."""
+    return isinstance(tensor, DTensor) and "tp" in (tensor.device_mesh.mesh_dim_names or ())
+
+
+def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Those of one mesh, or of none, together, as torch takes them for an operation on many."""
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Overwrite in place, each process its part, with the whole of it on any device."""
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        for dim in reversed(range(mesh.ndim)):  # slices first, whose shards FSDP took
+            placement: Any = tensor.placements[dim]
+            if isinstance(placement, Replicate):
+                continue
+            parts = values.chunk(mesh.size(dim), placement.dim)
+            rank = mesh.get_local_rank(dim)
+            values = parts[rank] if rank < len(parts) else values.narrow(placement.dim, 0, 0)
+    local(tensor).copy_(values)
