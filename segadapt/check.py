@@ -86,6 +86,7 @@ def read_tasks(settings: CheckConfig, datasets: dict[str, Dataset], folder: Path
     seen: dict[str, tuple[str, str]] = {}
     shown: dict[str, np.ndarray] = {}
     stream_images, read, seconds = 0, 0, 0.0
+    has_labels = data.kind != "files" or data.label_path is not None
     for (split, dataset), task in product(datasets.items(), build_tasks(data)):
         part = task.name if len(datasets) == 1 else split if task.corruption is None else f"{split} {task.name}"
         try:
@@ -108,7 +109,7 @@ def read_tasks(settings: CheckConfig, datasets: dict[str, Dataset], folder: Path
         pixels_NC = check_images.pixels_of(facts)
         if pixels_NC is not None:
             shown.setdefault(split, pixels_NC.sum(axis=0))
-        if pixels_NC is not None and not found["class_weights"]:
+        if pixels_NC is not None and split == data.split and not found["class_weights"]:
             found["class_weights"] = {recipe: class_weights(recipe, pixels_NC) for recipe in RECIPES}
             recipe = settings.check.class_weights
             line = weights_line(recipe, found["class_weights"][recipe], most=ratio(pixels_NC), split=split)
@@ -117,6 +118,8 @@ def read_tasks(settings: CheckConfig, datasets: dict[str, Dataset], folder: Path
         pictures = folder / "samples" / (split if len(datasets) > 1 else "")
         for item in facts[: settings.check.samples]:
             found["samples"].append(str(write_sample(pictures, settings, dataset, item.entry)))
+    if has_labels and not found["class_weights"]:
+        console.print(f"class weights: none, as no labelled image of {data.split} could be read")
     found["split_notes"] = check_images.split_notes(shown, next(iter(datasets.values())).classes) if shown else []
     console.print(*found["split_notes"], sep="\n", end="\n" if found["split_notes"] else "")
     return found | {"stream_images": stream_images, "read_s": seconds / max(1, read)}

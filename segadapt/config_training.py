@@ -214,8 +214,10 @@ class TrainSettings:
     validate_every: int = setting("steps between validations; the last step always validates", low=1)
     validation_split: str = setting("split of the validation images")
     validation_images: int | None = setting("images of a validation; null: all", low=1)
-    keep: str = setting("weights that are saved: after the last step, or of the best validation mIoU",
-                        choices=("last", "best"))  # fmt: skip
+    keep: str = setting(
+        "weights that are saved: after the last step, or of the best validation mIoU; both: also model_last/",
+        choices=("last", "best", "both"),
+    )
     patience: int = setting("training ends after this many validations without a better mIoU; 0: never", low=0)
     checkpoint_every: int | None = setting(
         "steps between checkpoints, beside those of runtime.checkpoint_seconds; null: no such", low=1

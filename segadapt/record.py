@@ -36,6 +36,7 @@ RESULTS = (
     "report.html",
     "adapted",
     "model",
+    "model_last",
     "records.jsonl",
     "timings.jsonl",
     "checkpoint.safetensors",
@@ -163,7 +164,9 @@ class RunFolder:
     id: str
 
     @classmethod
-    def open(cls, root: str | Path, name: str, *, run_id: str | None, settings: Mapping[str, Any]) -> "RunFolder":
+    def open(
+        cls, root: str | Path, name: str, *, run_id: str | None, settings: Mapping[str, Any], make: bool = True
+    ) -> "RunFolder":
         """Make the folder, or find that of the same run; nothing in it is touched.
 
         Args:
@@ -171,6 +174,7 @@ class RunFolder:
             name: experiment name; like the id of [A-Za-z0-9._-], not starting with a dot.
             run_id: None: the first 10 hex digits of the SHA-256 of the settings as canonical JSON.
             settings: all that can change results; JSON values.
+            make: False: nothing is written, and the folder may not be there.
         Raises:
             UserError: a name or id of other characters, or a link that leaves root; a folder of another run or of
                 none, or one not writable.
@@ -188,14 +192,20 @@ class RunFolder:
         try:
             if path.exists():
                 _check_same_run(path, settings)
-            path.mkdir(parents=True, exist_ok=True)
-            if not (path / "settings.json").exists():
+            if make:
+                path.mkdir(parents=True, exist_ok=True)
+            if make and not (path / "settings.json").exists():
                 write_json(path / "settings.json", settings)
         except OSError as error:
             raise UserError(
                 f"logging.root={root}: {path} cannot be written ({error.strerror}). Choose a folder of your own."
             ) from error
         return cls(path=path, id=run_id)
+
+    @property
+    def is_there(self) -> bool:
+        """Some process has made it."""
+        return (self.path / "settings.json").is_file()
 
     @contextmanager
     def locked(self) -> Iterator[str | None]:

@@ -17,7 +17,7 @@ ANEW = "Restore it, choose another experiment.id, or start anew with experiment.
 def finished_results(folder: RunFolder, origin: Mapping[str, Any]) -> dict[str, Any] | None:
     """The results that are there; None: not finished.
 
-    UserError: they are of other weights, images or order.
+    UserError: they are of other weights, images or order than `origin` says; what it does not name is not compared.
     """
     path = folder.path / "results.json"
     if not path.is_file():
@@ -39,7 +39,8 @@ def earlier_state(
 ) -> Any:
     """The newest state that is whole and whose records are there; None, and said: from the first image (or `unit`).
 
-    UserError: it is of other weights, images or order, or of another version.
+    UserError: it is of another version, or of other weights, images or order than `origin` says; what that does not
+    name is not compared.
     """
 
     def records_are_there(state: Mapping[str, Any]) -> str | None:
@@ -54,9 +55,10 @@ def earlier_state(
         if (folder.path / "records.jsonl").exists():
             console.print(f"an earlier start left no checkpoint: from the first {unit}", highlight=False)
         return None
-    version, earlier = __version__, dict(state["origin"])
+    version, known = __version__, state["origin"]
+    earlier = {name: known[name] for name in (*origin, "segadapt") if name in known}
     if settings.experiment.any_version:
-        version = earlier["segadapt"]
+        version = known["segadapt"]
     cure = f"{ANEW}, or of another segadapt go on all the same with experiment.any_version=true"
     refuse_changes(folder.path, earlier, {**origin, "segadapt": version}, cure=cure)
     return state

@@ -107,14 +107,23 @@ def verify(dataset: Dataset, entries: Sequence[Entry], *, workers: int) -> None:
 
 def ahead(function: Callable[[Item], Result], items: Sequence[Item], *, workers: int) -> Iterator[Result]:
     """Yield function(item) in order, `workers` processes ahead. A UserError arrives as it was raised, at its place."""
-    loader = DataLoader(
-        _Results(function, items),
-        batch_size=None,
-        num_workers=min(workers, len(items)),
-        worker_init_fn=one_thread_each,
-        collate_fn=_as_it_is,
+    yield from raising(
+        Loader(_Results(function, items), batch_size=None, workers=min(workers, len(items)), collate_fn=_as_it_is)
     )
-    yield from raising(loader)
+
+
+class Loader(DataLoader):
+    """torch's, with as many processes as data.workers says, each of one thread.
+
+    Torch would warn where they are more than the cores. They are the user's to choose: on a network's disk they mostly
+    wait, and a recipe should run as it is on a small machine.
+    """
+
+    def __init__(self, dataset: torch.utils.data.Dataset, *arguments: Any, workers: int, **more: Any):
+        super().__init__(dataset, *arguments, num_workers=workers, worker_init_fn=one_thread_each, **more)
+
+    def check_worker_number_rationality(self) -> None:
+        """No warning."""
 
 
 def raising(results: Iterable[Result | UserError]) -> Iterator[Result]:

@@ -5,7 +5,6 @@ B images of a micro-batch   3 RGB   H W crop px   C classes
 
 import copy
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -13,26 +12,26 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from segadapt import __version__, stream
+from segadapt import __version__
 from segadapt.checkpoint import Checkpoints
 from segadapt.config_training import TrainConfig
-from segadapt.datasets import Dataset, Task
 from segadapt.errors import UserError
-from segadapt.losses import ClassWeights, Objective, check_losses, class_weights_of
+from segadapt.losses import ClassWeights, Objective, check_losses
 from segadapt.models.build import build_segmenter, refuse_unexpected_weights
 from segadapt.models.discriminative.backbone import start_from
 from segadapt.models.discriminative.load import make_segmenter
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.set_up import fingerprint, set_up
 from segadapt.protocol import peak_memory_gib, versions, without
-from segadapt.record import RunFolder, write_json
-from segadapt.resume import earlier_state, finished_results
+from segadapt.record import RunFolder, refuse_changes, write_json
+from segadapt.resume import ANEW, earlier_state, finished_results
 from segadapt.signals import Stopped, noted_signals
 from segadapt.terminal import Terminal, open_terminal, percent
+from segadapt.training.images import Images, list_images, read_labels, shared_line
 from segadapt.training.log import Log
 from segadapt.training.loop import Training
 from segadapt.training.parallel import World, joined
-from segadapt.training.preparation import cached, check_settings, found_folder, labelled_split
+from segadapt.training.preparation import cached, check_settings, found_folder
 from segadapt.training.preview import write_preview
 from segadapt.training.samples import build_samples
 from segadapt.training.schedule import check_schedule
@@ -58,8 +57,10 @@ def run(settings: TrainConfig, *, console: Console | None = None) -> dict[str, A
         if not world.is_main:
             terminal = Terminal(Console(quiet=True), Console(quiet=True))
         results = _run(settings, world, terminal)
-    kept, folder = results["validation"], results["folder"]
-    said = f"{folder}/model: step {results['kept']['step']}, validation mIoU {percent(kept['miou'])} %"
+    folder, kept, last = results["folder"], results["kept"], results["last"]
+    said = f"{folder}/model: step {kept['step']}, validation mIoU {percent(results['validation']['miou'])} %"
+    if kept["rule"] == "both":
+        said += f"; {folder}/model_last: step {last['step']}, {percent(last['miou'])} %"
     terminal.console.print(said, highlight=False, soft_wrap=True, markup=False)
     terminal.result(said)
     terminal.event("result", **results)
@@ -136,43 +137,35 @@ def build_objective(settings: TrainConfig, segmenter: NetSegmenter, class_weight
 
 def _run(settings: TrainConfig, world: World, terminal: Terminal) -> dict[str, Any]:
     """What is finished, or the training from its start or its last checkpoint."""
-    main, data = set_up(settings.runtime), settings.data
-    main = torch.device(main.type, world.local_rank) if main.type == "cuda" else main
-    dataset = labelled_split(settings, data.split)
-    held_out = labelled_split(settings, settings.train.validation_split)
-    entries = stream.order(
-        held_out, Task(0), seed=settings.experiment.seed, shuffle=True, limit=settings.train.validation_images
-    )
-    drawn = [stream.Entry(Task(0), key) for key in dataset.keys(Task(0))]
-    if world.is_main:  # unknown labels and damaged files, before the first step
-        for read, of_it in ((dataset, drawn), (held_out, entries)):
-            stream.verify(read, of_it, workers=data.workers)
-    if len(dataset.classes) < 2:
-        raise UserError(f"data.classes={settings.data.classes} has one class: a softmax over it is always right, and "
-                        "nothing would be learned. Name the background as a class too.")  # fmt: skip
-    segmenter = build(settings, dataset.classes, main, console=terminal.console)
-    losses = settings.train.losses
-    class_weights = class_weights_of(losses, dataset, [entry.key for entry in drawn], workers=data.workers)
-    objective = build_objective(settings, segmenter, class_weights)
-    origin = {
-        "training": {"images": len(drawn), "keys_sha256": stream.order_hash(drawn)},
-        "validation_order_sha256": stream.order_hash(entries),
-        "manifest_sha256": {"training": stream.manifest_hash(dataset, drawn),
-                            "validation": stream.manifest_hash(held_out, entries)},
-        "weights_sha256": {"discriminative": fingerprint(segmenter.net)},
-    }  # fmt: skip
+    images = list_images(settings)
     with ExitStack() as stack:
-        folder = found_folder(settings) if world.is_main else None
-        if folder is not None:
-            stack.enter_context(folder.locked())
-        folder = world.of_main(folder)  # the others begin once it is the first one's
-        results = None if settings.experiment.restart else finished_results(folder, origin)
-        if results is not None:
-            terminal.console.print(f"{folder.path} is finished; experiment.restart=true would start anew",
-                                   highlight=False, soft_wrap=True)  # fmt: skip
-            return results | {"folder": str(folder.path)}
-        more = {**origin, "class_weights": class_weights.shown(dataset.classes)}
-        return _train(settings, world, terminal, folder, segmenter, objective, dataset, held_out, entries, more, stack)
+        found = _look(settings, images, stack) if world.is_main else None
+        folder, is_new, results = world.of_main(found)  # the others begin once it is the first one's
+        if results is None:
+            return _train(settings, world, terminal, folder, images, stack, is_new=is_new)
+        terminal.console.print(f"{folder.path} is finished; experiment.restart=true would start anew",
+                               highlight=False, soft_wrap=True)  # fmt: skip
+        return results | {"folder": str(folder.path)}
+
+
+def _look(settings: TrainConfig, images: Images, stack: ExitStack) -> tuple[RunFolder, bool, dict[str, Any] | None]:
+    """The run's folder, whether it has yet to be made, and its results if it is finished. One that is there is locked.
+
+    The results are of these settings and images; the network that they began with is not built again.
+    """
+    folder = found_folder(settings, make=False)
+    if is_new := not folder.is_there:
+        return folder, is_new, None
+    stack.enter_context(folder.locked())
+    return folder, is_new, None if settings.experiment.restart else finished_results(folder, images.origin)
+
+
+def _make(settings: TrainConfig, folder: RunFolder, stack: ExitStack) -> None:
+    """Make the run's folder and lock it, once all that can be refused is found right."""
+    if folder.is_there:
+        raise UserError(f"Run folder {folder.path} was begun by another process in the meantime; expected this one "
+                        "alone. Run the same command again.")  # fmt: skip
+    stack.enter_context(found_folder(settings).locked())
 
 
 def _train(
@@ -180,55 +173,46 @@ def _train(
     world: World,
     terminal: Terminal,
     folder: RunFolder,
-    segmenter: NetSegmenter,
-    objective: Objective,
-    dataset: Dataset,
-    held_out: Dataset,
-    entries: list[stream.Entry],
-    origin: Mapping[str, Any],
+    images: Images,
     stack: ExitStack,
+    *,
+    is_new: bool,
 ) -> dict[str, Any]:
     """The loop; then the kept weights and results.json. What is opened here is closed with the stack."""
-    t, began = settings.train, time.perf_counter()
+    t, began, classes = settings.train, time.perf_counter(), images.dataset.classes
     checkpoints = Checkpoints(folder.path, seconds=settings.runtime.checkpoint_seconds, images=t.checkpoint_every)
     state = None
     if not settings.experiment.restart:
-        state = earlier_state(checkpoints, folder, settings, origin, terminal.console, unit="step")
-    _refuse_other_disks(world, 0 if state is None else state["training"]["step"])
+        state = earlier_state(checkpoints, folder, settings, images.origin, terminal.console, unit="step")
+    _refuse_other_disks(world, checkpoints.newest)
+    segmenter, objective, origin = _built(settings, world, terminal, folder, images, state)
+    if world.is_main and is_new:
+        _make(settings, folder, stack)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z") if state is None else state["started"]
-    log = None
-    if world.is_main:
-        folder.start_over(asdict(settings), keep=state is not None)
-        terminal.console.print(f"run folder {folder.path}", highlight=False, soft_wrap=True)
-        if state is not None:
-            terminal.console.print(f"goes on after step {checkpoints.newest} of {t.iters}", highlight=False)
-        mirror = stack.enter_context(mirrored(settings, folder, job_type="train"))
-        log = stack.enter_context(
-            Log(folder.path, mirror, terminal, iters=t.iters, batch_size=t.batch_size, keep=state,
-                step=checkpoints.newest)
-        )  # fmt: skip
-        log.begin(started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), step=checkpoints.newest, segadapt=__version__)
+    log = _begun(settings, terminal, folder, checkpoints.newest, state, stack) if world.is_main else None
     whole = copy.deepcopy(segmenter) if world.kind == "fsdp" else None
-    training = Training(settings, segmenter, whole, objective, held_out, entries, world, log)
+    training = Training(settings, segmenter, whole, objective, images.held_out, images.entries, world, log)
     if state is not None:
         training.load_state_dict(state["training"])
     more = {"origin": {**origin, "segadapt": __version__}, "started": started}
-    samples = build_samples(settings, cached(dataset, settings), count=t.iters * t.batch_size)
+    samples = build_samples(settings, cached(images.dataset, settings), count=t.iters * t.batch_size)
     if world.is_main and state is None:
         write_preview(folder.path / "preview", samples, count=t.preview)
     asked = stack.enter_context(noted_signals())
     training.fit(samples, checkpoints, asked, more)
     kept = training.kept_scores
-    chosen_on = f"mIoU of {len(entries)} images of {t.validation_split}" if t.keep == "best" else "nothing"
+    shared = f", {images.num_shared} of which were trained on" if images.num_shared else ""
+    chosen_on = f"mIoU of {len(images.entries)} images of {t.validation_split}{shared}"
     results = {
         "steps": training.step,
         "started": started,
         "seconds": round(time.perf_counter() - began, 1),
         "validation": {name: kept[name] for name in ("miou", "macc", "aacc")},
-        "kept": {"rule": t.keep, "step": kept["step"], "chosen_on": chosen_on},
-        "last": without(training.validations[-1], ["iou"]),
+        "validated_on": {"split": t.validation_split, "images": len(images.entries), "trained_on": images.num_shared},
+        "kept": {"rule": t.keep, "step": kept["step"], "chosen_on": "nothing" if t.keep == "last" else chosen_on},
+        "last": without(training.last, ["iou"]),
         "best": without(training.best, ["iou"]),
-        "per_class": dict(zip(dataset.classes, kept["iou"], strict=True)),
+        "per_class": dict(zip(classes, kept["iou"], strict=True)),
         "seed": settings.experiment.seed,
         "processes": world.size,
         "tensors": training.group_sizes,
@@ -236,14 +220,77 @@ def _train(
         "peak_memory_gib": peak_memory_gib(),
         "versions": versions(next(segmenter.net.parameters()).device),
     }
-    if world.is_main:
-        training.save(folder.path / "model", getattr(torch, t.save_dtype))
+    if log is not None:
+        training.save(folder.path, getattr(torch, t.save_dtype))
         write_json(folder.path / "results.json", results)
         checkpoints.clear()
-        mirror.summary({"validation/miou": kept["miou"]})
+        log.summary({"validation/miou": kept["miou"]})
     if asked.signum is not None:
         raise Stopped(asked.signum, f"{asked.signum.name} after the last step; {folder.path} is finished")
     return results | {"folder": str(folder.path)}
+
+
+def _built(
+    settings: TrainConfig, world: World, terminal: Terminal, folder: RunFolder, images: Images, state: Any
+) -> tuple[NetSegmenter, Objective, dict[str, Any]]:
+    """Network and losses on this process's device, and what a checkpoint must agree with.
+
+    The labels are read by the first process, before the first step alone: a run that goes on has read them.
+    """
+    main = set_up(settings.runtime)
+    main = torch.device(main.type, world.local_rank) if main.type == "cuda" else main
+    segmenter = build(settings, images.dataset.classes, main, console=terminal.console)
+    _refuse_single_images(settings, world, segmenter)
+    weights = {"weights_sha256": {"discriminative": fingerprint(segmenter.net)}}
+    if state is None:
+        if images.num_shared:
+            said = shared_line(settings, images)
+            terminal.warnings.print(said, highlight=False, soft_wrap=True, markup=False)
+        class_weights = world.of_main(read_labels(settings, images) if world.is_main else None)
+    else:
+        refuse_changes(folder.path, {name: state["origin"][name] for name in weights}, weights, cure=f"{ANEW}.")
+        class_weights = ClassWeights.read(state["origin"]["class_weights"])
+    objective = build_objective(settings, segmenter, class_weights)
+    return segmenter, objective, {
+        **images.origin, **weights, "class_weights": class_weights.shown(images.dataset.classes)
+    }  # fmt: skip
+
+
+def _begun(
+    settings: TrainConfig,
+    terminal: Terminal,
+    folder: RunFolder,
+    step: int,
+    state: Any,
+    stack: ExitStack,
+) -> Log:
+    """The folder, cleared unless a state is gone on from after so many steps; the records and the terminal, open."""
+    t = settings.train
+    folder.start_over(asdict(settings), keep=state is not None)
+    terminal.console.print(f"run folder {folder.path}", highlight=False, soft_wrap=True)
+    if state is not None:
+        terminal.console.print(f"goes on after step {step} of {t.iters}", highlight=False)
+    mirror = stack.enter_context(mirrored(settings, folder, job_type="train"))
+    log = stack.enter_context(
+        Log(folder.path, mirror, terminal, iters=t.iters, batch_size=t.batch_size, keep=state, step=step)
+    )
+    log.begin(started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), step=step, segadapt=__version__)
+    return log
+
+
+# --- refused before the first step ---
+
+
+def _refuse_single_images(settings: TrainConfig, world: World, segmenter: NetSegmenter) -> None:
+    """UserError: micro-batches of one image, of which the network's BatchNorm would have no statistics."""
+    t, is_on_gpu = settings.train, segmenter.net.device.type == "cuda"
+    is_single = t.batch_size == world.size * t.accumulate and (world.size == 1 or not is_on_gpu)  # else SyncBatchNorm
+    if is_single and segmenter.family.pools_images:
+        chosen = segmenter.net.config.model_type
+        raise UserError(f"train.batch_size={t.batch_size} with {world.size} processes x train.accumulate="
+                        f"{t.accumulate} is one image a micro-batch; {chosen} pools whole images, and BatchNorm has "
+                        "no statistics of a single one: expected 2 or more. Raise train.batch_size, or lower "
+                        "train.accumulate or the number of processes.")  # fmt: skip
 
 
 def _refuse_other_disks(world: World, step: int) -> None:

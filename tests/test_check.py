@@ -411,6 +411,16 @@ def test_an_image_of_both_splits_is_named(settings_of, two_splits, folder, capsy
     assert "1 images repeat the pixels of another: 3 of val = 0 of train" in capsys.readouterr().out
 
 
+def test_class_weights_are_never_those_of_another_split(settings_of, two_splits, folder, written, capsys):
+    """Of the validation split they were once printed where the training split could not be read."""
+    for path in (folder / "set/train/image").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"^problems found: 4"):
+        check.run(settings_of(*two_splits, splits=("val",)))
+    assert "class weights: none, as no labelled image of train could be read\n" in capsys.readouterr().out
+    assert written()["class_weights"] == {}
+
+
 def test_a_subset_thins_the_split_to_train_on_alone(settings_of, two_splits, written):
     check.run(settings_of(*two_splits, "data.subset=2", splits=("val",)))
     assert [row["read"] for row in written()["tasks"]] == [2, 4]

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from quick_settings import quick_settings
-from tiny_networks import BRANCHES, TINY, make, noise, seeded
+from tiny_networks import BRANCHES, TINY, noise, seeded
 from torch import nn
+from training_runs import training
 from transformers import ResNetConfig, ResNetModel
 
+from segadapt import train
 from segadapt.config_training import TrainConfig
 from segadapt.errors import UserError
 from segadapt.models.discriminative.deeplabv3 import DeepLabV3Config, PyramidHead
@@ -198,10 +200,16 @@ def test_refinement_passes_on_what_is_below_zero():
     assert seen[0].min() < 0
 
 
-def test_deeplabv3_refuses_to_train_on_single_images():
-    segmenter = make("segadapt_deeplabv3").train()
-    with pytest.raises(UserError, match=r"segadapt_deeplabv3 .*train\.batch_size of 2 or more\.$"):
-        segmenter.outputs(torch.rand(1, 3, 64, 64))
+@pytest.mark.parametrize(("more", "given"), [((), 1), (("train.accumulate=2",), 2)])
+def test_deeplabv3_refuses_single_images_before_anything_is_made(tmp_path, more, given):
+    """Its pooled branch normalises one vector an image: it once failed in the first step, with train.batch_size alone
+    for a cure."""
+    settings = training(tmp_path, "model.discriminative.family=segadapt_deeplabv3", f"train.batch_size={given}", *more)
+    settings.model.discriminative.config = TINY["segadapt_deeplabv3"]
+    said = rf"^train\.batch_size={given} with 1 processes x train\.accumulate={given} is one image .*segadapt_deeplabv3"
+    with pytest.raises(UserError, match=rf"{said}[^\n]*number of processes\.$"):
+        train.run(settings)
+    assert not any(tmp_path.iterdir())
 
 
 # HRNet

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from segadapt import adapt
+from segadapt import adapt, stream
 from segadapt.datasets import Task
 from segadapt.datasets.files import Files
 from segadapt.datasets.labels import palette
@@ -163,3 +163,10 @@ def test_both_forward_modes_see_the_same_images_in_the_same_order(saved_models, 
     for fact in ("order_sha256", "data_sha256"):
         assert results["tta"][fact] == results["discriminative_only"][fact]
     assert results["tta"]["method"] != results["discriminative_only"]["method"]
+
+
+def test_more_workers_than_cores_are_no_warning(monkeypatch, recwarn):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    assert list(stream.ahead(abs, [-3, -2, -1], workers=2)) == [3, 2, 1]
+    assert [str(warning.message) for warning in recwarn if "worker" in str(warning.message)] == []

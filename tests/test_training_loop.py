@@ -1,5 +1,6 @@
 """The loop of a segmenter's training: what it keeps, when it ends, how it goes on, what it refuses. In one process."""
 
+import io
 import json
 import os
 import signal
@@ -9,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 from parallel_training import train_without_batch_norm
+from rich.console import Console
 from safetensors.torch import load_file
 from training_runs import QUIET, Cut, files_of, lines_of, training
 
 from segadapt import train
 from segadapt.datasets.toytown import CLASSES
 from segadapt.errors import UserError
+from segadapt.models.discriminative.load import load_segmenter
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.record import plain
 from segadapt.signals import Stopped
-from segadapt.training import loop
+from segadapt.training import images, loop, preparation
 from segadapt.training.loop import Training
 
 OF_THE_CLOCK = ("seconds", "started", "peak_memory_gib", "folder")
@@ -105,12 +108,57 @@ def test_a_finished_run_is_left_as_it_is_unless_it_is_to_start_anew(tmp_path, mo
     first = train.run(settings, console=QUIET)
     kept = {path: path.stat().st_mtime_ns for path in Path(first["folder"]).rglob("*.json*")}
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_step", None)  # not one step more
+        for name in ("read_labels", "build", "Training"):  # no label is read, no network built, no step taken
+            patch.setattr(train, name, None)
         again = train.run(settings, console=QUIET)
     assert again == plain(first)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     train.run(training(tmp_path, "train.iters=1", "experiment.id=one", "experiment.restart=true"), console=QUIET)
     assert Path(first["folder"], "results.json").stat().st_mtime_ns != kept[Path(first["folder"], "results.json")]
+
+
+def test_a_finished_run_of_other_images_is_refused(tmp_path, monkeypatch):
+    own = ("train.iters=1", "experiment.id=one")
+    train.run(training(tmp_path, *own), console=QUIET)
+    real = images.stream.manifest_hash
+    monkeypatch.setattr(images.stream, "manifest_hash", lambda dataset, entries: real(dataset, entries)[::-1])
+    with pytest.raises(UserError, match=r"was started with manifest_sha256\.training="):
+        train.run(training(tmp_path, *own), console=QUIET)
+
+
+def test_a_run_that_goes_on_reads_no_labels_again_and_keeps_its_class_weights(tmp_path, monkeypatch):
+    own = ("experiment.id=one", "train.checkpoint_every=2", "train.iters=4", "data.count=8",
+           "train.losses.class_weights.recipe=max_over_count", "train.losses.class_weights.cap=3")  # fmt: skip
+    done = train.run(training(tmp_path / "whole", *own), console=QUIET)
+    settings = training(tmp_path / "cut", *own)
+    folder = within(monkeypatch, settings, cut, after=3)
+    monkeypatch.setattr(train, "read_labels", None)
+    again = train.run(settings, console=QUIET)
+    assert again["class_weights"] == done["class_weights"]
+    assert len(set(again["class_weights"]["weight"].values())) > 1
+    assert files_of(folder) == files_of(done["folder"])
+
+
+def test_a_run_that_goes_on_from_other_weights_is_refused(tmp_path, monkeypatch):
+    settings = training(tmp_path, "experiment.id=one", "train.checkpoint_every=2", "train.iters=4")
+    within(monkeypatch, settings, cut, after=3)
+    monkeypatch.setattr(train, "fingerprint", lambda _: "other")
+    with pytest.raises(UserError, match=r"was started with weights_sha256\.discriminative=\w+; now other"):
+        train.run(settings, console=QUIET)
+
+
+def test_a_folder_that_another_process_begins_in_the_meantime_is_left_to_it(tmp_path, monkeypatch):
+    settings, real = training(tmp_path, "experiment.id=one"), train.read_labels
+
+    def slow(*given):
+        preparation.found_folder(settings)
+        return real(*given)
+
+    monkeypatch.setattr(train, "read_labels", slow)
+    with pytest.raises(
+        UserError, match=r"^Run folder \S+ was begun by another process in the meantime; [^\n]*again\.$"
+    ):
+        train.run(settings, console=QUIET)
 
 
 def test_sgd_and_its_momentum_go_on_too(tmp_path, monkeypatch):
@@ -195,19 +243,37 @@ def scripted(monkeypatch, hits: list[float]) -> list[dict]:
     return seen
 
 
-@pytest.mark.parametrize(("keep", "kept"), [("best", 2), ("last", 4)])
-def test_training_ends_when_patience_does_and_keeps_the_best_or_the_last(tmp_path, monkeypatch, keep, kept):
+@pytest.mark.parametrize(
+    ("keep", "folders"),
+    [("best", {"model": 2}), ("last", {"model": 4}), ("both", {"model": 2, "model_last": 4})],
+    ids=["best", "last", "both"],
+)
+def test_training_ends_when_patience_does_and_keeps_the_best_the_last_or_both(tmp_path, monkeypatch, keep, folders):
     seen = scripted(monkeypatch, [10, 30, 30, 20, 40])
     settings = training(tmp_path, "train.validate_every=1", "train.patience=2", f"train.keep={keep}")
     done = train.run(settings, console=QUIET)
     assert done["steps"] == 4
     assert (done["best"]["step"], done["best"]["miou"]) == (2, pytest.approx(0.3))
     assert (done["last"]["step"], done["last"]["miou"]) == (4, pytest.approx(0.2))
-    assert done["kept"]["step"] == kept
-    assert done["validation"]["miou"] == pytest.approx(0.3 if keep == "best" else 0.2)
-    net = type(train.build(settings, CLASSES, torch.device("cpu")).net).from_pretrained(f"{done['folder']}/model")
-    assert all(torch.equal(value, seen[kept - 1][name]) for name, value in net.state_dict().items())
+    assert done["kept"]["step"] == folders["model"]
+    assert done["validation"]["miou"] == pytest.approx(0.2 if keep == "last" else 0.3)
+    assert sorted(path.name for path in Path(done["folder"]).glob("model*")) == sorted(folders)
+    for name, step in folders.items():
+        net = load_segmenter(f"{done['folder']}/{name}", num_classes=len(CLASSES), device="cpu").net
+        assert all(torch.equal(value, seen[step - 1][key]) for key, value in net.state_dict().items())
     assert not torch.equal(seen[1]["decode_head.classifier.weight"], seen[3]["decode_head.classifier.weight"])
+
+
+def test_both_are_kept_over_an_interruption(tmp_path, monkeypatch):
+    """The best weights are of the earlier start, the last ones of the later."""
+    own = ("experiment.id=one", "train.validate_every=1", "train.checkpoint_every=1", "train.iters=4")
+    seen = scripted(monkeypatch, [10, 30, 20, 20])
+    settings = training(tmp_path, *own, "train.keep=both")
+    within(monkeypatch, settings, cut, after=3)
+    folder = Path(train.run(settings, console=QUIET)["folder"])
+    for name, step in (("model", 2), ("model_last", 4)):
+        found = load_segmenter(str(folder / name), num_classes=len(CLASSES), device="cpu").net.state_dict()
+        assert all(torch.equal(value, seen[step - 1][key]) for key, value in found.items())
 
 
 def test_patience_goes_on_counting_after_an_interruption(tmp_path, monkeypatch):
@@ -259,6 +325,9 @@ def test_an_unknown_label_is_found_before_the_first_step(tmp_path, monkeypatch):
            "data.label_path='{data_root}/{split}/label/{key}.png'", "data.id_map=as_is",
            "data.cache=false")  # fmt: skip
     monkeypatch.setattr(Training, "_step", None)
+    one_folder = [word.replace("{split}", "training") for word in own]
+    assert images.list_images(training(tmp_path, *own)).num_shared == 0
+    assert images.list_images(training(tmp_path, *one_folder)).num_shared == 2  # the template has no {split}
     for split in ("training", "validation"):
         path = tmp_path / split / "label" / "1.png"
         cv2.imwrite(str(path), np.full((48, 64), 77, np.uint8))
@@ -266,6 +335,18 @@ def test_an_unknown_label_is_found_before_the_first_step(tmp_path, monkeypatch):
             train.run(training(tmp_path / "runs", *own), console=QUIET)
         cv2.imwrite(str(path), np.full((48, 64), 1, np.uint8))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("split", "trained_on"), [("training", 2), ("validation", 0)])
+def test_validation_on_training_images_is_said_and_recorded(tmp_path, split, trained_on):
+    """An overfit check is one, and a slip of the split is another thing; neither passes for a test score."""
+    said = io.StringIO()
+    own = ("train.iters=1", "train.keep=best", f"train.validation_split={split}")
+    done = train.run(training(tmp_path, *own), console=Console(file=said, width=400))
+    assert done["validated_on"] == {"split": split, "images": 2, "trained_on": trained_on}
+    warned = f"train.validation_split={split}: 2 of 2 validation images are training images too" in said.getvalue()
+    assert warned == bool(trained_on)
+    assert ("2 of which were trained on" in done["kept"]["chosen_on"]) == bool(trained_on)
 
 
 @pytest.mark.parametrize("mode", ["quiet", "json"])

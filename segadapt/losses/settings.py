@@ -4,7 +4,7 @@ N images   C classes
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -38,6 +38,15 @@ class ClassWeights(NamedTuple):
             for name, values in found.items()
             if values is not None
         }
+
+    @staticmethod
+    def read(found: Mapping[str, Mapping[str, float]]) -> "ClassWeights":
+        """What `shown` gave."""
+        weights, pixels = (list(found[name].values()) if name in found else None for name in ("weight", "pixels"))
+        return ClassWeights(
+            None if weights is None else torch.tensor(weights),
+            None if pixels is None else np.array(pixels, np.int64),
+        )
 
 
 def check_losses(losses: LossesSettings, *, iters: int) -> None:

@@ -11,7 +11,6 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from segadapt import stream
 from segadapt.config_training import TrainGenerativeConfig
@@ -56,7 +55,7 @@ def batches(
         first=first * t.batch_size,
         places=places_of_classes(dataset, workers=settings.data.workers) if t.balanced and not plain else None,
     )
-    loader = DataLoader(crops, t.batch_size, num_workers=settings.data.workers, worker_init_fn=stream.one_thread_each)
+    loader = stream.Loader(crops, t.batch_size, workers=settings.data.workers)
     main = torch.device(devices_of(settings.runtime)[0])
     for image_B3ss, label_Bss in loader:
         yield 2 * image_B3ss.to(main, non_blocking=True) - 1, label_Bss.to(main, non_blocking=True)

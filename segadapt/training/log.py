@@ -81,6 +81,10 @@ class Log:
         self._terminal.event("validation", **brief)
         self._since = time.perf_counter()  # a validation is no training
 
+    def summary(self, numbers: Mapping[str, float]) -> None:
+        """What the run has come to, for the W&B copy alone."""
+        self._mirror.summary(numbers)
+
     def state_dict(self) -> dict[str, int]:
         """Bytes of both files, which are on the disk then."""
         return {name: lines.sync() for name, lines in self._lines.items()}

@@ -101,7 +101,9 @@ class Training:
             {name: p for name, p in named.items() if p.requires_grad}, self._optimizer, decay=t.ema_decay
         )
         self.validations: list[dict[str, Any]] = []  # step, scores, iou by class
-        self._kept: dict[str, Tensor] = {}  # weights and buffers on the CPU, see train.keep
+        rules = {"model": "last"} if t.keep == "last" else {"model": "best"}
+        self._rules = rules | ({"model_last": "last"} if t.keep == "both" else {})  # folder: which validation's weights
+        self._kept: dict[str, dict[str, Tensor]] = {}  # rule: weights and buffers on the CPU
 
     # --- what it has come to ---
 
@@ -121,9 +123,14 @@ class Training:
         return max(self.validations, key=lambda found: -1 if math.isnan(found["miou"]) else found["miou"])
 
     @property
+    def last(self) -> dict[str, Any]:
+        """The newest validation."""
+        return self.validations[-1]
+
+    @property
     def kept_scores(self) -> dict[str, Any]:
-        """The validation of the weights that are saved."""
-        return self.best if self.settings.train.keep == "best" else self.validations[-1]
+        """The validation of the weights that are saved as `model`."""
+        return getattr(self, self._rules["model"])
 
     @property
     def _is_over(self) -> bool:
@@ -140,7 +147,7 @@ class Training:
             "buffers": dict(self.segmenter.net.named_buffers()),
             "objective": dict(self._objective.named_buffers()),
             "validations": self.validations,
-            "kept": self._kept,
+            "kept": self._kept.get("best", {}),  # the last ones are those of a step to come
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -149,14 +156,15 @@ class Training:
         for name, module in (("buffers", self.segmenter.net), ("objective", self._objective)):
             for key, buffer in module.named_buffers():
                 buffer.copy_(state[name][key])
-        self.validations, self._kept = state["validations"], state["kept"]
+        self.validations, self._kept = state["validations"], {"best": state["kept"]}
 
-    def save(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write the kept weights; the training is over."""
+    def save(self, path: Path, dtype: torch.dtype) -> None:
+        """Write the kept weights into folders of the run folder; the training is over."""
         segmenter = self._unsharded or self.segmenter
-        segmenter.net.load_state_dict(self._kept)
         segmenter.net.to(dtype)  # pyright: ignore[reportArgumentType]
-        segmenter.eval().save(folder)
+        for folder, rule in self._rules.items():
+            segmenter.net.load_state_dict(self._kept[rule])
+            segmenter.eval().save(path / folder)
 
     # --- the loop ---
 
@@ -254,8 +262,10 @@ class Training:
             scores = metrics.scores(self.world.sum(counts_CC))
             found = {"step": self.step, "miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc}
             self.validations.append({**found, "iou": scores.iou_C.tolist()})
-            if self.world.is_main and self.kept_scores is self.validations[-1]:
-                self._kept = {name: value.to("cpu", copy=True) for name, value in segmenter.net.state_dict().items()}
+            kept = [rule for rule in self._rules.values() if getattr(self, rule) is self.last]
+            if self.world.is_main and kept:
+                now = {name: value.to("cpu", copy=True) for name, value in segmenter.net.state_dict().items()}
+                self._kept |= dict.fromkeys(kept, now)
         if self.log is not None:
             self.log.validation(found, loss)
 

@@ -56,13 +56,14 @@ def check_settings(settings: TrainConfig | TrainGenerativeConfig) -> None:
         check_range("train.broad", settings.train.broad, "grain_min_px", "grain_max_px")
 
 
-def found_folder(settings: TrainConfig | TrainGenerativeConfig) -> RunFolder:
-    """The run's folder, made if need be. UserError: it is another run's."""
+def found_folder(settings: TrainConfig | TrainGenerativeConfig, *, make: bool = True) -> RunFolder:
+    """The run's folder, made if need be unless make=False. UserError: it is another run's."""
     return RunFolder.open(
         settings.logging.root,
         settings.experiment.name,
         run_id=settings.experiment.id,
         settings=without(asdict(settings), FREE),
+        make=make,
     )
 
 

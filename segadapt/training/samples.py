@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from segadapt.config_training import TrainConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.errors import UserError
 from segadapt.seeds import numpy_generator
-from segadapt.stream import one_thread_each, raising
+from segadapt.stream import Loader, raising
 from segadapt.training import sizes
 from segadapt.training.order import Order, places_of_classes
 from segadapt.training.sizes import Batch, TrainingCrop
@@ -79,15 +78,9 @@ def batches(
 
     UserError: a broken file, as it was raised.
     """
-    loader = DataLoader(
-        samples,
-        batch_sampler=stretches,  # pyright: ignore[reportArgumentType]
-        num_workers=workers,
-        collate_fn=samples.collate,
-        pin_memory=is_pinned,
-        worker_init_fn=one_thread_each,
+    return raising(
+        Loader(samples, batch_sampler=stretches, workers=workers, collate_fn=samples.collate, pin_memory=is_pinned)
     )
-    return raising(loader)
 
 
 def check_transforms(settings: TrainConfig) -> None:

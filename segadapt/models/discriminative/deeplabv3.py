@@ -69,9 +69,6 @@ class PyramidHead(nn.Module):
         self.classifier = Classifier(size, config.num_labels or 0)
 
     def forward(self, x_BDhw: Tensor) -> Tensor:
-        if self.pool.bn.training and len(x_BDhw) == 1 and isinstance(self.pool.bn, nn.BatchNorm2d):
-            raise UserError("model.discriminative.family=segadapt_deeplabv3 pools whole images, and BatchNorm has no "
-                            "statistics of a single one: expected a train.batch_size of 2 or more.")  # fmt: skip
         pooled_BDhw = self.pool(x_BDhw.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *x_BDhw.shape[2:])
         branches = [branch(x_BDhw) for branch in self.branches]
         return self.classifier(self.dropout(self.refine(self.project(torch.cat([*branches, pooled_BDhw], dim=1)))))

@@ -52,6 +52,7 @@ class Family:
     frozen: Callable[[Any], tuple[str, ...]] = lambda _: ()  # of a config: modules that training leaves as they are
     has_auxiliary: bool = False  # in train mode it gives Outputs.auxiliary_BChw
     auxiliary_head: str | None = None  # a module that nothing but the auxiliary loss reads
+    pools_images: bool = False  # a BatchNorm sees one vector an image, of which a single image has no statistics
 
 
 def segformer_outputs(net: Any, pixels_B3HW: Tensor) -> Outputs:
@@ -159,6 +160,7 @@ FAMILIES: dict[str, Family] = {
         lambda _: resnet_names,
         has_auxiliary=True,
         auxiliary_head="auxiliary_head",
+        pools_images=True,
     ),
     "segadapt_hrnet": Family(
         HrnetConfig,

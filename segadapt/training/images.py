@@ -1,0 +1,79 @@
+"""The images of a segmenter's training: those that it draws from, and those that it is validated on."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from segadapt import stream
+from segadapt.config_training import TrainConfig
+from segadapt.datasets import Dataset, Task
+from segadapt.errors import UserError
+from segadapt.losses import ClassWeights, class_weights_of
+from segadapt.stream import Entry
+from segadapt.training.preparation import labelled_split
+
+
+@dataclass(frozen=True)
+class Images:
+    """Listed, and no file of them opened.
+
+    Attributes:
+        dataset, drawn: the training split, and its images.
+        held_out, entries: the validation split, and the images of a validation in order.
+        num_shared: of `entries`, those that are in `drawn` too.
+        origin: hashes of keys, order and sizes, which a run that goes on must find unchanged.
+    """
+
+    dataset: Dataset
+    drawn: list[Entry]
+    held_out: Dataset
+    entries: list[Entry]
+    num_shared: int
+    origin: dict[str, Any]
+
+
+def list_images(settings: TrainConfig) -> Images:
+    """The images of the settings. UserError: no labels, no image, or classes of which nothing could be learned."""
+    data, t = settings.data, settings.train
+    dataset, held_out = labelled_split(settings, data.split), labelled_split(settings, t.validation_split)
+    if len(dataset.classes) < 2:
+        raise UserError(f"data.classes={data.classes} has one class: a softmax over it is always right, and "
+                        "nothing would be learned. Name the background as a class too.")  # fmt: skip
+    drawn = [Entry(Task(0), key) for key in dataset.keys(Task(0))]
+    entries = stream.order(held_out, Task(0), seed=settings.experiment.seed, shuffle=True, limit=t.validation_images)
+    known = {_name(dataset, data.split, entry) for entry in drawn}
+    return Images(
+        dataset,
+        drawn,
+        held_out,
+        entries,
+        num_shared=sum(_name(held_out, t.validation_split, entry) in known for entry in entries),
+        origin={
+            "training": {"images": len(drawn), "keys_sha256": stream.order_hash(drawn)},
+            "validation_order_sha256": stream.order_hash(entries),
+            "manifest_sha256": {"training": stream.manifest_hash(dataset, drawn),
+                                "validation": stream.manifest_hash(held_out, entries)},
+        },
+    )  # fmt: skip
+
+
+def _name(dataset: Dataset, split: str, entry: Entry) -> tuple[str, str]:
+    """Of an image: its path, whatever the split; or the key of a drawn one within its split."""
+    source = dataset.source(entry.task, entry.key)
+    return ("" if source.is_file else split), source.image
+
+
+def shared_line(settings: TrainConfig, images: Images) -> str:
+    """What is said of validation images that are trained on: an overfit check, or a slip that flatters every score."""
+    split, count = settings.train.validation_split, len(images.entries)
+    return (f"train.validation_split={split}: {images.num_shared} of {count} validation images are training images "
+            "too; their scores say how well these were learned, not how others are segmented. Set "
+            "train.validation_split to a split of its own, unless that is meant.")  # fmt: skip
+
+
+def read_labels(settings: TrainConfig, images: Images) -> ClassWeights:
+    """Look at every file once, and weigh the classes. UserError: a damaged file, or a label that cannot be."""
+    workers = settings.data.workers
+    for dataset, entries in ((images.dataset, images.drawn), (images.held_out, images.entries)):
+        stream.verify(dataset, entries, workers=workers)
+    keys = [entry.key for entry in images.drawn]
+    return class_weights_of(settings.train.losses, images.dataset, keys, workers=workers)
