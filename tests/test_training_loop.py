@@ -239,7 +239,7 @@ def scripted(monkeypatch, hits: list[float]) -> list[dict]:
         seen.append({name: value.clone() for name, value in segmenter.net.state_dict().items()})
         return counts_CC
 
-    monkeypatch.setattr(loop.scoring, "count", count)
+    monkeypatch.setattr(images.scoring, "count", count)
     return seen
 
 

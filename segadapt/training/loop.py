@@ -1,34 +1,31 @@
-"""The loop of a segmenter's training, and all that it moves.
+"""The loop of a segmenter's training, or a classifier's, and all that it moves.
 
-B images of a micro-batch   3 RGB   H W crop px   C classes   iou a fraction a class
+B images of a micro-batch   3 RGB   H W crop px   labels: [B, H, W] of a segmenter, targets [B, C] of a classifier
 """
 
 import math
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from segadapt import metrics, scoring, stream
 from segadapt.checkpoint import Checkpoints
+from segadapt.config_pretraining import PretrainConfig, PretrainSettings
 from segadapt.config_training import TrainConfig, TrainSettings
-from segadapt.datasets import Dataset
 from segadapt.errors import UserError
-from segadapt.losses import Objective
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.precision import autocast
 from segadapt.seeds import derive
 from segadapt.signals import Asked, Stopped
 from segadapt.training.log import LOG_EVERY, Log
-from segadapt.training.optimizer import build_optimizer, set_rates
+from segadapt.training.optimizer import build_optimizer, parameter_groups, set_rates
 from segadapt.training.parallel import World, clip, spread, synchronised, whole
-from segadapt.training.samples import TrainingSamples, batches
-from segadapt.training.sizes import Batch
+from segadapt.training.samples import Samples, batches
 from segadapt.training.state import TrainingState
 
 
@@ -49,8 +46,14 @@ class Learner(nn.Module):
 
 
 def steps_of(
-    samples: TrainingSamples, t: TrainSettings, world: World, *, first: int, workers: int, is_pinned: bool = False
-) -> Iterator[Sequence[Batch]]:
+    samples: Samples,
+    t: TrainSettings | PretrainSettings,
+    world: World,
+    *,
+    first: int,
+    workers: int,
+    is_pinned: bool = False,
+) -> Iterator[Sequence[Any]]:
     """The micro-batches of this process, step by step, from step `first` on.
 
     Step i takes the items i B .. i B + B - 1 of the samples, whatever the number of processes and micro-batches: each
@@ -67,40 +70,55 @@ def steps_of(
     yield from zip(*[read] * t.accumulate, strict=True)
 
 
+class Examination(Protocol):
+    """How the weights are validated.
+
+    Attributes:
+        chosen_by: of the scores the one that is highest for the best weights.
+    """
+
+    chosen_by: str
+
+    def __call__(self, segmenter: Any) -> dict[str, Any]:
+        """Scores by name, the same in all processes, of a net in eval mode that all of them ask together."""
+        ...
+
+
 class Training:
     """Weights, their average, optimizer, objective and scores so far; `fit` moves them.
 
     Args:
         unsharded: a copy that holds the weights where FSDP shards those of the segmenter; else None.
-        entries: images of a validation, shared among the processes.
+        objective: a losses.Objective, or another module with its methods.
         log: None in all processes but the first.
+        groups_of: see build_optimizer.
     """
 
     def __init__(
         self,
-        settings: TrainConfig,
+        settings: TrainConfig | PretrainConfig,
         segmenter: NetSegmenter,
         unsharded: NetSegmenter | None,
-        objective: Objective,
-        held_out: Dataset,
-        entries: Sequence[stream.Entry],
+        objective: Any,
+        examine: Examination,
         world: World,
         log: Log | None,
+        *,
+        groups_of: Callable[..., list[dict[str, Any]]] = parameter_groups,
     ):
         self.settings, self.segmenter, self.world, self.log = settings, segmenter.train(), world, log
-        self._unsharded, self._objective, self._held_out = unsharded, objective, held_out
-        self._entries = list(entries[world.rank :: world.size])
+        self._unsharded, self._objective, self._examine = unsharded, objective, examine
         self._device, t = next(segmenter.net.parameters()).device, settings.train
         precision, is_compiled = settings.runtime.precision, bool(settings.runtime.compile)
         learner = Learner(segmenter, objective.to(self._device), precision=precision, is_compiled=is_compiled)
         self._learner = spread(learner, segmenter.net, world)  # before the optimizer: FSDP makes new parameters
         own = {f"objective.{name}": p for name, p in objective.named_parameters()}
         named = segmenter.parameters() | own
-        self._optimizer = build_optimizer(segmenter, t.optimizer, more=own.values())
+        self._optimizer = build_optimizer(segmenter, t.optimizer, more=own.values(), groups_of=groups_of)
         self.state = TrainingState(
             {name: p for name, p in named.items() if p.requires_grad}, self._optimizer, decay=t.ema_decay
         )
-        self.validations: list[dict[str, Any]] = []  # step, scores, iou by class
+        self.validations: list[dict[str, Any]] = []  # step and scores
         rules = {"model": "last"} if t.keep == "last" else {"model": "best"}
         self._rules = rules | ({"model_last": "last"} if t.keep == "both" else {})  # folder: which validation's weights
         self._kept: dict[str, dict[str, Tensor]] = {}  # rule: weights and buffers on the CPU
@@ -119,8 +137,9 @@ class Training:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The first validation of the highest mIoU; NaN is below all."""
-        return max(self.validations, key=lambda found: -1 if math.isnan(found["miou"]) else found["miou"])
+        """The first validation of the highest score; NaN is below all."""
+        name = self._examine.chosen_by
+        return max(self.validations, key=lambda found: -1 if math.isnan(found[name]) else found[name])
 
     @property
     def last(self) -> dict[str, Any]:
@@ -168,7 +187,7 @@ class Training:
 
     # --- the loop ---
 
-    def fit(self, samples: TrainingSamples, checkpoints: Checkpoints, asked: Asked, more: Mapping[str, Any]) -> None:
+    def fit(self, samples: Samples, checkpoints: Checkpoints, asked: Asked, more: Mapping[str, Any]) -> None:
         """Steps until the last one, or until patience is at its end.
 
         Args:
@@ -204,7 +223,7 @@ class Training:
                 said = f"{name} after step {step} of {t.iters}; the same command goes on from there"
                 raise Stopped(signal.Signals(signum), said)
 
-    def _step(self, micro_batches: Sequence[Batch], *, is_read: bool) -> dict[str, Any]:
+    def _step(self, micro_batches: Sequence[Any], *, is_read: bool) -> dict[str, Any]:
         """One step of the optimizer; its numbers if they are read.
 
         Each micro-batch's mean counts by its share of what the whole step's mean divides by, the labelled pixels, so
@@ -256,12 +275,10 @@ class Training:
         return {"loss": loss, "terms": dict(zip(names[1:], means[1:].tolist(), strict=True)), "grad_norm": grad_norm}
 
     def _validate(self, loss: float) -> None:
-        """Score the weights that would be saved, as `evaluate` does, and keep them if they are the ones."""
+        """Score the weights that would be saved, and keep them if they are the ones."""
         with self._evaluated() as segmenter:
-            counts_CC = scoring.count(segmenter, self._held_out, self._entries, settings=self.settings)
-            scores = metrics.scores(self.world.sum(counts_CC))
-            found = {"step": self.step, "miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc}
-            self.validations.append({**found, "iou": scores.iou_C.tolist()})
+            found = {"step": self.step, **self._examine(segmenter)}
+            self.validations.append(found)
             kept = [rule for rule in self._rules.values() if getattr(self, rule) is self.last]
             if self.world.is_main and kept:
                 now = {name: value.to("cpu", copy=True) for name, value in segmenter.net.state_dict().items()}

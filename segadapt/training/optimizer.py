@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from segadapt.config_pretraining import PretrainSettings
 from segadapt.config_training import TrainOptimizerSettings, TrainSettings
 from segadapt.errors import UserError
 from segadapt.models.discriminative.segmenter import NetSegmenter
@@ -40,37 +41,68 @@ def parameter_groups(
         name = "head" if id(parameter) in head else "encoder norms" if id(parameter) in norms else "encoder"
         groups[name].append(parameter)
     groups["head"] += more
-    factor, decay = {"head": settings.head_lr_factor}, {"encoder norms": 0.0}
+    return _as_groups(groups, settings, without_decay=("encoder norms",))
+
+
+def classifier_groups(
+    segmenter: NetSegmenter, settings: TrainOptimizerSettings, *, more: Iterable[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
+    """As `parameter_groups`, but only matrices and convolutions are decayed: no norm and no bias, nor the head's."""
+    head = {id(parameter) for parameter in segmenter.head_parameters().values()}
+    groups = {"encoder": [], "encoder norms and biases": [], "head": [], "head bias": []}
+    for parameter in segmenter.parameters().values():
+        decayed, others = ("head", "head bias") if id(parameter) in head else ("encoder", "encoder norms and biases")
+        groups[decayed if parameter.ndim > 1 else others].append(parameter)
+    groups["head"] += more
+    return _as_groups(groups, settings, without_decay=("encoder norms and biases", "head bias"))
+
+
+def _as_groups(
+    groups: Mapping[str, list[nn.Parameter]], settings: TrainOptimizerSettings, *, without_decay: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """What moves of them, those of the head at its own rate."""
     moving = {name: [p for p in params if p.requires_grad] for name, params in groups.items()}
+    rates = {name: settings.lr * (settings.head_lr_factor if _is_head(name) else 1) for name in groups}
     return [
         {
             "params": params,
             "name": name,
-            "base_lr": settings.lr * factor.get(name, 1),
-            "lr": settings.lr * factor.get(name, 1),
-            "weight_decay": decay.get(name, settings.weight_decay),
+            "base_lr": rates[name],
+            "lr": rates[name],
+            "weight_decay": 0.0 if name in without_decay else settings.weight_decay,
         }
         for name, params in moving.items()
         if params
     ]
 
 
-def build_optimizer(
-    segmenter: NetSegmenter, settings: TrainOptimizerSettings, *, more: Iterable[nn.Parameter] = ()
-) -> torch.optim.Optimizer:
-    """Over `parameter_groups`, fused on CUDA.
+def _is_head(group: str) -> bool:
+    return group.startswith("head")
 
-    UserError: nothing moves.
+
+def build_optimizer(
+    segmenter: NetSegmenter,
+    settings: TrainOptimizerSettings,
+    *,
+    more: Iterable[nn.Parameter] = (),
+    groups_of: Callable[..., list[dict[str, Any]]] = parameter_groups,
+) -> torch.optim.Optimizer:
+    """Over the groups, fused on CUDA.
+
+    Args:
+        groups_of: parameter_groups or classifier_groups.
+    Raises:
+        UserError: nothing moves.
     """
-    groups = parameter_groups(segmenter, settings, more=more)
+    groups = groups_of(segmenter, settings, more=more)
     if not groups:
         raise UserError("model.discriminative: every parameter is frozen; expected some that train. Unfreeze a part.")
     return OPTIMIZERS[settings.name](groups, settings, groups[0]["params"][0].is_cuda)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, t: int, train: TrainSettings) -> Mapping[str, float]:
+def set_rates(optimizer: torch.optim.Optimizer, t: int, train: TrainSettings | PretrainSettings) -> Mapping[str, float]:
     """Give each group its rate of step t (from 0); returns the rates by group."""
     for group in optimizer.param_groups:
-        is_encoder = group["name"] != "head"
-        group["lr"] = rate(t, group["base_lr"], train.schedule, iters=train.iters, is_encoder=is_encoder)
+        own = {"iters": train.iters, "is_encoder": not _is_head(group["name"])}
+        group["lr"] = rate(t, group["base_lr"], train.schedule, **own)
     return {group["name"]: group["lr"] for group in optimizer.param_groups}

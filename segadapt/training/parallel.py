@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from segadapt.config_pretraining import PretrainConfig
 from segadapt.config_training import TrainConfig
 from segadapt.errors import UserError
 
@@ -81,7 +82,7 @@ class World:
 
 
 @contextmanager
-def joined(settings: TrainConfig) -> Iterator[World]:
+def joined(settings: TrainConfig | PretrainConfig) -> Iterator[World]:
     """The processes that torchrun has started, at work together inside.
 
     UserError: settings and torchrun do not say the same, or the batch cannot be divided.
