@@ -43,7 +43,7 @@ def make_classifier(
     *,
     seed: int,
     device: torch.device,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: bool = False,
 ) -> Classifier:
     """With random weights, which depend on the seed alone. UserError: see load.config_of.
 
@@ -53,7 +53,7 @@ def make_classifier(
     made = config_of(FAMILY, {**config, "id2label": dict(enumerate(classes))}, len(classes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = SegformerForImageClassification(made)  # pyright: ignore[reportArgumentType]
+        net: Any = SegformerForImageClassification(made)  # pyright: ignore[reportArgumentType]
     return Classifier(net.to(device), gradient_checkpointing=gradient_checkpointing)
 
 
