@@ -151,15 +151,15 @@ def plot(curves: Sequence[Curve], *, kind: str) -> bytes:
         for name, style in (("last", "o-"), ("best", "s:")):
             scores = [[100 * score for score in getattr(point, name).values()] for point in curve.points]
             means = [statistics.fmean(values) for values in scores]
-            ends = [[mean - min(values) for mean, values in zip(means, scores, strict=True)],
-                    [max(values) - mean for mean, values in zip(means, scores, strict=True)]]  # fmt: skip
+            ends = [[max(0.0, mean - min(values)) for mean, values in zip(means, scores, strict=True)],
+                    [max(0.0, max(values) - mean) for mean, values in zip(means, scores, strict=True)]]  # fmt: skip
             x = [point.x for point in curve.points]
             label = f"{title}: {name}"
             axes.errorbar(x, means, ends, fmt=style, color=f"C{colour}", markersize=4, capsize=2, label=label)
     ticks = sorted({point.x for curve in curves for point in curve.points})
     images = {point.x: point.images for curve in curves for point in curve.points}
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"1/{x}\n{images[x]}" for x in ticks])
+    axes.set_xticks(ticks, [f"{'all' if x == 1 else f'1/{x}'}\n{images[x]}" for x in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="share of the training images, and their number", ylabel="validation mIoU, %")
     axes.grid(alpha=0.3)

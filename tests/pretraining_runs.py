@@ -1,13 +1,16 @@
 """Tiny runs of pretraining: settings, and an image folder of three classes."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
-from image_folders import write
 from quick_settings import quick_settings
 from training_runs import TINY_SEGFORMER
 
 from segadapt.config_pretraining import PretrainConfig
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from image_folder import write
 
 THREE = ("box_plain", "disc_plain", "ring_striped")
 TINY = ("data.workers=0", "runtime=cpu", "model/discriminative=toytown_scratch", TINY_SEGFORMER,

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_folders import write
-from pretraining_runs import SMALL_IMAGES, THREE, pretraining, three_classes, tiny
+from pretraining_runs import SMALL_IMAGES, THREE, pretraining, three_classes, tiny, write
 from safetensors.torch import load_file
 from training_runs import QUIET, Cut, files_of, lines_of, training
 

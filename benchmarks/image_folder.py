@@ -1,9 +1,9 @@
-"""A folder of drawn images, one folder a class: shape and stripes tell the class, place, size and colours do not.
+"""A folder of drawn images, one folder a class: shape and stripes tell the class; place, size and colours do not.
 
-python tests/image_folders.py ROOT TRAIN VALIDATION [SIDE_PX] writes that many images of each class.
+python benchmarks/image_folder.py ROOT --train 400 --val 50 --side-px 72
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import cv2
@@ -53,5 +53,16 @@ def write(root: Path, *, train: int, val: int, side_px: int = 48, classes: tuple
     return root
 
 
+def main() -> None:
+    """So many images of each class."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--train", type=int, default=400)
+    parser.add_argument("--val", type=int, default=50)
+    parser.add_argument("--side-px", type=int, default=72)
+    a = parser.parse_args()
+    write(a.root, train=a.train, val=a.val, side_px=a.side_px)
+
+
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), train=int(sys.argv[2]), val=int(sys.argv[3]), side_px=int((sys.argv[4:] or ["48"])[0]))
+    main()
