@@ -6,17 +6,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from foreign_segformer import DEPTHS, HEADS, WIDTHS, nvidia_state
+from PIL import Image
 from pretraining_runs import SMALL_IMAGES, THREE, pretraining, three_classes, tiny, write
 from safetensors.torch import load_file
 from training_runs import QUIET, Cut, files_of, lines_of, training
+from transformers import SegformerForImageClassification
 
 from segadapt import pretrain, train
 from segadapt.datasets.toytown import CLASSES
 from segadapt.errors import UserError
 from segadapt.models.discriminative.keymaps import encoder_names, nvidia_names
+from segadapt.models.discriminative.load import make_segmenter
 from segadapt.pretrain import OFFICIAL
 from segadapt.training import loop
 from segadapt.training.classification import SoftCrossEntropy, make_classifier, ranks
@@ -129,10 +134,33 @@ def test_what_a_run_leaves(whole):
     assert config["architectures"] == ["SegformerForImageClassification"]
 
 
+def test_the_accuracy_is_that_of_the_saved_classifier_on_each_image(whole):
+    net = SegformerForImageClassification.from_pretrained(whole / "model").eval()
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    right = []
+    for path in sorted((whole.parents[1] / "images" / "val").glob("*/*.png")):
+        resized_HW3 = cv2.resize(np.asarray(Image.open(path)), (32, 32), interpolation=cv2.INTER_CUBIC)
+        pixels = torch.from_numpy((resized_HW3 / 255 - mean) / std).permute(2, 0, 1)[None].float()
+        right.append(int(net(pixels).logits.argmax()) == THREE.index(path.parent.name))
+    results = json.loads((whole / "results.json").read_text())
+    assert results["validation"]["top1"] == pytest.approx(np.mean(right))
+
+
 def test_a_finished_run_is_left_as_it_is(whole, monkeypatch):
     monkeypatch.setattr(pretrain, "make_classifier", None)
     settings = pretraining(whole.parents[1], *SMALL_IMAGES, *ONE)
     assert pretrain.run(settings, console=QUIET)["folder"] == str(whole)
+
+
+def test_official_names_are_those_of_nvidias_own_code(tmp_path):
+    config = {"depths": list(DEPTHS), "hidden_sizes": list(WIDTHS), "num_attention_heads": list(HEADS)}
+    make_segmenter("segformer", config, 3).save(tmp_path)
+    file = load_file(tmp_path / "model.safetensors")
+    theirs = {name.removeprefix("backbone."): value for name, value in nvidia_state(file).items()
+              if name.startswith("backbone.")}  # fmt: skip
+    mine = nvidia_names({name: value for name, value in file.items() if not name.startswith("decode_head.")})
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
 
 
 def test_official_names_hold_the_same_weights_and_lead_back(whole):
@@ -231,7 +259,8 @@ def test_it_learns_ten_classes(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_does(tmp_path, kind):
     """Without mixing, whose pairs are of a micro-batch; validation images are shared out."""
     own = [*SMALL_IMAGES, "train.transforms.mixing=0", "train.optimizer.lr=0.01", "experiment.id=one",
            "train.schedule.decay=constant", "train.schedule.min_lr=0",
@@ -249,8 +278,8 @@ pretrain.run(pretraining(sys.argv[1], *sys.argv[2:]), console=QUIET)
         root = tmp_path / str(processes)
         three_classes(root)
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        kind = ["train.parallel=ddp"] if processes > 1 else []
-        command = [sys.executable, *(torchrun if kind else []), str(tmp_path / "run.py"), str(root), *own, *kind]
+        spread = [f"train.parallel={kind}"] if processes > 1 else []
+        command = [sys.executable, *(torchrun if spread else []), str(tmp_path / "run.py"), str(root), *own, *spread]
         path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, timeout=300)
         folder = root / "pretrain" / "one"
