@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 
-from segadapt import __version__, config, config_data, config_training
+from segadapt import __version__, config, config_data, config_pretraining, config_training
 from segadapt.errors import UserError, did_you_mean
 from segadapt.machine import check_versions, fault_of
 from segadapt.parse import explain, methods_as_files, parse
@@ -31,6 +31,8 @@ VERBS: dict[str, tuple[str, type, str, str]] = {
     "convert": ("convert", config_data.ConvertConfig, "segadapt.convert:run", "labels of colours or greys to ids"),
     "split": ("split", config_data.SplitConfig, "segadapt.split:run", "lists of keys for training and validation"),
     "train": ("train", config_training.TrainConfig, "segadapt.train:run", "train a segmenter"),
+    "pretrain": ("pretrain", config_pretraining.PretrainConfig, "segadapt.pretrain:run",
+                 "train the encoder of a SegFormer as a classifier"),
     "train-generative": (
         "train_generative", config_training.TrainGenerativeConfig, "segadapt.train_generative:run",
         "train a small teacher"),

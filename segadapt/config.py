@@ -414,12 +414,14 @@ class AlignConfig:
 class ResultsConfig:
     runs: list[str] = setting("run folders, and folders of run folders")
     table: str = setting(
-        "a row a method, a column a task, with gains; or a row a run, the best first, a table each data set and rule",
-        choices=("gains", "ranked"),
+        "a row a method, a column a task, with gains; or a row a run, the best first, a table each data set and rule; "
+        "or of trainings a row a data.subset",
+        choices=("gains", "ranked", "subsets"),
     )
     against: str = setting("table=gains: method whose row the gains are against")
     format: str = setting("of the text", choices=("markdown", "csv", "latex", "json"))
     resamples: int = setting("table=gains: of the bootstrap; 0: no intervals", low=0)
+    plot: str | None = setting("table=subsets: file of a plot of mIoU against data.subset, *.svg or *.png; null: none")
     output: str | None = setting("file; null: the terminal")
 
 

@@ -188,8 +188,10 @@ class TrainOptimizerSettings:
     lr: float = setting("learning rate of the encoder, which the schedule starts from", low=0)
     head_lr_factor: float = setting("times lr for the head, and for the losses' own parameters", low=0)
     weight_decay: float = setting("decoupled for adamw; none for what `undecayed` names", low=0)
-    undecayed: str = setting("norms of the encoder; or all norms, embeddings and tables of positions",
-                             choices=("encoder_norms", "norms_and_embeddings"))  # fmt: skip
+    undecayed: str = setting(
+        "norms of the encoder; all norms, embeddings and tables of positions; or all norms and biases",
+        choices=("encoder_norms", "norms_and_embeddings", "norms_and_biases"),
+    )
     beta1: float = setting("adamw", low=0, high=BELOW_ONE)
     beta2: float = setting("adamw", low=0, high=BELOW_ONE)
     eps: float = setting("adamw", low=0)

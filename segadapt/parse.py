@@ -216,7 +216,7 @@ def _check_fields_together(config: Any) -> None:
                 f"tta.optimizer.accumulate={tta.optimizer.accumulate}, but each image is alone (tta.method="
                 f"{tta.method}, tta.episodic={tta.episodic}): no step would be taken. Set it to 1."
             )
-    if hasattr(config, "model") and hasattr(config, "data"):
+    if hasattr(config, "model") and hasattr(getattr(config, "data", None), "short_side_px"):
         _check_short_sides(config)
     if hasattr(config, "evaluate"):
         rules.check(config)

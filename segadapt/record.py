@@ -37,6 +37,7 @@ RESULTS = (
     "adapted",
     "model",
     "model_last",
+    "mit.safetensors",
     "records.jsonl",
     "timings.jsonl",
     "checkpoint.safetensors",

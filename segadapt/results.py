@@ -1,6 +1,7 @@
 """The verb `results`: any set of run folders to tables, a row a method, a column a task; one table a protocol.
 
-With table=ranked a row a run instead, see ranking.py.
+With table=ranked a row a run instead, see ranking.py; with table=subsets a row a part of the training images, see
+subsets.py.
 
 T tasks   S seeds
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from segadapt import ranking
+from segadapt import ranking, subsets
 from segadapt.config import ResultsConfig
 from segadapt.corruptions import COMMON, EXTRA
 from segadapt.errors import UserError, did_you_mean
@@ -26,6 +27,7 @@ from segadapt.tables import FORMATS, Row, Table
 SEEDS = ("experiment.seed", "data.corruption_seed")
 ANYWHERE = ("data.data_root", "data.corruptions", *SEEDS)  # the same data elsewhere; its tasks in other folders
 RULE = "evaluate."  # settings of the rule by which a run scores; none: that of `adapt`
+OF_TRAIN = "train.losses."  # which only `train` has
 OTHER_VERBS = ("train.", "diagnose.")  # their run folders are passed over
 
 
@@ -37,8 +39,17 @@ def run(settings: ResultsConfig) -> None:
     """
     if settings.against not in METHODS:
         raise UserError(f"against={settings.against} is not a method.{did_you_mean(settings.against, METHODS)}")
-    folders = run_folders(settings.runs)
-    if settings.table == "ranked":
+    plot = None if settings.plot is None else Path(settings.plot).expanduser()
+    if plot is not None and (settings.table != "subsets" or plot.suffix not in subsets.KINDS):
+        raise UserError(f"plot={plot} with table={settings.table}: expected a file {' or '.join(subsets.KINDS)} with "
+                        "table=subsets. Correct the name, or leave it out.")  # fmt: skip
+    folders = run_folders(settings.runs, trained=settings.table == "subsets")
+    if settings.table == "subsets":
+        curves = subsets.build(folders)
+        text = subsets.FORMATS[settings.format](curves)
+        if plot is not None:
+            write_bytes(plot, subsets.plot(curves, kind=plot.suffix[1:]))
+    elif settings.table == "ranked":
         text = ranking.FORMATS[settings.format](ranking.build(folders))
     else:
         runs = [read(folder) for folder in folders]
@@ -53,8 +64,11 @@ def run(settings: ResultsConfig) -> None:
 # --- runs ---
 
 
-def run_folders(given: Iterable[str]) -> list[Path]:
-    """The run folders of adapt and evaluate among these folders and below them. UserError: none, or no folder."""
+def run_folders(given: Iterable[str], *, trained: bool = False) -> list[Path]:
+    """The run folders of adapt and evaluate among these folders and below them, or of `train` if trained.
+
+    UserError: none, or no folder.
+    """
     found = []
     for text in given:
         top = Path(text).expanduser()
@@ -69,10 +83,17 @@ def run_folders(given: Iterable[str]) -> list[Path]:
         if len(found) == before:
             raise UserError(f"{text} holds no run folder (none with settings.json). Name the folder of the runs.")
     unique = list(dict.fromkeys(folder.resolve() for folder in found))
-    kept = [folder for folder in unique if not any(name.startswith(OTHER_VERBS) for name in _settings(folder))]
+    kept = [folder for folder in unique if _is_wanted(_settings(folder), trained=trained)]
     if not kept:
-        raise UserError(f"{unique[0]}: a run of another verb; expected one of adapt or evaluate. Name other folders.")
+        verbs = "train" if trained else "adapt or evaluate"
+        raise UserError(f"{unique[0]}: a run of another verb; expected one of {verbs}. Name other folders.")
     return kept
+
+
+def _is_wanted(settings: dict[str, Any], *, trained: bool) -> bool:
+    if trained:
+        return any(name.startswith(OF_TRAIN) for name in settings)
+    return not any(name.startswith(OTHER_VERBS) for name in settings)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from rich.console import Console
 from segadapt import __version__
 from segadapt.checkpoint import Checkpoints
 from segadapt.config import RunConfig
+from segadapt.config_pretraining import PretrainConfig
 from segadapt.record import RunFolder, refuse_changes
 from segadapt.untrusted import read_json
 
@@ -31,7 +32,7 @@ def finished_results(folder: RunFolder, origin: Mapping[str, Any]) -> dict[str, 
 def earlier_state(
     checkpoints: Checkpoints,
     folder: RunFolder,
-    settings: RunConfig,
+    settings: RunConfig | PretrainConfig,
     origin: Mapping[str, Any],
     console: Console,
     *,

@@ -6,7 +6,6 @@ B images of a micro-batch   3 RGB   H W crop px   C classes
 import copy
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -24,19 +23,17 @@ from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.set_up import fingerprint, set_up
 from segadapt.protocol import peak_memory_gib, versions, without
 from segadapt.record import RunFolder, refuse_changes, write_json
-from segadapt.resume import ANEW, earlier_state, finished_results
+from segadapt.resume import ANEW, earlier_state
 from segadapt.signals import Stopped, noted_signals
 from segadapt.terminal import Terminal, open_terminal, percent
-from segadapt.training.images import Images, list_images, read_labels, shared_line
-from segadapt.training.log import Log
+from segadapt.training.begin import check_loop, look, make_folder, open_log, refuse_other_disks
+from segadapt.training.images import Images, PixelScores, list_images, read_labels, shared_line
 from segadapt.training.loop import Training
 from segadapt.training.parallel import World, joined, refuse_parts
 from segadapt.training.pipeline import refuse_pipeline
-from segadapt.training.preparation import cached, check_settings, found_folder
+from segadapt.training.preparation import cached, check_settings
 from segadapt.training.preview import write_preview
 from segadapt.training.samples import build_samples
-from segadapt.training.schedule import check_schedule
-from segadapt.wandb_mirror import mirrored
 
 
 def run(settings: TrainConfig, *, console: Console | None = None) -> dict[str, Any]:
@@ -71,20 +68,8 @@ def run(settings: TrainConfig, *, console: Console | None = None) -> dict[str, A
 def check_training(settings: TrainConfig) -> None:
     """UserError: settings of the loop that contradict each other or have no effect."""
     t = settings.train
-    check_schedule(t.schedule, iters=t.iters)
+    check_loop(t)
     check_losses(t.losses, iters=t.iters)
-    validations = -(-t.iters // t.validate_every)
-    if t.patience >= validations:
-        raise UserError(f"train.patience={t.patience}, but there are {validations} validations (train.iters={t.iters}, "
-                        f"train.validate_every={t.validate_every}): it would have no effect. Validate more often, or "
-                        "set train.patience=0.")  # fmt: skip
-    lowest = t.optimizer.lr * min(1, t.optimizer.head_lr_factor)
-    if t.schedule.decay in ("poly", "cosine") and t.schedule.min_lr > lowest:
-        raise UserError(f"train.schedule.min_lr={t.schedule.min_lr} is above {lowest:g}, where a rate starts: it would "
-                        "rise. Lower it, or raise train.optimizer.lr.")  # fmt: skip
-    if t.checkpoint_every is not None and t.checkpoint_every > t.iters:
-        raise UserError(f"train.checkpoint_every={t.checkpoint_every} is above train.iters={t.iters}: it would have no "
-                        "effect. Lower it, or set it to null.")  # fmt: skip
 
 
 def build(
@@ -144,33 +129,10 @@ def _run(settings: TrainConfig, world: World, terminal: Terminal) -> dict[str, A
     """What is finished, or the training from its start or its last checkpoint."""
     images = list_images(settings)
     with ExitStack() as stack:
-        found = _look(settings, images, stack) if world.is_main else None
-        folder, is_new, results = world.of_main(found)  # the others begin once it is the first one's
+        folder, is_new, results = look(settings, images.origin, world, terminal, stack)
         if results is None:
             return _train(settings, world, terminal, folder, images, stack, is_new=is_new)
-        terminal.console.print(f"{folder.path} is finished; experiment.restart=true would start anew",
-                               highlight=False, soft_wrap=True)  # fmt: skip
-        return results | {"folder": str(folder.path)}
-
-
-def _look(settings: TrainConfig, images: Images, stack: ExitStack) -> tuple[RunFolder, bool, dict[str, Any] | None]:
-    """The run's folder, whether it has yet to be made, and its results if it is finished. One that is there is locked.
-
-    The results are of these settings and images; the network that they began with is not built again.
-    """
-    folder = found_folder(settings, make=False)
-    if is_new := not folder.is_there:
-        return folder, is_new, None
-    stack.enter_context(folder.locked())
-    return folder, is_new, None if settings.experiment.restart else finished_results(folder, images.origin)
-
-
-def _make(settings: TrainConfig, folder: RunFolder, stack: ExitStack) -> None:
-    """Make the run's folder and lock it, once all that can be refused is found right."""
-    if folder.is_there:
-        raise UserError(f"Run folder {folder.path} was begun by another process in the meantime; expected this one "
-                        "alone. Run the same command again.")  # fmt: skip
-    stack.enter_context(found_folder(settings).locked())
+        return results
 
 
 def _train(
@@ -189,14 +151,17 @@ def _train(
     state = None
     if not settings.experiment.restart:
         state = earlier_state(checkpoints, folder, settings, images.origin, terminal.console, unit="step")
-    _refuse_other_disks(world, checkpoints.newest)
+    refuse_other_disks(world, checkpoints.newest)
     segmenter, objective, origin = _built(settings, world, terminal, folder, images, state)
     if world.is_main and is_new:
-        _make(settings, folder, stack)
+        make_folder(settings, folder, stack)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z") if state is None else state["started"]
-    log = _begun(settings, terminal, folder, checkpoints.newest, state, stack) if world.is_main else None
+    log = None
+    if world.is_main:
+        said = {"job_type": "train", "score": ("miou", "mIoU")}
+        log = open_log(settings, terminal, folder, checkpoints.newest, state, stack, **said)
     whole = copy.deepcopy(segmenter) if world.has_parts else None
-    training = Training(settings, segmenter, whole, objective, images.held_out, images.entries, world, log)
+    training = Training(settings, segmenter, whole, objective, PixelScores(settings, images, world), world, log)
     if state is not None:
         training.load_state_dict(state["training"], checkpoints.path_of(checkpoints.newest))
     more = {"origin": {**origin, "segadapt": __version__}, "started": started}
@@ -264,28 +229,6 @@ def _built(
     }  # fmt: skip
 
 
-def _begun(
-    settings: TrainConfig,
-    terminal: Terminal,
-    folder: RunFolder,
-    step: int,
-    state: Any,
-    stack: ExitStack,
-) -> Log:
-    """The folder, cleared unless a state is gone on from after so many steps; the records and the terminal, open."""
-    t = settings.train
-    folder.start_over(asdict(settings), keep=state is not None)
-    terminal.console.print(f"run folder {folder.path}", highlight=False, soft_wrap=True)
-    if state is not None:
-        terminal.console.print(f"goes on after step {step} of {t.iters}", highlight=False)
-    mirror = stack.enter_context(mirrored(settings, folder, job_type="train"))
-    log = stack.enter_context(
-        Log(folder.path, mirror, terminal, iters=t.iters, batch_size=t.batch_size, keep=state, step=step)
-    )
-    log.begin(started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), step=step, segadapt=__version__)
-    return log
-
-
 # --- refused before the first step ---
 
 
@@ -299,10 +242,3 @@ def _refuse_single_images(settings: TrainConfig, world: World, segmenter: NetSeg
                         f"{t.accumulate} is one image a micro-batch; {chosen} pools whole images, and BatchNorm has "
                         "no statistics of a single one: expected 2 or more. Raise train.batch_size, or lower "
                         "train.accumulate or the number of processes.")  # fmt: skip
-
-
-def _refuse_other_disks(world: World, step: int) -> None:
-    """UserError: the first process found a checkpoint that this one does not see."""
-    if (found := world.of_main(step)) != step:
-        raise UserError(f"logging.root: the first process goes on from step {found}, this one from {step}; expected "
-                        "one folder that all hosts share. Set logging.root to such a folder.")  # fmt: skip

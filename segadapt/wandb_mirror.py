@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from segadapt.config import RunConfig
+from segadapt.config_pretraining import PretrainConfig
 from segadapt.config_training import TrainGenerativeConfig
 from segadapt.datasets.labels import IGNORE
 from segadapt.errors import UserError, did_you_mean
@@ -226,7 +227,9 @@ def open_mirror(
 
 
 @contextmanager
-def mirrored(settings: RunConfig | TrainGenerativeConfig, run: RunFolder, *, job_type: str, **more: Any):
+def mirrored(
+    settings: RunConfig | TrainGenerativeConfig | PretrainConfig, run: RunFolder, *, job_type: str, **more: Any
+):
     """The copy of one run, named by its id and experiment; finished however the run ends. Yields a Mirror.
 
     more: shown beside the settings, such as the protocol line.

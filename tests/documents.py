@@ -113,6 +113,9 @@ def write_world(world: Path) -> None:
     _draw(world / "data/release_test/testing", None)
     for split in ("val", "test"):
         _draw_cityscapes(world / "data/cityscapes", split)
+    for split in ("train", "val"):
+        for name in ("n01440764", "n01443537"):
+            _draw(world / f"data/imagenet/{split}" / name, None)
     _draw(world / "photos/images", None)
     _paint(world / "own")
     _draw(world / "streets/photos/test", world / "streets/labels/test", zero_is_ignore=False)

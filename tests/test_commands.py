@@ -30,6 +30,8 @@ NO_NETWORK = "needs the network"
 NO_SLURM = "needs Slurm and Hydra's launcher for it"
 OWN_TEST = "the Makefile's own rules: .ci/run calls them"
 PROCESSES = "test_parallel_training.py"
+PRETRAINED = "test_pretrain.py"
+SUBSETS = "more images than the stand-in has: test_subsets.py"
 NOT_RUN = {
     "git clone <URL of this repository> segadapt && cd segadapt": NO_NETWORK,
     "pip install -c constraints.txt -e '.[sd3,wandb]'": NO_NETWORK,
@@ -40,6 +42,10 @@ NOT_RUN = {
     "--local-dir weights/segformer-b5-finetuned-ade-640-640": NO_NETWORK,
     "torchrun --nproc-per-node 4 -m segadapt train data=ade20k data.data_root=/data/ade20k "
     "train.parallel=ddp": PROCESSES,
+    "torchrun --nproc-per-node 4 -m segadapt pretrain data.data_root=/data/imagenet train.parallel=ddp": PRETRAINED,
+    "segadapt train experiment=segformer_b0_ade20k data.data_root=/data/ade20k experiment.name=curve --multirun "
+    "data.subset=1,2,4,8,16 experiment.seed=0,1,2": SUBSETS,
+    "segadapt results outputs/curve table=subsets plot=curve.svg": SUBSETS,
     "make demo": OWN_TEST,
     "make test": OWN_TEST,
     "segadapt demo data.limit=2 'data.corruptions=[posterise]'": "the name is added on that page: test_extending.py",
@@ -98,6 +104,15 @@ BEHIND = {
         "train.schedule.warmup_iters=0",
         "data.workers=0",
     ],
+    "segadapt pretrain data.data_root=/data/imagenet": [
+        "train.transforms.image_px=32",
+        "train.transforms.validation_short_side_px=32",
+        "train.batch_size=2",
+        "train.iters=1",
+        "train.schedule.warmup_iters=0",
+        "data.workers=0",
+        "runtime=cpu",
+    ],
     "segadapt adapt --config-dir configs experiment=mine --multirun": ["data.corruptions=[fog]", "data.limit=1"],
 }
 LEAVES = {  # file that a verb writes last
@@ -106,6 +121,7 @@ LEAVES = {  # file that a verb writes last
     "diagnose": "diagnosis.json",
     "train": "results.json",
     "train-generative": "results.json",
+    "pretrain": "results.json",
     "corrupt": "manifest.json",
     "convert": "manifest.json",
     "split": "split.json",

@@ -23,7 +23,7 @@ def b0() -> NetSegmenter:
 def test_b0_has_132_60_and_13_tensors(b0, tmp_path):
     groups = parameter_groups(b0, training(tmp_path, *RULE).train.optimizer)
     shown = {group["name"]: (len(group["params"]), group["lr"], group["weight_decay"]) for group in groups}
-    assert shown == {"encoder": (132, 1.0, 0.5), "encoder norms": (60, 1.0, 0.0), "head": (13, 10.0, 0.5)}
+    assert shown == {"encoder": (132, 1.0, 0.5), "encoder undecayed": (60, 1.0, 0.0), "head": (13, 10.0, 0.5)}
 
 
 def test_every_parameter_is_in_one_group_and_frozen_ones_in_none(build_segmenter, tmp_path):
@@ -68,7 +68,7 @@ def test_rates_follow_the_schedule_group_by_group(build_segmenter, tmp_path):
         tmp_path, *RULE, "train.iters=5", "train.schedule.min_lr=0.1", "train.schedule.encoder_warmup_iters=2"
     ).train
     optimizer = build_optimizer(build_segmenter(), train.optimizer)
-    assert set_rates(optimizer, 0, train) == pytest.approx({"encoder": 0.5**4, "encoder norms": 0.5**4, "head": 10})
-    assert set_rates(optimizer, 2, train) == pytest.approx({"encoder": 0.55, "encoder norms": 0.55, "head": 5.05})
-    assert set_rates(optimizer, 4, train) == pytest.approx({"encoder": 0.1, "encoder norms": 0.1, "head": 0.1})
+    assert set_rates(optimizer, 0, train) == pytest.approx({"encoder": 0.5**4, "encoder undecayed": 0.5**4, "head": 10})
+    assert set_rates(optimizer, 2, train) == pytest.approx({"encoder": 0.55, "encoder undecayed": 0.55, "head": 5.05})
+    assert set_rates(optimizer, 4, train) == pytest.approx({"encoder": 0.1, "encoder undecayed": 0.1, "head": 0.1})
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1] * 3)

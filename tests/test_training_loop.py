@@ -222,8 +222,8 @@ def test_every_term_is_recorded_with_its_weight(tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(line["terms"].keys() == line["weights"].keys() == {"cross_entropy"} for line in lines)
     assert all(line["terms"]["cross_entropy"] == line["loss"] for line in lines)
-    assert lines[0]["lr"] == {"encoder": 3e-4, "encoder norms": 3e-4, "head": pytest.approx(9e-4)}
-    assert lines[-1]["lr"] == {"encoder": 0, "encoder norms": 0, "head": 0}
+    assert lines[0]["lr"] == {"encoder": 3e-4, "encoder undecayed": 3e-4, "head": pytest.approx(9e-4)}
+    assert lines[-1]["lr"] == {"encoder": 0, "encoder undecayed": 0, "head": 0}
 
 
 # What is kept, and when training ends
@@ -239,7 +239,7 @@ def scripted(monkeypatch, hits: list[float]) -> list[dict]:
         seen.append({name: value.clone() for name, value in segmenter.net.state_dict().items()})
         return counts_CC
 
-    monkeypatch.setattr(loop.scoring, "count", count)
+    monkeypatch.setattr(images.scoring, "count", count)
     return seen
 
 

@@ -4,7 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-from segadapt import config, config_data, config_training
+from segadapt import config, config_data, config_pretraining, config_training
 
 CONF = Path(config.__file__).parent / "conf"
 SCHEMAS = [
@@ -12,7 +12,6 @@ SCHEMAS = [
     config.DiagnoseConfig,
     config.EvaluateConfig,
     config_training.TrainConfig,
-    config_training.TrainGenerativeConfig,
     config.CorruptConfig,
     config_data.ConvertConfig,
     config_data.SplitConfig,
@@ -29,20 +28,20 @@ def prefix_of(path: Path) -> str:
     return "" if folder.parts[:1] in ((), ("base",), ("experiment",), ("tuned",)) else ".".join(folder.parts) + "."
 
 
-def is_of_train(path: Path) -> bool:
-    """Whether a file's section `train` is the segmenter's; otherwise it is the teacher's."""
-    return "segmenter" in path.stem or "# segadapt train experiment=" in path.read_text()
+def trained_by(path: Path) -> type:
+    """Whose section `train` a file's is: of the three, only this one's words hold there."""
+    if path.stem in ("pretrain", "classifier"):
+        return config_pretraining.PretrainConfig
+    if "segmenter" in path.stem or "# segadapt train experiment=" in path.read_text():
+        return config_training.TrainConfig
+    return config_training.TrainGenerativeConfig
 
 
 def commented(path: Path) -> str:
     """The file's text with every setting's comment as config.py words it."""
     helps: dict[str, str] = {}
-    for schema in SCHEMAS:
-        if is_of_train(path) and schema is config_training.TrainGenerativeConfig:
-            continue
+    for schema in (*SCHEMAS, trained_by(path)):
         helps |= {name: item.metadata["help"] for name, item in config.fields_of(schema).items()}
-    if is_of_train(path):
-        helps |= {name: item.metadata["help"] for name, item in config.fields_of(config_training.TrainConfig).items()}
     lines, stack = [], []
     for line in path.read_text().splitlines():
         match = re.match(r"^( *)([A-Za-z_0-9]+):(.*)$", line)

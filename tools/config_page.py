@@ -15,7 +15,7 @@ from segadapt.corruptions import COMMON
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 MARK = "<!-- From here on: tools/config_page.py. -->\n"
 OWN_TABLE = ("train.broad", "train.transforms.broad", "train.transforms", "train.losses")  # the first that fits
-LAST = ("train-generative", "train")  # their sections `train` differ; `adapt` comes first
+LAST = ("pretrain", "train-generative", "train")  # their sections `train` differ; `adapt` comes first
 
 
 def section_of(name: str) -> str:

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-from segadapt import stream
+from segadapt import metrics, scoring, stream
 from segadapt.config_training import TrainConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.errors import UserError
 from segadapt.losses import ClassWeights, class_weights_of
+from segadapt.models.discriminative import Segmenter
 from segadapt.stream import Entry
+from segadapt.training.parallel import World
 from segadapt.training.preparation import labelled_split
 
 
@@ -29,6 +31,22 @@ class Images:
     entries: list[Entry]
     num_shared: int
     origin: dict[str, Any]
+
+
+class PixelScores:
+    """Scores of a validation, as `evaluate` has them."""
+
+    chosen_by = "miou"
+
+    def __init__(self, settings: TrainConfig, images: Images, world: World):
+        self._settings, self._world, self._held_out = settings, world, images.held_out
+        self._entries = list(images.entries[world.rank :: world.size])
+
+    def __call__(self, segmenter: Segmenter) -> dict[str, Any]:
+        """Fractions, of the pixels of all processes; `iou` by class."""
+        counts_CC = scoring.count(segmenter, self._held_out, self._entries, settings=self._settings)
+        scores = metrics.scores(self._world.sum(counts_CC))
+        return {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc, "iou": scores.iou_C.tolist()}
 
 
 def list_images(settings: TrainConfig) -> Images:

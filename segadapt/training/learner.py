@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from segadapt.config_pretraining import PretrainConfig
 from segadapt.config_training import TrainConfig
-from segadapt.losses import Objective
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.precision import autocast
 from segadapt.seeds import derive
@@ -41,7 +41,7 @@ class Learner(nn.Module):
 class AllLayers:
     """What `Pipeline` does with some of the layers, with all of them. Make it before the optimizer: see `spread`."""
 
-    def __init__(self, settings: TrainConfig, segmenter: NetSegmenter, objective: Objective, world: World):
+    def __init__(self, settings: TrainConfig | PretrainConfig, segmenter: NetSegmenter, objective: Any, world: World):
         self._seed, self._net, self._world = settings.experiment.seed, segmenter.net, world
         precision, is_compiled = settings.runtime.precision, bool(settings.runtime.compile)
         learner = Learner(segmenter, objective, precision=precision, is_compiled=is_compiled)

@@ -1,4 +1,4 @@
-"""What a segmenter's training says: records.jsonl, timings.jsonl, the W&B copy, and the terminal with its bar."""
+"""What a training in the loop says: records.jsonl, timings.jsonl, the W&B copy, and the terminal with its bar."""
 
 import time
 from collections.abc import Mapping
@@ -22,6 +22,7 @@ class Log:
         path: the run folder.
         keep: holds what `state_dict` gave, of the checkpoint that this start goes on from; None: from the first step.
         step: of that checkpoint.
+        score: name of the one that is shown, and how it is written.
     """
 
     def __init__(
@@ -34,16 +35,17 @@ class Log:
         batch_size: int,
         keep: Mapping[str, Any] | None = None,
         step: int = 0,
+        score: tuple[str, str] = ("miou", "mIoU"),
     ):
         sizes = {name: keep[name] if keep else 0 for name in ("records", "timings")}
         self._lines = {name: JsonLines(path / f"{name}.jsonl", keep_bytes=size) for name, size in sizes.items()}
         self._mirror, self._terminal, self._iters, self._batch_size = mirror, terminal, iters, batch_size
-        self._step, self._since = step, time.perf_counter()
+        self._step, self._since, self._score = step, time.perf_counter(), score
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
                    TimeRemainingColumn())  # fmt: skip
         console = terminal.console
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task, self._miou = self._bar.add_task("training", total=iters, completed=step), ""
+        self._task, self._shown = self._bar.add_task("training", total=iters, completed=step), ""
 
     def begin(self, **values: Any) -> None:
         """A line of timings for this start: what is done, which version; the clock of the speed begins."""
@@ -65,7 +67,7 @@ class Log:
         rates = {f"train/lr_{name.replace(' ', '_')}": value for name, value in line["lr"].items()}
         numbers = {"train/loss": line["loss"], "train/grad_norm": line["grad_norm"], "train/images_per_second": speed}
         self._mirror.log({**numbers, **of_terms, **rates}, step=step)
-        said = f"loss {line['loss']:.4f}{self._miou}, {speed:.1f} images/s"
+        said = f"loss {line['loss']:.4f}{self._shown}, {speed:.1f} images/s"
         self._bar.update(self._task, completed=step, description=said)
         self._terminal.event("step", step=step, iters=self._iters, images_per_second=speed, **line)
 
@@ -75,8 +77,9 @@ class Log:
         self._lines["records"].append(brief)
         self._mirror.log({f"validation/{name}": value for name, value in brief.items() if name != "step"},
                          step=line["step"])  # fmt: skip
-        self._miou = f", mIoU {percent(line['miou'])} %"
-        said = f"step {line['step']}/{self._iters}: loss {loss:.4f}, validation mIoU {percent(line['miou'])} %"
+        name, written = self._score
+        self._shown = f", {written} {percent(line[name])} %"
+        said = f"step {line['step']}/{self._iters}: loss {loss:.4f}, validation {written} {percent(line[name])} %"
         self._terminal.console.print(said, highlight=False)
         self._terminal.event("validation", **brief)
         self._since = time.perf_counter()  # a validation is no training

@@ -1,6 +1,7 @@
-"""The loop of a segmenter's training, and all that it moves.
+"""The loop of a segmenter's training, or a classifier's, and all that it moves.
 
-B images of a micro-batch   3 RGB   H W crop px   C classes   M micro-batches   T terms   iou a fraction a class
+B images of a micro-batch   3 RGB   H W crop px   M micro-batches   T terms of the objective
+labels: [B, H, W] of a segmenter, targets [B, C] of a classifier
 """
 
 import math
@@ -11,18 +12,16 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from segadapt import metrics, scoring, stream
 from segadapt.checkpoint import Checkpoints, Parts
+from segadapt.config_pretraining import PretrainConfig, PretrainSettings
 from segadapt.config_training import TrainConfig, TrainSettings
-from segadapt.datasets import Dataset
 from segadapt.errors import UserError
-from segadapt.losses import Objective
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.signals import Asked, Stopped
 from segadapt.training import shards
@@ -31,14 +30,19 @@ from segadapt.training.log import LOG_EVERY, Log
 from segadapt.training.optimizer import build_optimizer, set_rates
 from segadapt.training.parallel import World, agree, clip
 from segadapt.training.pipeline import Pipeline
-from segadapt.training.samples import TrainingSamples, batches
-from segadapt.training.sizes import Batch
+from segadapt.training.samples import Samples, batches
 from segadapt.training.state import TrainingState
 
 
 def steps_of(
-    samples: TrainingSamples, t: TrainSettings, world: World, *, first: int, workers: int, is_pinned: bool = False
-) -> Iterator[Sequence[Batch]]:
+    samples: Samples,
+    t: TrainSettings | PretrainSettings,
+    world: World,
+    *,
+    first: int,
+    workers: int,
+    is_pinned: bool = False,
+) -> Iterator[Sequence[Any]]:
     """The micro-batches of this process, step by step, from step `first` on.
 
     Step i takes the items i B .. i B + B - 1 of the samples, whatever the number of processes and micro-batches: each
@@ -55,33 +59,46 @@ def steps_of(
     yield from zip(*[read] * t.accumulate, strict=True)
 
 
+class Examination(Protocol):
+    """How the weights are validated.
+
+    Attributes:
+        chosen_by: of the scores the one that is highest for the best weights.
+    """
+
+    chosen_by: str
+
+    def __call__(self, segmenter: Any) -> dict[str, Any]:
+        """Scores by name, the same in all processes, of a net in eval mode that all of them ask together."""
+        ...
+
+
 class Training:
     """Weights, their average, optimizer, objective and scores so far; `fit` moves them.
 
     Args:
         unsharded: a copy that holds all weights where the processes have parts of those of the segmenter; else None.
-        entries: images of a validation, shared among the processes.
+        objective: a losses.Objective, or another module with its methods.
         log: None in all processes but the first.
     """
 
     def __init__(
         self,
-        settings: TrainConfig,
+        settings: TrainConfig | PretrainConfig,
         segmenter: NetSegmenter,
         unsharded: NetSegmenter | None,
-        objective: Objective,
-        held_out: Dataset,
-        entries: Sequence[stream.Entry],
+        objective: Any,
+        examine: Examination,
         world: World,
         log: Log | None,
     ):
         self.settings, self.segmenter, self.world, self.log = settings, segmenter.train(), world, log
-        self._unsharded, self._objective, self._held_out = unsharded, objective, held_out
-        self._entries = list(entries[world.rank :: world.size])
+        self._unsharded, self._objective, self._examine = unsharded, objective, examine
         self._device, t = next(segmenter.net.parameters()).device, settings.train
         objective.to(self._device)
         if world.kind == "pipeline":
             assert unsharded is not None
+            assert isinstance(settings, TrainConfig)
             self._learner = Pipeline(settings, segmenter, unsharded, objective, world)
         else:
             self._learner = AllLayers(settings, segmenter, objective, world)
@@ -94,7 +111,7 @@ class Training:
         own = [Counter({group["name"]: len(group["params"])}) for group in self._optimizer.param_groups]
         everyone = world.every(own) if world.kind == "pipeline" else [own]
         self.group_sizes = dict(sum(chain.from_iterable(everyone), Counter()))  # tensors by parameter group
-        self.validations: list[dict[str, Any]] = []  # step, scores, iou by class
+        self.validations: list[dict[str, Any]] = []  # step and scores
         rules = {"model": "last"} if t.keep == "last" else {"model": "best"}
         self._rules = rules | ({"model_last": "last"} if t.keep == "both" else {})  # folder: which validation's weights
         self._kept: dict[str, dict[str, Tensor]] = {}  # rule: weights and buffers on the CPU
@@ -108,8 +125,9 @@ class Training:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The first validation of the highest mIoU; NaN is below all."""
-        return max(self.validations, key=lambda found: -1 if math.isnan(found["miou"]) else found["miou"])
+        """The first validation of the highest score; NaN is below all."""
+        name = self._examine.chosen_by
+        return max(self.validations, key=lambda found: -1 if math.isnan(found[name]) else found[name])
 
     @property
     def last(self) -> dict[str, Any]:
@@ -166,7 +184,7 @@ class Training:
 
     # --- the loop ---
 
-    def fit(self, samples: TrainingSamples, checkpoints: Checkpoints, asked: Asked, more: Mapping[str, Any]) -> None:
+    def fit(self, samples: Samples, checkpoints: Checkpoints, asked: Asked, more: Mapping[str, Any]) -> None:
         """Steps until the last one, or until patience is at its end.
 
         Args:
@@ -202,7 +220,7 @@ class Training:
                 said = f"{name} after step {step} of {t.iters}; the same command goes on from there"
                 raise Stopped(signal.Signals(signum), said)
 
-    def _step(self, micro_batches: Sequence[Batch], *, is_read: bool) -> dict[str, Any]:
+    def _step(self, micro_batches: Sequence[Any], *, is_read: bool) -> dict[str, Any]:
         """One step of the optimizer; its numbers if they are read.
 
         Each micro-batch's means count by their shares of what the whole step's mean divides by, mostly the labelled
@@ -249,12 +267,10 @@ class Training:
         return {"loss": loss, "terms": dict(zip(names[1:], means[1:].tolist(), strict=True)), "grad_norm": grad_norm}
 
     def _validate(self, loss: float) -> None:
-        """Score the weights that would be saved, as `evaluate` does, and keep them if they are the ones."""
+        """Score the weights that would be saved, and keep them if they are the ones."""
         with self._evaluated() as segmenter:
-            counts_CC = scoring.count(segmenter, self._held_out, self._entries, settings=self.settings)
-            scores = metrics.scores(self.world.sum(counts_CC))
-            found = {"step": self.step, "miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc}
-            self.validations.append({**found, "iou": scores.iou_C.tolist()})
+            found = {"step": self.step, **self._examine(segmenter)}
+            self.validations.append(found)
             kept = [rule for rule in self._rules.values() if getattr(self, rule) is self.last]
             if self.world.is_main and kept:
                 now = {name: value.to("cpu", copy=True) for name, value in segmenter.net.state_dict().items()}

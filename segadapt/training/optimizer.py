@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from segadapt.config_pretraining import PretrainSettings
 from segadapt.config_training import TrainOptimizerSettings, TrainSettings
 from segadapt.errors import UserError
 from segadapt.models.discriminative.segmenter import NetSegmenter
@@ -23,61 +24,84 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainOptimizerSettings, bo
 }
 
 
-HEAD = ("head", "head undecayed")  # names of groups
-
-
 def parameter_groups(
     segmenter: NetSegmenter, settings: TrainOptimizerSettings, *, more: Iterable[nn.Parameter] = ()
 ) -> list[dict[str, Any]]:
-    """Encoder, and head with lr_factor, each with a part without decay; each parameter that moves is in exactly one.
+    """Encoder and head, the latter with lr_factor, each with a part without decay; what moves is in exactly one.
 
-    undecayed=encoder_norms: the head's norms are decayed, as in mmseg's and NVIDIA's SegFormer; so are biases.
-    norms_and_embeddings, as in Mask2Former's: neither norms, nor embeddings and tables. Frozen parameters are in none.
+    Frozen parameters are in none.
 
     Args:
         more: of the head's kind: the losses' own.
     Returns:
         groups with `name`, `base_lr` and `weight_decay`; empty ones are left out.
     """
-    undecayed = {id(parameter) for parameter in segmenter.norm_parameters().values()}
+    undecayed = {id(parameter) for parameter in UNDECAYED[settings.undecayed](segmenter)}
     head = {id(parameter) for parameter in segmenter.head_parameters().values()}
-    names = {False: ("encoder", "encoder norms"), True: ("head", "head")}  # is in the head: decayed, and not
-    if settings.undecayed == "norms_and_embeddings":
-        undecayed |= {id(parameter) for parameter in table_parameters(segmenter.net)}
-        names = {False: ("encoder", "encoder undecayed"), True: ("head", "head undecayed")}
-    groups: dict[str, list[nn.Parameter]] = {name: [] for both in names.values() for name in both}
+    groups: dict[str, list[nn.Parameter]] = {
+        "encoder": [], "encoder undecayed": [], "head": [], "head undecayed": []
+    }  # fmt: skip
     for parameter in segmenter.parameters().values():
-        groups[names[id(parameter) in head][id(parameter) in undecayed]].append(parameter)
+        name = "head" if id(parameter) in head else "encoder"
+        groups[f"{name} undecayed" if id(parameter) in undecayed else name].append(parameter)
     groups["head"] += more
     moving = {name: [p for p in params if p.requires_grad] for name, params in groups.items()}
+    rates = {name: settings.lr * (settings.head_lr_factor if _is_head(name) else 1) for name in groups}
     return [
         {
             "params": params,
             "name": name,
-            "base_lr": settings.lr * (settings.head_lr_factor if name in HEAD else 1),
-            "lr": settings.lr * (settings.head_lr_factor if name in HEAD else 1),
-            "weight_decay": settings.weight_decay if name in ("encoder", "head") else 0.0,
+            "base_lr": rates[name],
+            "lr": rates[name],
+            "weight_decay": 0.0 if name.endswith("undecayed") else settings.weight_decay,
         }
         for name, params in moving.items()
         if params
     ]
 
 
-def table_parameters(net: nn.Module) -> list[nn.Parameter]:
-    """Embeddings, and what a module that is not of torch holds itself: tables of positions, tokens, scales of layers.
+def _is_head(group: str) -> bool:
+    return group.startswith("head")
 
-    Where mmseg matches names such as relative_position_bias_table, query_embed and level_embed.
+
+def encoder_norms(segmenter: NetSegmenter) -> list[nn.Parameter]:
+    """As in mmseg's and NVIDIA's SegFormer: the head's norms are decayed, and so are biases."""
+    head = segmenter.head_parameters()
+    return [parameter for name, parameter in segmenter.norm_parameters().items() if name not in head]
+
+
+def norms_and_embeddings(segmenter: NetSegmenter) -> list[nn.Parameter]:
+    """As in Mask2Former's and K-Net's: norms, embeddings, and what a module that is not of torch holds itself.
+
+    The last are tables of positions, tokens, scales of layers, where mmseg matches names such as
+    relative_position_bias_table, query_embed and level_embed.
     """
     return [
-        parameter
-        for module in net.modules()
-        if isinstance(module, nn.Embedding) or not any(_is_torchs(kind) for kind in type(module).__mro__)
-        for parameter in module.parameters(recurse=False)
+        *segmenter.norm_parameters().values(),
+        *(
+            parameter
+            for module in segmenter.net.modules()
+            if isinstance(module, nn.Embedding) or not any(_is_torchs(kind) for kind in type(module).__mro__)
+            for parameter in module.parameters(recurse=False)
+        ),
     ]
 
 
 def _is_torchs(kind: type) -> bool:
     return kind is not nn.Module and kind.__module__.startswith("torch.nn.modules.")
+
+
+def norms_and_biases(segmenter: NetSegmenter) -> list[nn.Parameter]:
+    """As in the training of classifiers: only matrices and convolutions are decayed."""
+    return [parameter for parameter in segmenter.parameters().values() if parameter.ndim < 2]
+
+
+# train.optimizer.undecayed
+UNDECAYED: dict[str, Callable[[NetSegmenter], list[nn.Parameter]]] = {
+    "encoder_norms": encoder_norms,
+    "norms_and_embeddings": norms_and_embeddings,
+    "norms_and_biases": norms_and_biases,
+}
 
 
 def build_optimizer(
@@ -94,9 +118,9 @@ def build_optimizer(
     return OPTIMIZERS[settings.name](groups, settings, groups[0]["params"][0].is_cuda)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, t: int, train: TrainSettings) -> Mapping[str, float]:
+def set_rates(optimizer: torch.optim.Optimizer, t: int, train: TrainSettings | PretrainSettings) -> Mapping[str, float]:
     """Give each group its rate of step t (from 0); returns the rates by group."""
     for group in optimizer.param_groups:
-        is_encoder = group["name"] not in HEAD
-        group["lr"] = rate(t, group["base_lr"], train.schedule, iters=train.iters, is_encoder=is_encoder)
+        own = {"iters": train.iters, "is_encoder": not _is_head(group["name"])}
+        group["lr"] = rate(t, group["base_lr"], train.schedule, **own)
     return {group["name"]: group["lr"] for group in optimizer.param_groups}

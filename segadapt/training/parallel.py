@@ -23,7 +23,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from segadapt.config_training import TrainConfig
+from segadapt.config_pretraining import PretrainConfig
+from segadapt.config_training import TrainConfig, TrainSettings
 from segadapt.errors import UserError
 from segadapt.training.sharded import is_sliced, local
 from segadapt.training.tensor_parallel import refuse_slices, sliced
@@ -112,7 +113,7 @@ class World:
 
 
 @contextmanager
-def joined(settings: TrainConfig) -> Iterator[World]:
+def joined(settings: TrainConfig | PretrainConfig) -> Iterator[World]:
     """The processes that torchrun has started, at work together inside.
 
     UserError: settings and torchrun do not say the same, or the batch cannot be divided.
@@ -124,7 +125,10 @@ def joined(settings: TrainConfig) -> Iterator[World]:
     if kind != "none" and "RANK" not in os.environ:
         raise UserError(f"train.parallel={kind}, but torchrun has not started this process. Run torchrun "
                         "--nproc-per-node GPUS -m segadapt train ..., or set train.parallel=none.")  # fmt: skip
-    together = {"tp": size, "pipeline": size, "2d": settings.train.tensor_parallel}.get(kind, 1)
+    together = size if kind in ("tp", "pipeline") else 1
+    if kind == "2d":
+        assert isinstance(settings.train, TrainSettings), "pretraining has no such choice"
+        together = settings.train.tensor_parallel
     _refuse_division(settings, size, together)
     if kind == "none":
         yield World()
@@ -148,7 +152,7 @@ def joined(settings: TrainConfig) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _refuse_division(settings: TrainConfig, size: int, together: int) -> None:
+def _refuse_division(settings: TrainConfig | PretrainConfig, size: int, together: int) -> None:
     """UserError: so many processes, of which `together` work on the same images, cannot share the batch."""
     t = settings.train
     if size % together:

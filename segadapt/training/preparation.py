@@ -1,10 +1,11 @@
-"""What both trainings do before their first step: what they refuse, their images, their folder."""
+"""What the trainings do before their first step: what they refuse, their images, their folder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+from segadapt.config_pretraining import PretrainConfig
 from segadapt.config_training import TrainConfig, TrainGenerativeConfig
 from segadapt.datasets import Dataset
 from segadapt.datasets.build import build_dataset, of_split
@@ -56,7 +57,7 @@ def check_settings(settings: TrainConfig | TrainGenerativeConfig) -> None:
         check_range("train.broad", settings.train.broad, "grain_min_px", "grain_max_px")
 
 
-def found_folder(settings: TrainConfig | TrainGenerativeConfig, *, make: bool = True) -> RunFolder:
+def found_folder(settings: TrainConfig | TrainGenerativeConfig | PretrainConfig, *, make: bool = True) -> RunFolder:
     """The run's folder, made if need be unless make=False. UserError: it is another run's."""
     return RunFolder.open(
         settings.logging.root,

@@ -4,7 +4,7 @@ B images of a batch   H W px of a batch   h w crop px   3 RGB
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -17,6 +17,18 @@ from segadapt.training import sizes
 from segadapt.training.order import Order, places_of_classes
 from segadapt.training.sizes import Batch, TrainingCrop
 from segadapt.training.transforms import transform
+
+
+class Samples(Protocol):
+    """A map-style data set of items that `collate` puts together to a batch; errors are values of both."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, item: int) -> Any: ...
+
+    def collate(self, _: Any, /) -> Any:
+        """A batch of what `__getitem__` gave; or the first error."""
+        ...
 
 
 class TrainingSamples(torch.utils.data.Dataset):
@@ -71,15 +83,19 @@ def build_samples(settings: TrainConfig, dataset: Dataset, *, count: int) -> Tra
     return TrainingSamples(settings, dataset, Order(dataset, seed=seed, places=places), count=count)
 
 
-def batches(
-    samples: TrainingSamples, stretches: Sequence[range], *, workers: int, is_pinned: bool = False
-) -> Iterator[Batch]:
+def batches(samples: Samples, stretches: Sequence[range], *, workers: int, is_pinned: bool = False) -> Iterator[Any]:
     """The stretches of items as batches, in order, read by `workers` processes.
 
     UserError: a broken file, as it was raised.
     """
     return raising(
-        Loader(samples, batch_sampler=stretches, workers=workers, collate_fn=samples.collate, pin_memory=is_pinned)
+        Loader(
+            cast(torch.utils.data.Dataset, samples),
+            batch_sampler=stretches,
+            workers=workers,
+            collate_fn=samples.collate,
+            pin_memory=is_pinned,
+        )
     )
 
 

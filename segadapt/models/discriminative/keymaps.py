@@ -129,6 +129,34 @@ def renamed(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     return out
 
 
+def nvidia_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a MiT, with or without its classifier, under the names of mit_b*.pth: what `renamed` undoes.
+
+    Args:
+        state: under the names of transformers' files; keys and values are packed.
+    """
+    parts = {new: old for old, news in NVIDIA.parts.items() for new in news}
+    out: dict[str, Tensor] = {}
+    for key, value in state.items():
+        module, _, kind = key.removeprefix("segformer.encoder.").rpartition(".")
+        if module.endswith("attention.self.value"):
+            continue  # with the key
+        match module.split("."):
+            case ["patch_embeddings", stage, part]:
+                name = f"patch_embed{int(stage) + 1}.{'norm' if part == 'layer_norm' else part}"
+            case ["layer_norm", stage]:
+                name = f"norm{int(stage) + 1}"
+            case ["block", stage, block, *rest]:
+                name = f"block{int(stage) + 1}.{block}.{parts['.'.join(rest)]}"
+            case _:
+                assert module == "classifier", key
+                name = "head"
+        if module.endswith("attention.self.key"):
+            value = torch.cat([value, state[key.replace("self.key", "self.value")]])
+        out[f"{name}.{kind}"] = value
+    return out
+
+
 def add_counters(state: dict[str, Tensor]) -> None:
     """BatchNorm's, which nothing reads at its fixed momentum, where they are not: files from before torch 0.4.1."""
     for name in [name for name in state if name.endswith(".running_mean")]:

@@ -172,6 +172,16 @@ def make_segmenter(
         UserError: no such family, a key that its config does not have, a value of another type, id2label of another
             length, or gradient_checkpointing with a family that cannot recompute.
     """
+    made = config_of(family, config, num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = FAMILIES[family].net(made)
+    net.to(torch.device(device))
+    return NetSegmenter(net, channel_order=channel_order, gradient_checkpointing=gradient_checkpointing)
+
+
+def config_of(family: str, config: Mapping[str, Any], num_classes: int) -> PreTrainedConfig:
+    """The config of a net of a family. Args and UserError: see make_segmenter."""
     if family not in FAMILIES:
         raise UserError(f"model.discriminative.family={family} is not a family.{did_you_mean(family, FAMILIES)}")
     kind = FAMILIES[family]
@@ -186,15 +196,10 @@ def make_segmenter(
             f"Name every class once, or leave it out."
         )
     label2id = {label: index for index, label in id2label.items()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            of_family = kind.config(**{**config, "id2label": id2label, "label2id": label2id})
-        except StrictDataclassError as error:
-            raise UserError(f"model.discriminative.config: {_said(error)}. Correct it, or leave it out.") from error
-        net = kind.net(of_family)
-    net.to(torch.device(device))
-    return NetSegmenter(net, channel_order=channel_order, gradient_checkpointing=gradient_checkpointing)
+    try:
+        return kind.config(**{**config, "id2label": id2label, "label2id": label2id})
+    except StrictDataclassError as error:
+        raise UserError(f"model.discriminative.config: {_said(error)}. Correct it, or leave it out.") from error
 
 
 def _said(error: StrictDataclassError) -> str:

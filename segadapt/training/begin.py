@@ -1,0 +1,107 @@
+"""How a training in the loop begins: what its settings may not say, its run folder, its records."""
+
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+from segadapt import __version__
+from segadapt.config_pretraining import PretrainConfig, PretrainSettings
+from segadapt.config_training import TrainConfig, TrainSettings
+from segadapt.errors import UserError
+from segadapt.record import RunFolder
+from segadapt.resume import finished_results
+from segadapt.terminal import Terminal
+from segadapt.training.log import Log
+from segadapt.training.parallel import World
+from segadapt.training.preparation import found_folder
+from segadapt.training.schedule import check_schedule
+from segadapt.wandb_mirror import mirrored
+
+
+def check_loop(t: TrainSettings | PretrainSettings) -> None:
+    """UserError: settings of the loop that contradict each other or have no effect."""
+    check_schedule(t.schedule, iters=t.iters)
+    validations = -(-t.iters // t.validate_every)
+    if t.patience >= validations:
+        raise UserError(f"train.patience={t.patience}, but there are {validations} validations (train.iters={t.iters}, "
+                        f"train.validate_every={t.validate_every}): it would have no effect. Validate more often, or "
+                        "set train.patience=0.")  # fmt: skip
+    lowest = t.optimizer.lr * min(1, t.optimizer.head_lr_factor)
+    if t.schedule.decay in ("poly", "cosine") and t.schedule.min_lr > lowest:
+        raise UserError(f"train.schedule.min_lr={t.schedule.min_lr} is above {lowest:g}, where a rate starts: it would "
+                        "rise. Lower it, or raise train.optimizer.lr.")  # fmt: skip
+    if t.checkpoint_every is not None and t.checkpoint_every > t.iters:
+        raise UserError(f"train.checkpoint_every={t.checkpoint_every} is above train.iters={t.iters}: it would have no "
+                        "effect. Lower it, or set it to null.")  # fmt: skip
+
+
+def look(
+    settings: TrainConfig | PretrainConfig, origin: dict[str, Any], world: World, terminal: Terminal, stack: ExitStack
+) -> tuple[RunFolder, bool, dict[str, Any] | None]:
+    """The run's folder, whether it has yet to be made, and its results if it is finished, which is said.
+
+    One that is there is locked until the stack ends. The first process looks, and the others begin once it is its own.
+    The results are of these settings and images; the network that they began with is not built again.
+    """
+    folder, is_new, results = world.of_main(_look(settings, origin, stack) if world.is_main else None)
+    if results is not None:
+        terminal.console.print(f"{folder.path} is finished; experiment.restart=true would start anew",
+                               highlight=False, soft_wrap=True)  # fmt: skip
+        results |= {"folder": str(folder.path)}
+    return folder, is_new, results
+
+
+def _look(
+    settings: TrainConfig | PretrainConfig, origin: dict[str, Any], stack: ExitStack
+) -> tuple[RunFolder, bool, dict[str, Any] | None]:
+    folder = found_folder(settings, make=False)
+    if is_new := not folder.is_there:
+        return folder, is_new, None
+    stack.enter_context(folder.locked())
+    return folder, is_new, None if settings.experiment.restart else finished_results(folder, origin)
+
+
+def make_folder(settings: TrainConfig | PretrainConfig, folder: RunFolder, stack: ExitStack) -> None:
+    """Make the run's folder and lock it, once all that can be refused is found right."""
+    if folder.is_there:
+        raise UserError(f"Run folder {folder.path} was begun by another process in the meantime; expected this one "
+                        "alone. Run the same command again.")  # fmt: skip
+    stack.enter_context(found_folder(settings).locked())
+
+
+def open_log(
+    settings: TrainConfig | PretrainConfig,
+    terminal: Terminal,
+    folder: RunFolder,
+    step: int,
+    state: Any,
+    stack: ExitStack,
+    *,
+    job_type: str,
+    score: tuple[str, str],
+) -> Log:
+    """The folder, cleared unless a state is gone on from after so many steps; the records and the terminal, open.
+
+    Args:
+        job_type: of the W&B run.
+        score: see Log.
+    """
+    t = settings.train
+    folder.start_over(asdict(settings), keep=state is not None)
+    terminal.console.print(f"run folder {folder.path}", highlight=False, soft_wrap=True)
+    if state is not None:
+        terminal.console.print(f"goes on after step {step} of {t.iters}", highlight=False)
+    mirror = stack.enter_context(mirrored(settings, folder, job_type=job_type))
+    log = stack.enter_context(
+        Log(folder.path, mirror, terminal, iters=t.iters, batch_size=t.batch_size, keep=state, step=step, score=score)
+    )
+    log.begin(started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), step=step, segadapt=__version__)
+    return log
+
+
+def refuse_other_disks(world: World, step: int) -> None:
+    """UserError: the first process found a checkpoint that this one does not see."""
+    if (found := world.of_main(step)) != step:
+        raise UserError(f"logging.root: the first process goes on from step {found}, this one from {step}; expected "
+                        "one folder that all hosts share. Set logging.root to such a folder.")  # fmt: skip

@@ -1,0 +1,119 @@
+"""Images with their class, put together to micro-batches: an endless stream for training, each once for validation.
+
+B images of a micro-batch   C classes   H W s px   3 RGB
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from segadapt.config_pretraining import PretrainConfig
+from segadapt.datasets.decode import read_image
+from segadapt.datasets.image_folder import ImageFolder
+from segadapt.errors import UserError
+from segadapt.seeds import numpy_generator
+from segadapt.training.pretrain_transforms import centred, draw_shares, soft_targets, transform
+
+
+class ClassifiedImage(NamedTuple):
+    """One item of a stream."""
+
+    item: int
+    image_ss3: np.ndarray  # uint8
+    label: int
+
+
+class MixedBatch(NamedTuple):
+    """Images as reading processes hand them over; they are mixed on the device."""
+
+    pixels_B3ss: Tensor  # uint8 RGB
+    target_BC: Tensor  # float32, of the mixed images
+    own_ss: Tensor  # float32, see draw_shares
+
+    def to(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """image_B3ss float32 RGB in 0..1 and target_BC on a device, without waiting for it."""
+        pixels_B3ss, target_BC, own_ss = (values.to(device, non_blocking=True) for values in self)
+        image_B3ss = pixels_B3ss.float() / 255
+        return own_ss * image_B3ss + (1 - own_ss) * image_B3ss.roll(-1, 0), target_BC
+
+
+class LabelledBatch(NamedTuple):
+    """Of a validation."""
+
+    pixels_B3ss: Tensor  # uint8 RGB
+    label_B: Tensor  # int64
+
+
+class TrainingImages(torch.utils.data.Dataset):
+    """The first `count` items of an endless stream of permutations; item i depends on (seed, i) alone.
+
+    What a micro-batch draws, how it is mixed, depends on (seed, its first item); its pairs are neighbours in it.
+    """
+
+    def __init__(self, settings: PretrainConfig, folder: ImageFolder, *, count: int):
+        self.folder, self.count, self.transforms = folder, count, settings.train.transforms
+        self.seed, self.max_pixels = settings.experiment.seed, settings.data.max_pixels
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, item: int) -> ClassifiedImage | UserError:
+        """A UserError is given back and not raised: torch would wrap it in a worker's traceback."""
+        epoch, place = divmod(item, len(self.folder.keys))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = numpy_generator(self.seed, "epoch", epoch).permutation(len(self.folder.keys))
+        key = self.folder.keys[int(self._order[place])]
+        try:
+            image_HW3 = read_image(self.folder.path / key, max_pixels=self.max_pixels)
+        except UserError as error:
+            return error
+        image_ss3 = transform(image_HW3, numpy_generator(self.seed, "crop", item), self.transforms)
+        return ClassifiedImage(item, image_ss3, self.folder.label_of(key))
+
+    def collate(self, images: Sequence[ClassifiedImage | UserError]) -> MixedBatch | UserError:
+        """A micro-batch; or the first error."""
+        whole = [image for image in images if isinstance(image, ClassifiedImage)]
+        if len(whole) < len(images):
+            return next(image for image in images if isinstance(image, UserError))
+        t = self.transforms
+        own_ss = draw_shares(numpy_generator(self.seed, "mixing", whole[0].item), t.image_px, t)
+        label_B = np.array([image.label for image in whole])
+        num_classes = len(self.folder.classes)
+        target_BC = soft_targets(label_B, own_ss, num_classes=num_classes, smoothing=t.label_smoothing)
+        return MixedBatch(_stacked(whole), torch.from_numpy(target_BC), torch.from_numpy(own_ss))
+
+
+class ValidationImages(torch.utils.data.Dataset):
+    """Each image of a folder once, its centre alone."""
+
+    def __init__(self, settings: PretrainConfig, folder: ImageFolder):
+        self.folder, self.transforms, self.max_pixels = folder, settings.train.transforms, settings.data.max_pixels
+
+    def __len__(self) -> int:
+        return len(self.folder.keys)
+
+    def __getitem__(self, item: int) -> ClassifiedImage | UserError:
+        """See TrainingImages."""
+        key = self.folder.keys[item]
+        try:
+            image_HW3 = read_image(self.folder.path / key, max_pixels=self.max_pixels)
+        except UserError as error:
+            return error
+        return ClassifiedImage(item, centred(image_HW3, self.transforms), self.folder.label_of(key))
+
+    def collate(self, images: Sequence[ClassifiedImage | UserError]) -> LabelledBatch | UserError:
+        """A batch; or the first error."""
+        whole = [image for image in images if isinstance(image, ClassifiedImage)]
+        if len(whole) < len(images):
+            return next(image for image in images if isinstance(image, UserError))
+        return LabelledBatch(_stacked(whole), torch.tensor([image.label for image in whole]))
+
+
+def _stacked(images: Sequence[ClassifiedImage]) -> Tensor:
+    """uint8 [B, 3, s, s]."""
+    return torch.from_numpy(np.stack([image.image_ss3 for image in images])).permute(0, 3, 1, 2).contiguous()
