@@ -25,7 +25,9 @@ class ExperimentSettings:
     id: str | None = setting("second part of the run folder; null: a hash of all settings that can change results")
     seed: int = setting("all noise, sigma, class draws and orders are derived from it", low=0)
     restart: bool = setting("start anew; false: go on where an earlier start of the same settings stopped")
-    any_version: bool = setting("adapt, evaluate, train: also go on from a checkpoint of another version of segadapt")
+    any_version: bool = setting(
+        "adapt, evaluate, train, pretrain: also go on from a checkpoint of another version of segadapt"
+    )
 
 
 @dataclass

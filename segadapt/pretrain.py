@@ -149,7 +149,7 @@ def _train(
     if state is not None:
         refuse_changes(folder.path, {name: state["origin"][name] for name in weights}, weights, cure=f"{ANEW}.")
     else:
-        world.of_main(_verify(settings, both, terminal) if world.is_main else None)
+        world.of_main(_verify(settings, both, terminal) if world.is_main else None)  # the others wait for it
     if world.is_main and is_new:
         make_folder(settings, folder, stack)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z") if state is None else state["started"]
