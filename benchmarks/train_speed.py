@@ -36,12 +36,13 @@ TINY = (
 LINES = 5  # of the loop's speed, each the mean of a fifth of the steps
 
 
-def loop_speed(settings: TrainConfig) -> float:
-    """Images per second: median of all but the first of LINES figures."""
+def loop_speed(settings: TrainConfig) -> tuple[float, list[float]]:
+    """Images per second, the median of all but the first of LINES figures; and peak memory of each GPU, GiB."""
     loop.LOG_EVERY = max(1, settings.train.iters // LINES)
-    folder = train.run(settings, console=Console(quiet=True))["folder"]
-    lines = [json.loads(line) for line in Path(folder, "timings.jsonl").read_text().splitlines()]
-    return statistics.median([line["images_per_second"] for line in lines if "images_per_second" in line][1:])
+    results = train.run(settings, console=Console(quiet=True))
+    lines = [json.loads(line) for line in Path(results["folder"], "timings.jsonl").read_text().splitlines()]
+    speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    return statistics.median(speeds[1:]), results["peak_memory_gib"]
 
 
 def samples_of(settings: TrainConfig, dataset: Dataset) -> TrainingSamples:
@@ -98,5 +99,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as root:
         own = (f"logging.root={root}", f"train.iters={iters}", f"train.validate_every={iters}")
         chosen = from_overrides("train", [*(TINY if arguments.tiny else ()), *own, *overrides], TrainConfig)
-        loop_rate, bare, data = loop_speed(chosen), bare_speed(chosen), data_speed(chosen)
+        (loop_rate, _), bare, data = loop_speed(chosen), bare_speed(chosen), data_speed(chosen)
     print(f"loop {loop_rate:.1f} images/s, bare {bare:.1f}, data alone {data:.1f}; loop / bare {loop_rate / bare:.3f}")

@@ -1,11 +1,11 @@
 """Table of benchmarks/training.sh: mIoU of validation and test, mean and spread over seeds, parameters, speed, seconds.
 
-python benchmarks/training.py OUT NAME [NAME ...]
+python benchmarks/training.py OUT NAME [NAME ...] [--json FILE]         FILE: each run's scores, in all and a class
 """
 
+import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,28 +39,57 @@ def parameters(model: Path) -> int:
     return total
 
 
-def row(out: Path, name: str) -> list[str]:
-    """One network or loss; runs that are not finished are left out."""
+def runs(out: Path, name: str) -> dict[str, dict[str, Any]]:
+    """The results of the finished runs of one network or loss, by seed: {"s0": {"train": ..., "test": ...}}."""
     folders = sorted(path.parent for path in (out / f"camvid-train-{name}").glob("s*/results.json"))
-    results = [read(folder / "results.json") for folder in folders]
-    tests = [read(path) for path in sorted((out / f"camvid-test-{name}").glob("s*/results.json"))]
-    speeds = []
+    found = {folder.name: {"folder": folder, "train": read(folder / "results.json")} for folder in folders}
+    for seed, own in found.items():
+        path = out / f"camvid-test-{name}" / seed / "results.json"
+        own["test"] = read(path) if path.is_file() else None
+    return found
+
+
+def row(found: dict[str, dict[str, Any]], name: str) -> list[str]:
+    """One network or loss; runs that are not finished are left out."""
+    speeds, folders = [], [own["folder"] for own in found.values()]
     for folder in folders:
         lines = [json.loads(line) for line in (folder / "timings.jsonl").read_text().splitlines()]
         speeds += [line["images_per_second"] for line in lines if "images_per_second" in line][1:]
-    size = f"{parameters(folders[0] / 'model') / 1e6:.2f} M" if folders and (folders[0] / "model").is_dir() else "-"
+    size = (
+        f"{parameters(folders[0] / 'model') / 1e6:.2f} M"
+        if folders and (folders[0] / "model" / "model.safetensors").is_file()
+        else "-"
+    )
     return [
         name,
         size,
-        spread([found["validation"]["miou"] for found in results]),
-        spread([found["mean"]["miou"] for found in tests]),
+        spread([own["train"]["validation"]["miou"] for own in found.values()]),
+        spread([own["test"]["mean"]["miou"] for own in found.values() if own["test"]]),
         f"{statistics.median(speeds):.0f}" if speeds else "-",
-        f"{statistics.mean(found['seconds'] for found in results):.0f}" if results else "-",
+        f"{statistics.mean(own['train']['seconds'] for own in found.values()):.0f}" if found else "-",
     ]
 
 
+def figures(own: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a run."""
+    test, train = own["test"], own["train"]
+    return {
+        "steps": train["steps"],
+        "validation": train["validation"] | {"iou": train["per_class"]},
+        "test": test and test["mean"] | {"iou": test["tasks"][0]["per_class"]},
+        "versions": train["versions"],
+    }
+
+
 if __name__ == "__main__":
-    out, names = Path(sys.argv[1]), sys.argv[2:]
-    print(
-        markdown(["", "parameters", "validation mIoU %", "test mIoU %", "images/s", "s"], [row(out, n) for n in names])
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    of_names = {name: runs(given.out, name) for name in given.names}
+    head = ["", "parameters", "validation mIoU %", "test mIoU %", "images/s", "s"]
+    print(markdown(head, [row(found, name) for name, found in of_names.items()]))
+    if given.json is not None:
+        kept = {name: {seed: figures(own) for seed, own in found.items()} for name, found in of_names.items()}
+        given.json.write_text(json.dumps(kept, indent=1) + "\n")

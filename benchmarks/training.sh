@@ -46,4 +46,4 @@ has() { [[ $stage == "$1" || $stage == all ]]; }
 case $stage in train | test | table | all) ;; *) echo "$stage: train, test, table or all" >&2; exit 2 ;; esac
 if has train; then each train_job | sweep; fi
 if has test; then each test_job | sweep; fi
-if has table; then rows | cut -d'|' -f1 | xargs python3 "$here"/training.py "$out"; fi
+if has table; then rows | cut -d'|' -f1 | xargs python3 "$here"/training.py "$out" --json "$out"/training.json; fi

@@ -30,6 +30,7 @@ NO_NETWORK = "needs the network"
 NO_SLURM = "needs Slurm and Hydra's launcher for it"
 OWN_TEST = "the Makefile's own rules: .ci/run calls them"
 PROCESSES = "test_parallel_training.py"
+LAYOUTS = "test_parallel_layouts.py"
 NOT_RUN = {
     "git clone <URL of this repository> segadapt && cd segadapt": NO_NETWORK,
     "pip install -c constraints.txt -e '.[sd3,wandb]'": NO_NETWORK,
@@ -39,7 +40,10 @@ NOT_RUN = {
     "hf download nvidia/segformer-b5-finetuned-ade-640-640 "
     "--local-dir weights/segformer-b5-finetuned-ade-640-640": NO_NETWORK,
     "torchrun --nproc-per-node 4 -m segadapt train data=ade20k data.data_root=/data/ade20k "
-    "train.parallel=ddp": PROCESSES,
+    "data.cache=false train.parallel=ddp": PROCESSES,
+    "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m segadapt train "
+    "data=ade20k data.data_root=/data/ade20k logging.root=/shared/outputs experiment.id=b5 train.parallel=2d "
+    "train.tensor_parallel=4": LAYOUTS,
     "make demo": OWN_TEST,
     "make test": OWN_TEST,
     "segadapt demo data.limit=2 'data.corruptions=[posterise]'": "the name is added on that page: test_extending.py",

@@ -233,7 +233,7 @@ def test_wrong_names_and_options(stand_in):
 
 def test_training_ends_in_a_folder_that_is_read(stand_in, tmp_path):
     settings = training(
-        tmp_path, "model.discriminative.family=segadapt_timm", "train.iters=2", "train/losses=contrast", "train.losses.contrast.min_views=2",
+        tmp_path, "model.discriminative.family=segadapt_timm", "train.iters=2", "train/losses=contrast",
         "train.losses.contrast.warmup_iters=0", "train.losses.contrast.min_views=2",
     )  # fmt: skip
     settings.model.discriminative.config = {"encoder_name": "tiny", "head_size": 8}

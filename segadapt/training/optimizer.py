@@ -18,7 +18,8 @@ from segadapt.training.sharded import by_mesh
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainOptimizerSettings, bool], torch.optim.Optimizer]] = {
     "adamw": lambda groups, o, fused: torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps, fused=fused),
-    "sgd": lambda groups, o, fused: torch.optim.SGD(groups, momentum=o.momentum, fused=fused),
+    # torch has no fused SGD of what FSDP shards
+    "sgd": lambda groups, o, _: torch.optim.SGD(groups, momentum=o.momentum),
 }
 
 
@@ -59,7 +60,7 @@ def parameter_groups(
 def build_optimizer(
     segmenter: NetSegmenter, settings: TrainOptimizerSettings, *, more: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """Over `parameter_groups`, fused on CUDA; a group of tensors on several meshes becomes several of one name.
+    """Over `parameter_groups`; AdamW is fused on CUDA. A group of several meshes becomes several of one name.
 
     UserError: nothing moves.
     """

@@ -7,6 +7,7 @@ Parts: shards (FSDP2) over the mesh dimension "dp", slices (tensor parallelism) 
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -193,6 +194,8 @@ def spread(module: nn.Module, net: nn.Module, world: World) -> nn.Module:
         group = world.mesh["dp"].get_group() if world.mesh is not None else None
         nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
     if world.kind == "ddp":
+        # of a side of length 1 any stride is right
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         known = inspect.signature(DistributedDataParallel).parameters
         buffers: Any = {("forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"): False}
         ids = [device.index] if device.type == "cuda" else None

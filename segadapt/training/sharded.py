@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -14,14 +14,23 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it, the same in each process, which all must ask for; of a tensor that is not sharded itself."""
+    """All of it, the same in each process, which all must ask for; of a tensor that is not sharded itself.
+
+    Shards are put together to slices, then slices: torch has no single way from shards of slices, and warns.
+    """
     if not isinstance(tensor, DTensor):
         return tensor
-    placements = list(tensor.placements)
-    for dim in range(len(placements)):  # shards first, which FSDP took of the slices
-        placements[dim] = Replicate()
-        tensor = tensor.redistribute(placements=placements)
-    return tensor.to_local()
+    mesh, names = tensor.device_mesh, tensor.device_mesh.mesh_dim_names
+    if mesh.ndim == 1:
+        return tensor.full_tensor()
+    assert names == ("dp", "tp")
+    placements: Any = tensor.placements  # the first may be torch's _StridedShard
+    shard, cut = Shard(placements[0].dim), Shard(placements[1].dim)
+    shape = list(tensor.shape)
+    shape[cut.dim] //= mesh.size(1)
+    like = torch.empty(shape, device="meta")
+    own = DTensor.from_local(tensor.to_local(), mesh["dp"], [shard], shape=like.shape, stride=like.stride())
+    return DTensor.from_local(own.full_tensor(), mesh["tp"], [cut]).full_tensor()
 
 
 def is_sliced(tensor: Tensor) -> bool:
