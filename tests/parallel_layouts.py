@@ -7,7 +7,6 @@ out. BatchNorm stays in eval mode, as in parallel_training.py. A run of several 
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -33,9 +32,7 @@ if __name__ == "__main__":
             if not is_alone:
                 os.environ[name] = str(value)
         os.environ["STOP_AT"] = str(run["stop_at"])
-        began = time.perf_counter()
         try:
             train.run(training(root / run["name"], *run["overrides"]), console=QUIET)
         except Stopped:
             assert run["stop_at"], run
-        print(f"{rank}: {run['name']} {time.perf_counter() - began:.1f} s", flush=True)

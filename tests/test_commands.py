@@ -32,6 +32,7 @@ OWN_TEST = "the Makefile's own rules: .ci/run calls them"
 PROCESSES = "test_parallel_training.py"
 PRETRAINED = "test_pretrain.py"
 SUBSETS = "more images than the stand-in has: test_subsets.py"
+LAYOUTS = "test_parallel_layouts.py"
 NOT_RUN = {
     "git clone <URL of this repository> segadapt && cd segadapt": NO_NETWORK,
     "pip install -c constraints.txt -e '.[sd3,wandb]'": NO_NETWORK,
@@ -41,7 +42,10 @@ NOT_RUN = {
     "hf download nvidia/segformer-b5-finetuned-ade-640-640 "
     "--local-dir weights/segformer-b5-finetuned-ade-640-640": NO_NETWORK,
     "torchrun --nproc-per-node 4 -m segadapt train data=ade20k data.data_root=/data/ade20k "
-    "train.parallel=ddp": PROCESSES,
+    "data.cache=false train.parallel=ddp": PROCESSES,
+    "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m segadapt train "
+    "data=ade20k data.data_root=/data/ade20k logging.root=/shared/outputs experiment.id=b5 train.parallel=2d "
+    "train.tensor_parallel=4": LAYOUTS,
     "torchrun --nproc-per-node 4 -m segadapt pretrain data.data_root=/data/imagenet train.parallel=ddp": PRETRAINED,
     "segadapt train experiment=segformer_b0_ade20k data.data_root=/data/ade20k experiment.name=curve --multirun "
     "data.subset=1,2,4,8,16 experiment.seed=0,1,2": SUBSETS,

@@ -20,10 +20,32 @@ def single(tmp_path_factory):
     return left_by(root)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp", "2d"])
 def test_two_gpus_train_as_one_does(tmp_path, single, kind):
     assert finish(begin(tmp_path, *ON_GPU, f"train.parallel={kind}", processes=2, batch_norm_learns=True)) == 0
-    (model, results), (expected, its) = left_by(tmp_path), single
+    assert_alike(tmp_path, single)
+
+
+def test_a_pipeline_of_two_gpus_trains_as_one_does_with_its_micro_batches(tmp_path):
+    own = (*ON_GPU, "train.accumulate=2")
+    assert finish(begin(tmp_path / "one", *own, processes=1, batch_norm_learns=True)) == 0
+    assert finish(begin(tmp_path / "two", *own, "train.parallel=pipeline", processes=2, batch_norm_learns=True)) == 0
+    assert_alike(tmp_path / "two", left_by(tmp_path / "one"))
+
+
+def test_slices_train_under_autocast_with_a_fused_rule_and_go_on_as_shards(tmp_path, monkeypatch):
+    """Their checkpoint is read by FSDP."""
+    own = ("runtime.device=cuda", "runtime.deterministic=false", "runtime.precision=bf16", "train.parallel=2d")
+    monkeypatch.setenv("STOP_AT", "3")
+    assert finish(begin(tmp_path, *own, processes=2, batch_norm_learns=True)) != 0
+    monkeypatch.setenv("STOP_AT", "0")
+    assert finish(begin(tmp_path, *own[:3], "train.parallel=fsdp", processes=2, batch_norm_learns=True)) == 0
+    assert left_by(tmp_path)[1]["steps"] == 6
+
+
+def assert_alike(root, single):
+    """Weights, BatchNorm's statistics and scores."""
+    (model, results), (expected, its) = left_by(root), single
     moved = 0
     for name, value in expected.items():
         torch.testing.assert_close(model[name], value, rtol=2e-3, atol=1e-4, msg=lambda said, name=name: name + said)

@@ -128,7 +128,7 @@ def test_a_broken_model_is_noticed_before_it_is_validated_or_saved(tmp_path, ver
 @BOTH
 def test_the_copy_has_the_losses_and_the_validation(tmp_path, verb, prepared, mirror):
     verb.run(prepared(tmp_path))
-    rates = {f"train/lr_{name}" for name in ("encoder", "encoder_norms", "head")}
+    rates = {f"train/lr_{name}" for name in ("encoder", "encoder_undecayed", "head")}
     losses = {"train/loss", "train/cross_entropy", "train/grad_norm", "train/images_per_second", *rates}
     losses |= {"validation/miou", "validation/macc", "validation/aacc"}
     terms = {"train/flow", "train/comparing", "train/accuracy", "train/null", "train/scale"}

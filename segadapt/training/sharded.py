@@ -1,11 +1,11 @@
 """Tensors of which a process may have a part alone: DTensors, over the dimensions "dp" and "tp" of a mesh."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -14,19 +14,34 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it, the same in each process, which all must ask for; of a tensor that is not sharded itself."""
+    """All of it, the same in each process, which all must ask for; of a tensor that is not sharded itself.
+
+    Shards are put together to slices, then slices: torch has no single way from shards of slices, and warns.
+    """
     if not isinstance(tensor, DTensor):
         return tensor
-    placements = list(tensor.placements)
-    for dim in range(len(placements)):  # shards first, which FSDP took of the slices
-        placements[dim] = Replicate()
-        tensor = tensor.redistribute(placements=placements)
-    return tensor.to_local()
+    mesh, names = tensor.device_mesh, tensor.device_mesh.mesh_dim_names
+    if mesh.ndim == 1:
+        return tensor.full_tensor()
+    assert names == ("dp", "tp")
+    shard, cut = (_plain(placement) for placement in tensor.placements)
+    shape = list(tensor.shape)
+    if isinstance(cut, Shard):
+        shape[cut.dim] //= mesh.size(1)
+    like = torch.empty(shape, device="meta")
+    own = DTensor.from_local(tensor.to_local(), mesh["dp"], [shard], shape=like.shape, stride=like.stride())
+    return DTensor.from_local(own.full_tensor(), mesh["tp"], [cut]).full_tensor()
+
+
+def _plain(placement: Any) -> Placement:
+    """Of shards of slices torch says _StridedShard."""
+    return placement if isinstance(placement, Replicate) else Shard(placement.dim)
 
 
 def is_sliced(tensor: Tensor) -> bool:
     """Among the processes that are together each has a part of its own."""
-    return isinstance(tensor, DTensor) and "tp" in (tensor.device_mesh.mesh_dim_names or ())
+    names = tensor.device_mesh.mesh_dim_names or () if isinstance(tensor, DTensor) else ()
+    return "tp" in names and not cast(DTensor, tensor).placements[names.index("tp")].is_replicate()
 
 
 def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
