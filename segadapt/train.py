@@ -118,10 +118,11 @@ def build_objective(settings: TrainConfig, segmenter: NetSegmenter, class_weight
     """
     t, device, family = settings.train, segmenter.net.device, segmenter.family
     chosen = segmenter.net.config.model_type
-    if t.losses.auxiliary.weight and not family.has_auxiliary:
+    has_auxiliary = family.has_auxiliary(segmenter.net.config)
+    if t.losses.auxiliary.weight and not has_auxiliary:
         raise UserError(f"train.losses.auxiliary.weight={t.losses.auxiliary.weight}, but {chosen} has no auxiliary "
                         "head. Set it to 0, or choose another network.")  # fmt: skip
-    if family.auxiliary_head is not None and not t.losses.auxiliary.weight:
+    if has_auxiliary and family.auxiliary_head is not None and not t.losses.auxiliary.weight:
         segmenter.net.get_submodule(family.auxiliary_head).requires_grad_(False)
     with torch.no_grad():
         seen = segmenter.outputs(torch.zeros(1, 3, t.transforms.crop_px, t.transforms.crop_px, device=device))

@@ -1,5 +1,6 @@
 """Pretrained weights into the encoder of a segmenter that was made from scratch, strictly."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,6 +69,8 @@ def load_backbone(segmenter: NetSegmenter, backbone: str, *, revision: str | Non
     encoder = segmenter.net.get_submodule(name)
     read = _read_file if is_file(backbone) else _read_folder
     state, faults, dropped = read(segmenter, encoder, backbone, revision=revision, allow_pickle=allow_pickle)
+    of_bare = [fault for fault in faults if re.fullmatch(segmenter.family.bare_faults, fault)]
+    faults = [fault for fault in faults if fault not in of_bare]
     if faults:
         raise UserError(
             f"{SETTING}={backbone}: the weights do not fit the encoder that model.discriminative.config describes: "
@@ -75,7 +78,11 @@ def load_backbone(segmenter: NetSegmenter, backbone: str, *, revision: str | Non
         )
     encoder.load_state_dict(state)
     left_out = f"; left out, as a head is made anew: {', '.join(dropped)}" if dropped else ""
-    return f"backbone {backbone}: {len(state)} tensors into {name}{left_out}"
+    anew = [fault.removesuffix(" is missing") for fault in of_bare if fault.endswith(" is missing")]
+    unread = [fault.removesuffix(" is unexpected") for fault in of_bare if fault.endswith(" is unexpected")]
+    left_out += f"; left out, as nothing reads it: {', '.join(unread)}" if unread else ""
+    made_anew = f"; made anew, as no bare encoder has it: {', '.join(anew)}" if anew else ""
+    return f"backbone {backbone}: {len(state) - len(anew)} tensors into {name}{left_out}{made_anew}"
 
 
 def _read_folder(

@@ -19,7 +19,7 @@ from transformers import (
     UperNetConfig,
 )
 
-from segadapt.models.discriminative import Outputs, convolutional
+from segadapt.models.discriminative import Outputs, convolutional, upernet
 from segadapt.models.discriminative.deeplabv3 import DeepLabV3, DeepLabV3Config
 from segadapt.models.discriminative.dinov2 import Dinov2Segmenter, Dinov2SegmenterConfig
 from segadapt.models.discriminative.foreign import own_names
@@ -28,7 +28,7 @@ from segadapt.models.discriminative.keymaps import encoder_names
 from segadapt.models.discriminative.mmseg import MmsegSegformer, MmsegSegformerConfig, stage_maps
 from segadapt.models.discriminative.ocr import HrnetOcr, HrnetOcrConfig
 from segadapt.models.discriminative.resnet import resnet_names
-from segadapt.models.discriminative.semantic_map import SemanticMask2Former, SemanticUperNet
+from segadapt.models.discriminative.semantic_map import SemanticMask2Former
 from segadapt.models.discriminative.smp_net import SmpConfig, SmpNet, smp_outputs, smp_tops
 from segadapt.models.discriminative.timm_net import TimmConfig, TimmSegmenter, timm_tops
 
@@ -49,8 +49,10 @@ class Family:
     encoder: str | None  # module that a pretrained backbone goes into; None: it comes with its weights only
     # of an encoder: what brings the weights of a file under its names, see backbone.py; dict: they have them
     encoder_names: Callable[[Any], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = lambda _: dict
+    # faults, in the words of backbone.py, that a folder or file of a bare encoder has and may have
+    bare_faults: str = "(?!)"
     frozen: Callable[[Any], tuple[str, ...]] = lambda _: ()  # of a config: modules that training leaves as they are
-    has_auxiliary: bool = False  # in train mode it gives Outputs.auxiliary_BChw
+    has_auxiliary: Callable[[Any], bool] = lambda _: False  # of a config: train mode gives Outputs.auxiliary_BChw
     auxiliary_head: str | None = None  # a module that nothing but the auxiliary loss reads
 
 
@@ -143,11 +145,16 @@ FAMILIES: dict[str, Family] = {
     ),
     "upernet": Family(
         UperNetConfig,
-        SemanticUperNet,
+        upernet.SemanticUperNet,
         ("decode_head", "auxiliary_head"),
         pyramid_tops,
-        None,
-        None,
+        upernet.outputs,
+        "backbone",
+        lambda _: upernet.encoder_names,
+        bare_faults=upernet.OF_BARE_ENCODERS,
+        frozen=upernet.frozen,
+        has_auxiliary=upernet.has_auxiliary,
+        auxiliary_head="auxiliary_head",
     ),
     "segadapt_deeplabv3": Family(
         DeepLabV3Config,
@@ -157,7 +164,7 @@ FAMILIES: dict[str, Family] = {
         convolutional.outputs,
         "encoder",
         lambda _: resnet_names,
-        has_auxiliary=True,
+        has_auxiliary=lambda _: True,
         auxiliary_head="auxiliary_head",
     ),
     "segadapt_hrnet": Family(
@@ -177,7 +184,7 @@ FAMILIES: dict[str, Family] = {
         convolutional.outputs,
         "encoder",
         lambda _: hrnet_names,
-        has_auxiliary=True,
+        has_auxiliary=lambda _: True,
     ),
     "segadapt_timm": Family(
         TimmConfig,

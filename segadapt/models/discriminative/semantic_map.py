@@ -1,11 +1,11 @@
-"""Trained segmenters of transformers: Mask2Former (Cheng et al. 2022) and UPerNet (Xiao et al. 2018).
+"""Mask2Former of transformers (Cheng et al. 2022), to score and to adapt.
 
 # B images  3 RGB  H W image px  C dataset classes  Q queries  h w logits, about px / 4
 """
 
 import torch
 from torch import Tensor, nn
-from transformers import Mask2FormerConfig, Mask2FormerModel, UperNetForSemanticSegmentation
+from transformers import Mask2FormerConfig, Mask2FormerModel
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerPreTrainedModel
 
 from segadapt.models.discriminative.mmseg import Scored
@@ -49,11 +49,3 @@ class SemanticMask2Former(Mask2FormerPreTrainedModel):
         queries_QBD = found.transformer_decoder_intermediate_states[-1]  # behind the last layer and its norm
         class_BQn = self.class_predictor(queries_QBD.transpose(0, 1))
         return Scored((semantic_map(class_BQn, found.masks_queries_logits[-1]) + FLOOR).log())
-
-
-class SemanticUperNet(UperNetForSemanticSegmentation):
-    """UperNetForSemanticSegmentation whose logits stay on the head's grid, which is 16 times smaller."""
-
-    def forward(self, pixel_values: Tensor) -> Scored:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Normalised images [B, 3, H, W]."""
-        return Scored(self.decode_head(self.backbone(pixel_values).feature_maps))
