@@ -14,7 +14,7 @@ from segadapt.errors import UserError
 from segadapt.losses import ClassWeights
 from segadapt.models.discriminative.backbone import load_backbone
 from segadapt.models.discriminative.families import FAMILIES
-from segadapt.models.discriminative.load import load_segmenter, make_segmenter
+from segadapt.models.discriminative.load import make_segmenter
 from segadapt.models.set_up import fingerprint
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -94,14 +94,6 @@ def test_twenty_steps_lower_the_loss_and_everything_that_trains_has_a_gradient(b
 def test_training_on_single_images_is_refused():
     with pytest.raises(UserError, match=r"family=upernet pools whole images.*train\.batch_size of 2 or more\.$"):
         made().train().outputs(images(1, 3, 64, 64))
-
-
-def test_training_ends_in_a_folder_that_is_read(tmp_path):
-    settings = training(tmp_path, "model.discriminative.family=upernet", "train.iters=2", "train/losses=auxiliary")
-    settings.model.discriminative.config = CONFIG
-    results = train.run(settings)
-    segmenter = load_segmenter(f"{results['folder']}/model", num_classes=len(results["per_class"]), device="cpu")
-    assert segmenter.net.config.model_type == "upernet"
 
 
 @pytest.mark.parametrize("losses", ["default", "auxiliary"])

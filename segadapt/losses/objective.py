@@ -120,6 +120,20 @@ class Objective(nn.Module):
                     class_weights_C=self.class_weights_C,
                     reduction=s.reduction,
                 )
+            if s.stages.weight:
+                assert outputs.stages_BChw, "train.build_objective refuses a net without stages"
+                weights["stages"] = s.stages.weight
+                values["stages"] = torch.stack(
+                    [
+                        cross_entropy(
+                            at_label_size(logits_BChw, label_BHW),
+                            label_BHW,
+                            class_weights_C=self.class_weights_C,
+                            reduction=s.reduction,
+                        )
+                        for logits_BChw in outputs.stages_BChw
+                    ]
+                ).sum()
         if s.contrast.weight:
             # computed before its time too, times 0: every rank sees every parameter used, and the memory fills
             weights["contrast"] = s.contrast.weight if step > s.contrast.warmup_iters else 0.0

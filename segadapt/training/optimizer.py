@@ -1,7 +1,8 @@
 """Which parameters move at which rate, and the rule that moves them.
 
-Groups are found by module type, never by name: mmseg and NVIDIA match substrings of names, and transformers 5 has
-renamed every module. On SegFormer-B0 of transformers they have 132, 60 and 13 tensors.
+Groups are found by module type, never by the module's name: mmseg and NVIDIA match substrings of names, and
+transformers 5 has renamed every module. Tables of positions are of no type, but have one of few names of their own.
+On SegFormer-B0 of transformers encoder, its norms and head have 132, 60 and 13 tensors.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,13 +21,18 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainOptimizerSettings, bo
     "sgd": lambda groups, o, fused: torch.optim.SGD(groups, momentum=o.momentum, fused=fused),
 }
 
+# of positions: Swin's of transformers and timm, then absolute ones of transformers and timm
+TABLES = ("relative_position_bias_table", "position_embeddings", "pos_embed")
+UNDECAYED = ("encoder norms", "encoder tables", "head norms")  # groups
+
 
 def parameter_groups(
     segmenter: NetSegmenter, settings: TrainOptimizerSettings, *, more: Iterable[nn.Parameter] = ()
 ) -> list[dict[str, Any]]:
-    """Encoder, its norms without decay, and head with lr_factor; each parameter that moves is in exactly one.
+    """Encoder, its norms and tables of positions without decay, head with lr_factor; each that moves is in exactly one.
 
-    The head's norms are decayed, as in mmseg's and NVIDIA's SegFormer; so are biases. Frozen parameters are in none.
+    The head's BatchNorms are decayed, as in mmseg's and NVIDIA's SegFormer; its LayerNorms, of K-Net's kernels, are
+    not; biases are. Frozen parameters are in none.
 
     Args:
         more: of the head's kind: the losses' own.
@@ -35,12 +41,19 @@ def parameter_groups(
     """
     norms = {id(parameter) for parameter in segmenter.norm_parameters().values()}
     head = {id(parameter) for parameter in segmenter.head_parameters().values()}
-    groups: dict[str, list[nn.Parameter]] = {"encoder": [], "encoder norms": [], "head": []}
-    for parameter in segmenter.parameters().values():
-        name = "head" if id(parameter) in head else "encoder norms" if id(parameter) in norms else "encoder"
+    layer_norms = {id(p) for module in segmenter.net.modules() if isinstance(module, nn.LayerNorm)
+                   for p in module.parameters()}  # fmt: skip
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in ("encoder", *UNDECAYED, "head")}
+    for own_name, parameter in segmenter.parameters().items():
+        if id(parameter) in head:
+            name = "head norms" if id(parameter) in layer_norms else "head"
+        elif id(parameter) in norms:
+            name = "encoder norms"
+        else:
+            name = "encoder tables" if own_name.rsplit(".", 1)[-1] in TABLES else "encoder"
         groups[name].append(parameter)
     groups["head"] += more
-    factor, decay = {"head": settings.head_lr_factor}, {"encoder norms": 0.0}
+    factor = {"head": settings.head_lr_factor, "head norms": settings.head_lr_factor}
     moving = {name: [p for p in params if p.requires_grad] for name, params in groups.items()}
     return [
         {
@@ -48,7 +61,7 @@ def parameter_groups(
             "name": name,
             "base_lr": settings.lr * factor.get(name, 1),
             "lr": settings.lr * factor.get(name, 1),
-            "weight_decay": decay.get(name, settings.weight_decay),
+            "weight_decay": 0.0 if name in UNDECAYED else settings.weight_decay,
         }
         for name, params in moving.items()
         if params
@@ -71,6 +84,6 @@ def build_optimizer(
 def set_rates(optimizer: torch.optim.Optimizer, t: int, train: TrainSettings) -> Mapping[str, float]:
     """Give each group its rate of step t (from 0); returns the rates by group."""
     for group in optimizer.param_groups:
-        is_encoder = group["name"] != "head"
+        is_encoder = not group["name"].startswith("head")
         group["lr"] = rate(t, group["base_lr"], train.schedule, iters=train.iters, is_encoder=is_encoder)
     return {group["name"]: group["lr"] for group in optimizer.param_groups}

@@ -19,7 +19,7 @@ from transformers import (
     UperNetConfig,
 )
 
-from segadapt.models.discriminative import Outputs, convolutional, upernet
+from segadapt.models.discriminative import Outputs, convolutional, knet, upernet
 from segadapt.models.discriminative.deeplabv3 import DeepLabV3, DeepLabV3Config
 from segadapt.models.discriminative.dinov2 import Dinov2Segmenter, Dinov2SegmenterConfig
 from segadapt.models.discriminative.foreign import own_names
@@ -53,6 +53,7 @@ class Family:
     bare_faults: str = "(?!)"
     frozen: Callable[[Any], tuple[str, ...]] = lambda _: ()  # of a config: modules that training leaves as they are
     has_auxiliary: Callable[[Any], bool] = lambda _: False  # of a config: train mode gives Outputs.auxiliary_BChw
+    has_stages: bool = False  # in train mode it gives Outputs.stages_BChw
     auxiliary_head: str | None = None  # a module that nothing but the auxiliary loss reads
 
 
@@ -100,7 +101,7 @@ def dinov2_frozen(config: Any) -> tuple[str, ...]:
 
 
 def pyramid_tops(net: Any) -> re.Pattern[str]:
-    """Of Mask2Former and UPerNet: all but the encoder's first stages; it is a Swin, ConvNeXt or ResNet."""
+    """Of Mask2Former, UPerNet and K-Net: all but the encoder's first stages; it is a Swin, ConvNeXt or ResNet."""
     last = len(net.config.backbone_config.depths) - 1
     encoder = r"(model\.pixel_level_module\.encoder|backbone)\."
     stage = rf"(swin\.)?encoder\.(layers|stages)\.{last}|hidden_states_norms\.stage{last + 1}|swin\.layernorm"
@@ -154,6 +155,20 @@ FAMILIES: dict[str, Family] = {
         bare_faults=upernet.OF_BARE_ENCODERS,
         frozen=upernet.frozen,
         has_auxiliary=upernet.has_auxiliary,
+        auxiliary_head="auxiliary_head",
+    ),
+    "segadapt_knet": Family(
+        knet.KnetConfig,
+        knet.Knet,
+        knet.HEADS,
+        pyramid_tops,
+        knet.outputs,
+        "backbone",
+        lambda _: upernet.encoder_names,
+        bare_faults=upernet.OF_BARE_ENCODERS,
+        frozen=upernet.frozen,
+        has_auxiliary=upernet.has_auxiliary,
+        has_stages=True,
         auxiliary_head="auxiliary_head",
     ),
     "segadapt_deeplabv3": Family(

@@ -79,7 +79,8 @@ class NetSegmenter:
         return _at_least_float32(self.net(pixel_values=self.normalised(image_B3HW)).logits)
 
     def outputs(self, image_B3HW: Tensor) -> Outputs:
-        """For training: the logits, those of an auxiliary head if the net has one, and what the classifier sees."""
+        """For training: the logits, those of an auxiliary head and of earlier stages if the net has such, and what the
+        classifier sees."""
         assert self.family.outputs is not None
         found = self.family.outputs(self.net, self.normalised(image_B3HW))
         auxiliary_BChw = found.auxiliary_BChw
@@ -87,6 +88,7 @@ class NetSegmenter:
             _at_least_float32(found.logits_BChw),
             None if auxiliary_BChw is None else _at_least_float32(auxiliary_BChw),
             found.features_BDyx,
+            tuple(_at_least_float32(logits_BChw) for logits_BChw in found.stages_BChw),
         )
 
     def parameters(self) -> dict[str, nn.Parameter]:
