@@ -30,6 +30,7 @@ from segadapt.models.discriminative.ocr import HrnetOcr, HrnetOcrConfig
 from segadapt.models.discriminative.resnet import resnet_names
 from segadapt.models.discriminative.semantic_map import SemanticMask2Former
 from segadapt.models.discriminative.smp_net import SmpConfig, SmpNet, smp_outputs, smp_tops
+from segadapt.models.discriminative.t2t import T2tConfig, T2tSegmenter, t2t_names, t2t_tops
 from segadapt.models.discriminative.timm_net import TimmConfig, TimmSegmenter, timm_tops
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in 0..1, as in torchvision and in SegFormer's training
@@ -200,6 +201,15 @@ FAMILIES: dict[str, Family] = {
         "encoder",
         lambda _: hrnet_names,
         has_auxiliary=lambda _: True,
+    ),
+    "segadapt_t2t": Family(
+        T2tConfig,
+        T2tSegmenter,
+        convolutional.HEADS,
+        t2t_tops,
+        convolutional.outputs,
+        "encoder",
+        lambda _: t2t_names,
     ),
     "segadapt_timm": Family(
         TimmConfig,
