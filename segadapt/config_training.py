@@ -174,7 +174,9 @@ class TrainOptimizerSettings:
     name: str = setting("rule", choices=("adamw", "sgd"))
     lr: float = setting("learning rate of the encoder, which the schedule starts from", low=0)
     head_lr_factor: float = setting("times lr for the head, and for the losses' own parameters", low=0)
-    weight_decay: float = setting("decoupled for adamw; norms of the encoder have none", low=0)
+    weight_decay: float = setting(
+        "decoupled for adamw; not of LayerNorms, nor norms and position tables of the encoder", low=0
+    )
     beta1: float = setting("adamw", low=0, high=BELOW_ONE)
     beta2: float = setting("adamw", low=0, high=BELOW_ONE)
     eps: float = setting("adamw", low=0)

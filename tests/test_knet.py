@@ -51,10 +51,10 @@ def stage_parameters(d, e, wide):
 
 
 def test_knet_is_upernet_and_three_stages():
-    """No count is published: UPerNet's is (see test_upernet), and a stage's is by formula."""
-    parts, upernet = (parameters_of(f"{name}_swin_l", 150) for name in ("knet", "upernet"))
+    """No count is published: UPerNet's is, 234 M (see test_upernet), and a stage's is by formula."""
+    parts = parameters_of("knet_swin_l", 150)
     assert parts["stages"] == 3 * stage_parameters(512, 256, 2048)
-    assert sum(parts.values()) - parts["stages"] == sum(upernet.values())
+    assert (sum(parts.values()) - parts["stages"]) / 1e6 == pytest.approx(234, abs=0.5)
 
 
 # --- arithmetic ---
@@ -179,7 +179,7 @@ def test_training_sees_four_outputs_and_their_loss_is_the_sum():
     assert terms.weights == {"cross_entropy": 1, "auxiliary": 0.4, "stages": 1}
 
 
-def test_twenty_steps_lower_the_loss_of_eight_images_and_everything_that_trains_has_a_gradient(tmp_path):
+def test_ten_steps_lower_the_loss_of_eight_images_and_everything_that_trains_has_a_gradient(tmp_path):
     segmenter = made(hidden_size=32)
     settings = training(tmp_path, *KNET)
     objective = train.build_objective(settings, segmenter, ClassWeights(None, None))
@@ -189,14 +189,14 @@ def test_twenty_steps_lower_the_loss_of_eight_images_and_everything_that_trains_
     image_B3HW = image_B3HW * 0.2 + label_BHW[:, None] / 6
     trained = [parameter for parameter in segmenter.parameters().values() if parameter.requires_grad]
     optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
-    for _ in range(20):
+    for _ in range(10):
         terms = objective(segmenter.outputs(image_B3HW), label_BHW, step=1)
         optimizer.zero_grad()
         terms.total.backward()
         assert all(parameter.grad is not None for parameter in trained)
         optimizer.step()
         losses.append(float(terms.total.detach()))
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]
 
 
 def test_training_ends_in_a_folder_that_is_read(tmp_path):

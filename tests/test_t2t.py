@@ -245,6 +245,7 @@ def test_recomputed_gradients_are_the_same():
     assert all(block.gradient_checkpointing and block.training for block in segmenter.net.encoder.blocks)
 
 
+@pytest.mark.slow
 def test_training_ends_in_a_folder_that_is_read(tmp_path):
     settings = training(tmp_path, "model.discriminative.family=segadapt_t2t", "train.iters=2")
     settings.model.discriminative.config = CONFIG
