@@ -88,7 +88,7 @@ class AlignSettings:
 @dataclass
 class ClassWeightsSettings:
     recipe: str = setting(
-        "of class weights in cross_entropy, auxiliary, ohem and focal, from the training labels; list: `values`",
+        "of class weights in cross_entropy, auxiliary, stages, ohem, focal, from the training labels; list: `values`",
         choices=("none", "list", "inverse_sqrt", "enet_log", "median_frequency", "effective_number", "max_over_count"),
     )
     values: list[float] = setting("recipe=list: a weight for each class, in label order")
@@ -167,12 +167,13 @@ class ContrastSettings(PlainLossSettings):
 @dataclass
 class LossesSettings:
     reduction: str = setting(
-        "of cross_entropy, auxiliary and focal: mean over labelled pixels, or sum over all pixels (mmseg's default)",
+        "of cross_entropy, auxiliary, stages, focal: mean over labelled pixels, or sum over all pixels (mmseg's way)",
         choices=("valid", "all"),
     )
     class_weights: ClassWeightsSettings = setting("of the classes")
     cross_entropy: PlainLossSettings = setting("of the logits")
     auxiliary: PlainLossSettings = setting("cross-entropy of the auxiliary head's logits; 0.4 is usual")
+    stages: PlainLossSettings = setting("cross-entropy of the logits of each earlier stage, summed; K-Net has 1")
     ohem: OhemSettings = setting("cross-entropy of the hardest pixels")
     focal: FocalSettings = setting("cross-entropy that weighs sure pixels less")
     lovasz: PlainLossSettings = setting("Lovasz-Softmax")

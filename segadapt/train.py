@@ -100,15 +100,19 @@ def build(
 def build_objective(settings: TrainConfig, segmenter: NetSegmenter, class_weights: ClassWeights) -> Objective:
     """The losses of the settings, for the features that the segmenter is seen to have, on its device.
 
-    An auxiliary head without its loss is frozen, so that it is in no parameter group. UserError: the auxiliary loss or
-    that of masks is on, and the network has no such head or no queries.
+    An auxiliary head without its loss is frozen, so that it is in no parameter group. UserError: the auxiliary loss, that
+    of earlier stages or that of masks is on, and the network has no such part.
     """
     t, device, family = settings.train, segmenter.net.device, segmenter.family
     chosen = segmenter.net.config.model_type
-    if t.losses.auxiliary.weight and not family.has_auxiliary:
+    has_auxiliary = family.has_auxiliary(segmenter.net.config)
+    if t.losses.auxiliary.weight and not has_auxiliary:
         raise UserError(f"train.losses.auxiliary.weight={t.losses.auxiliary.weight}, but {chosen} has no auxiliary "
                         "head. Set it to 0, or choose another network.")  # fmt: skip
-    if family.auxiliary_head is not None and not t.losses.auxiliary.weight:
+    if t.losses.stages.weight and not family.has_stages:
+        raise UserError(f"train.losses.stages.weight={t.losses.stages.weight}, but {chosen} has one output, and no "
+                        "stages before it. Set it to 0, or choose segadapt_knet.")  # fmt: skip
+    if has_auxiliary and family.auxiliary_head is not None and not t.losses.auxiliary.weight:
         segmenter.net.get_submodule(family.auxiliary_head).requires_grad_(False)
     with torch.no_grad():
         seen = segmenter.outputs(torch.zeros(1, 3, t.transforms.crop_px, t.transforms.crop_px, device=device))

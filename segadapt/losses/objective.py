@@ -128,6 +128,20 @@ class Objective(nn.Module):
                     class_weights_C=self.class_weights_C,
                     reduction=s.reduction,
                 )
+            if s.stages.weight:
+                assert outputs.stages_BChw, "train.build_objective refuses a net without stages"
+                weights["stages"] = s.stages.weight
+                values["stages"] = torch.stack(
+                    [
+                        cross_entropy(
+                            at_label_size(logits_BChw, label_BHW),
+                            label_BHW,
+                            class_weights_C=self.class_weights_C,
+                            reduction=s.reduction,
+                        )
+                        for logits_BChw in outputs.stages_BChw
+                    ]
+                ).sum()
             if self.masks is not None:
                 assert outputs.queries is not None
                 values |= self.masks(outputs.queries, label_BHW)
@@ -213,7 +227,7 @@ class Objective(nn.Module):
             float64 [T], T the terms in the order of Terms.values, on the device of the label.
         """
         s, pixels = self.settings, self._pixels(label_BHW)
-        before = sum(bool(getattr(s, name).weight) for name in (*LOSSES, "auxiliary"))
+        before = sum(bool(getattr(s, name).weight) for name in (*LOSSES, "auxiliary", "stages"))
         masks = [] if self.masks is None else [*self.masks.amounts(label_BHW)]
         return torch.stack([*[pixels] * before, *masks, *[pixels] * bool(s.contrast.weight)])
 

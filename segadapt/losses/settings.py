@@ -21,8 +21,8 @@ from segadapt.losses.objective import LOSSES
 from segadapt.training.class_weights import class_weights
 
 HERE = "train.losses"
-WEIGHTED = ("cross_entropy", "auxiliary", "ohem", "focal")  # they read class weights
-REDUCED = ("cross_entropy", "auxiliary", "focal")  # they follow `reduction`
+WEIGHTED = ("cross_entropy", "auxiliary", "stages", "ohem", "focal")  # they read class weights
+REDUCED = ("cross_entropy", "auxiliary", "stages", "focal")  # they follow `reduction`
 
 
 class ClassWeights(NamedTuple):
@@ -56,7 +56,7 @@ def check_losses(losses: LossesSettings, *, iters: int) -> None:
     Args:
         iters: optimizer steps of the training.
     """
-    on = [name for name in (*LOSSES, "auxiliary", "masks", "contrast") if getattr(losses, name).weight]
+    on = [name for name in (*LOSSES, "auxiliary", "stages", "masks", "contrast") if getattr(losses, name).weight]
     if not on:
         raise UserError(f"{HERE}: every weight is 0, so nothing would be learned. Set {HERE}.cross_entropy.weight=1.")
     recipe = losses.class_weights.recipe

@@ -28,6 +28,7 @@ class Outputs:
     logits_BChw: Tensor  # raw
     auxiliary_BChw: Tensor | None  # of an auxiliary head in train mode, on a grid of its own
     features_BDyx: Tensor  # for the contrast loss; of a convolutional encoder its map, else what the classifier sees
+    stages_BChw: tuple[Tensor, ...] = ()  # raw, in train mode, of the stages before the last of a net that refines them
     queries: Queries | None = None  # for the loss `masks`
 
 

@@ -27,13 +27,9 @@ def start_from(
 ) -> NetSegmenter:
     """The same segmenter, ready for training: with `backbone` its encoder's weights replaced, which the console says.
 
-    UserError: a family that cannot be trained; a backbone beside a checkpoint; none under a frozen encoder; see
-    `load_backbone`.
+    UserError: a backbone beside a checkpoint; none under a frozen encoder; see `load_backbone`.
     """
     family, config = segmenter.family, segmenter.net.config
-    if family.outputs is None:
-        raise UserError(f"model.discriminative: {config.model_type} is scored and adapted only, not trained; expected "
-                        "another family. Choose one.")  # fmt: skip
     if settings.checkpoint is not None:
         return segmenter
     if settings.backbone is not None:
@@ -57,13 +53,10 @@ def load_backbone(segmenter: NetSegmenter, backbone: str, *, revision: str | Non
             of mmsegmentation and of transformers, for DINOv2 those of transformers.
         allow_pickle: also read pytorch_model.bin, *.pth and *.pt, with torch's weights-only reader.
     Raises:
-        UserError: a family without such an encoder; missing, gated or damaged weights, or of another architecture; a
-            key that is missing, unexpected or of another shape, but for those of HEADS.
+        UserError: missing, gated or damaged weights, or of another architecture; a key that is missing, unexpected or
+            of another shape, but for those of HEADS.
     """
     name = segmenter.family.encoder
-    if name is None:
-        raise UserError(f"{SETTING}={backbone}: {segmenter.net.config.model_type} comes with its weights only; "
-                        "expected null. Give model.discriminative.checkpoint.")  # fmt: skip
     if allow_pickle:
         check_torch_reads_pickles_safely(torch.__version__)
     encoder = segmenter.net.get_submodule(name)

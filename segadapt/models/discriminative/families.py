@@ -19,7 +19,7 @@ from transformers import (
     UperNetConfig,
 )
 
-from segadapt.models.discriminative import Outputs, convolutional
+from segadapt.models.discriminative import Outputs, convolutional, knet, upernet
 from segadapt.models.discriminative.deeplabv3 import DeepLabV3, DeepLabV3Config
 from segadapt.models.discriminative.dinov2 import Dinov2Segmenter, Dinov2SegmenterConfig
 from segadapt.models.discriminative.foreign import own_names
@@ -28,8 +28,9 @@ from segadapt.models.discriminative.keymaps import encoder_names
 from segadapt.models.discriminative.mmseg import MmsegSegformer, MmsegSegformerConfig, stage_maps
 from segadapt.models.discriminative.ocr import HrnetOcr, HrnetOcrConfig
 from segadapt.models.discriminative.resnet import resnet_names
-from segadapt.models.discriminative.semantic_map import SemanticMask2Former, SemanticUperNet
+from segadapt.models.discriminative.semantic_map import SemanticMask2Former
 from segadapt.models.discriminative.smp_net import SmpConfig, SmpNet, smp_outputs, smp_tops
+from segadapt.models.discriminative.t2t import T2tConfig, T2tSegmenter, t2t_names, t2t_tops
 from segadapt.models.discriminative.timm_net import TimmConfig, TimmSegmenter, timm_tops
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in 0..1, as in torchvision and in SegFormer's training
@@ -44,15 +45,15 @@ class Family:
     net: Any  # a PreTrainedModel; its forward takes pixel_values and returns an object with `logits`
     heads: tuple[str, ...]  # modules that are no encoder
     is_top: Callable[[Any], re.Pattern[str]]  # of a net: names of norms in the last encoder stage and in the head
-    # of (net, normalised image), see NetSegmenter.outputs; None: it is scored and adapted only
-    outputs: Callable[[Any, Tensor], Outputs] | None
-    encoder: str | None  # module that a pretrained backbone goes into; None: it comes with its weights only
+    outputs: Callable[[Any, Tensor], Outputs]  # of (net, normalised image), see NetSegmenter.outputs
+    encoder: str  # module that a pretrained backbone goes into
     # of an encoder: what brings the weights of a file under its names, see backbone.py; dict: they have them
     encoder_names: Callable[[Any], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = lambda _: dict
     # faults, in the words of backbone.py, that a folder or file of a bare encoder has and may have
     bare_faults: str = "(?!)"
     frozen: Callable[[Any], tuple[str, ...]] = lambda _: ()  # of a config: modules that training leaves as they are
-    has_auxiliary: bool = False  # in train mode it gives Outputs.auxiliary_BChw
+    has_auxiliary: Callable[[Any], bool] = lambda _: False  # of a config: train mode gives Outputs.auxiliary_BChw
+    has_stages: bool = False  # in train mode it gives Outputs.stages_BChw
     auxiliary_head: str | None = None  # a module that nothing but the auxiliary loss reads
     pools_images: bool = False  # a BatchNorm sees one vector an image, of which a single image has no statistics
 
@@ -101,7 +102,7 @@ def dinov2_frozen(config: Any) -> tuple[str, ...]:
 
 
 def pyramid_tops(net: Any) -> re.Pattern[str]:
-    """Of Mask2Former and UPerNet: all but the encoder's first stages; it is a Swin, ConvNeXt or ResNet."""
+    """Of Mask2Former, UPerNet and K-Net: all but the encoder's first stages; it is a Swin, ConvNeXt or ResNet."""
     last = len(net.config.backbone_config.depths) - 1
     encoder = r"(model\.pixel_level_module\.encoder|backbone)\."
     stage = rf"(swin\.)?encoder\.(layers|stages)\.{last}|hidden_states_norms\.stage{last + 1}|swin\.layernorm"
@@ -156,11 +157,30 @@ FAMILIES: dict[str, Family] = {
     ),
     "upernet": Family(
         UperNetConfig,
-        SemanticUperNet,
+        upernet.SemanticUperNet,
         ("decode_head", "auxiliary_head"),
         pyramid_tops,
-        None,
-        None,
+        upernet.outputs,
+        "backbone",
+        lambda _: upernet.encoder_names,
+        bare_faults=upernet.OF_BARE_ENCODERS,
+        frozen=upernet.frozen,
+        has_auxiliary=upernet.has_auxiliary,
+        auxiliary_head="auxiliary_head",
+    ),
+    "segadapt_knet": Family(
+        knet.KnetConfig,
+        knet.Knet,
+        knet.HEADS,
+        pyramid_tops,
+        knet.outputs,
+        "backbone",
+        lambda _: upernet.encoder_names,
+        bare_faults=upernet.OF_BARE_ENCODERS,
+        frozen=upernet.frozen,
+        has_auxiliary=upernet.has_auxiliary,
+        has_stages=True,
+        auxiliary_head="auxiliary_head",
     ),
     "segadapt_deeplabv3": Family(
         DeepLabV3Config,
@@ -170,7 +190,7 @@ FAMILIES: dict[str, Family] = {
         convolutional.outputs,
         "encoder",
         lambda _: resnet_names,
-        has_auxiliary=True,
+        has_auxiliary=lambda _: True,
         auxiliary_head="auxiliary_head",
         pools_images=True,
     ),
@@ -191,7 +211,16 @@ FAMILIES: dict[str, Family] = {
         convolutional.outputs,
         "encoder",
         lambda _: hrnet_names,
-        has_auxiliary=True,
+        has_auxiliary=lambda _: True,
+    ),
+    "segadapt_t2t": Family(
+        T2tConfig,
+        T2tSegmenter,
+        convolutional.HEADS,
+        t2t_tops,
+        convolutional.outputs,
+        "encoder",
+        lambda _: t2t_names,
     ),
     "segadapt_timm": Family(
         TimmConfig,

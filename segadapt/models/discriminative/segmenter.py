@@ -79,14 +79,14 @@ class NetSegmenter:
         return _at_least_float32(self.net(pixel_values=self.normalised(image_B3HW)).logits)
 
     def outputs(self, image_B3HW: Tensor) -> Outputs:
-        """For training: the logits, those of an auxiliary head and the queries if the net has them, features."""
-        assert self.family.outputs is not None
+        """For training: logits, features; if the net has such, logits of an auxiliary head, of earlier stages, queries."""
         found = self.family.outputs(self.net, self.normalised(image_B3HW))
         auxiliary_BChw = found.auxiliary_BChw
         return Outputs(
             _at_least_float32(found.logits_BChw),
             None if auxiliary_BChw is None else _at_least_float32(auxiliary_BChw),
             found.features_BDyx,
+            tuple(_at_least_float32(logits_BChw) for logits_BChw in found.stages_BChw),
             found.queries,
         )
 

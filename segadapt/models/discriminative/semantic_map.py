@@ -1,4 +1,4 @@
-"""Segmenters of transformers: Mask2Former (Cheng et al. 2022) and UPerNet (Xiao et al. 2018).
+"""Mask2Former of transformers (Cheng et al. 2022).
 
 # B images  3 RGB  H W image px  C dataset classes  n C classes and no object  Q queries  h w logits, about px / 4
 # D channels  L layers of the decoder
@@ -6,7 +6,7 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import Mask2FormerConfig, Mask2FormerModel, UperNetForSemanticSegmentation
+from transformers import Mask2FormerConfig, Mask2FormerModel
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerPreTrainedModel
 
 from segadapt.models.discriminative import Outputs, Queries
@@ -64,12 +64,6 @@ class SemanticMask2Former(Mask2FormerPreTrainedModel):
         class_LBQn = tuple(self.class_predictor(queries_QBD.transpose(0, 1)) for queries_QBD in queries_LQBD)
         mask_LBQhw = tuple(found.masks_queries_logits)
         logits_BChw = _logits(class_LBQn[-1], mask_LBQhw[-1])
-        return Outputs(logits_BChw, None, found.pixel_decoder_last_hidden_state, Queries(class_LBQn, mask_LBQhw))
-
-
-class SemanticUperNet(UperNetForSemanticSegmentation):
-    """UperNetForSemanticSegmentation whose logits stay on the head's grid, which is 16 times smaller."""
-
-    def forward(self, pixel_values: Tensor) -> Scored:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Normalised images [B, 3, H, W]."""
-        return Scored(self.decode_head(self.backbone(pixel_values).feature_maps))
+        return Outputs(
+            logits_BChw, None, found.pixel_decoder_last_hidden_state, queries=Queries(class_LBQn, mask_LBQhw)
+        )

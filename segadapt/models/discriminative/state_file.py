@@ -13,6 +13,7 @@ from torch import Tensor
 from segadapt.errors import UserError
 
 PICKLES = (".pth", ".pt")
+STATES = ("state_dict_ema", "state_dict")  # keys of weights, averaged ones of timm's scripts first
 SUFFIXES = (".safetensors", *PICKLES)
 
 
@@ -22,7 +23,7 @@ def is_file(checkpoint: str) -> bool:
 
 
 def read_state(checkpoint: str, setting: str, *, allow_pickle: bool) -> dict[str, Tensor]:
-    """Weights by name, on the CPU as they are stored; those under `state_dict` where the file has that key.
+    """Weights by name, on the CPU as they are stored; those under STATES where the file has one.
 
     Args:
         checkpoint: *.safetensors, or *.pth, *.pt, which torch's weights-only reader reads.
@@ -45,7 +46,7 @@ def read_state(checkpoint: str, setting: str, *, allow_pickle: bool) -> dict[str
         )
     read = _read_pickle if path.suffix in PICKLES else _read_safetensors
     found = read(path, f"{setting}={checkpoint}")
-    state = found.get("state_dict", found) if isinstance(found, Mapping) else None
+    state = next((found[key] for key in STATES if key in found), found) if isinstance(found, Mapping) else None
     if not isinstance(state, Mapping) or not state:
         raise UserError(f"{setting}={checkpoint} holds no weights; expected tensors by name, at the top or under "
                         "`state_dict`. Give a checkpoint of a SegFormer.")  # fmt: skip

@@ -1,0 +1,79 @@
+"""UPerNet of transformers (Xiao et al. 2018, arXiv 1807.10221), to train, to score and to adapt.
+
+# B images  3 RGB  H W image px  C dataset classes  h w finest map, about px / 4  D head channels  y x any map
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+from transformers import UperNetForSemanticSegmentation
+
+from segadapt.errors import UserError
+from segadapt.models.discriminative import Outputs
+from segadapt.models.discriminative.mmseg import Scored
+
+# faults of a bare encoder's file: UPerNet has norms of its own on each map, and of a ConvNeXt does not read the last
+OF_BARE_ENCODERS = r"hidden_states_norms\..* is missing|(convnext\.)?layernorm\.(weight|bias) is unexpected"
+
+
+def fused(head: Any, maps: Sequence[Tensor]) -> Tensor:
+    """Maps of the stages, [B, channels, y, x], to what the classifier sees, [B, D, h, w].
+
+    The steps are those of UperNetHead's own forward, which does not give the features away.
+
+    UserError: one image in training, of which BatchNorm has no statistics where a whole map is pooled to one pixel.
+    """
+    if head.training and len(maps[0]) == 1 and 1 in head.pool_scales:
+        raise UserError(f"model.discriminative.family={head.config.model_type} pools whole images, and BatchNorm has "
+                        "no statistics of a single one: expected a train.batch_size of 2 or more.")  # fmt: skip
+    laterals = [conv(x_BDyx) for conv, x_BDyx in zip(head.lateral_convs, maps[:-1], strict=True)]
+    coarse_BDyx = head.psp_forward(maps)
+    summed = [coarse_BDyx]
+    for x_BDyx in laterals[::-1]:
+        coarse_BDyx = x_BDyx + _at_size_of(x_BDyx, coarse_BDyx)
+        summed.insert(0, coarse_BDyx)
+    refined = [conv(x_BDyx) for conv, x_BDyx in zip(head.fpn_convs, summed[:-1], strict=True)]
+    same_size = [_at_size_of(refined[0], x_BDyx) for x_BDyx in (*refined, summed[-1])]
+    return head.fpn_bottleneck(torch.cat(same_size, dim=1))
+
+
+def _at_size_of(other_BDyx: Tensor, x_BDyx: Tensor) -> Tensor:
+    return interpolate(x_BDyx, size=other_BDyx.shape[2:], mode="bilinear", align_corners=False)
+
+
+class SemanticUperNet(UperNetForSemanticSegmentation):
+    """UperNetForSemanticSegmentation whose logits stay on the head's grid, which is 16 times smaller."""
+
+    def forward(self, pixel_values: Tensor) -> Scored:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Normalised images [B, 3, H, W]."""
+        return Scored(self.decode_head.classifier(fused(self.decode_head, self.backbone(pixel_values).feature_maps)))
+
+
+def outputs(net: Any, pixels_B3HW: Tensor) -> Outputs:
+    """For training, see NetSegmenter.outputs. The features are what the classifier sees."""
+    maps = net.backbone(pixels_B3HW).feature_maps
+    features_BDhw = fused(net.decode_head, maps)
+    return Outputs(net.decode_head.classifier(features_BDhw), auxiliary(net, maps), features_BDhw)
+
+
+def auxiliary(net: Any, maps: Sequence[Tensor]) -> Tensor | None:
+    """Logits of the auxiliary head, [B, C, y, x], in train mode; None where there is none."""
+    return net.auxiliary_head(maps) if has_auxiliary(net.config) and net.training else None
+
+
+def has_auxiliary(config: Any) -> bool:
+    """Whether the net of a config has an auxiliary head."""
+    return config.use_auxiliary_head
+
+
+def frozen(config: Any) -> tuple[str, ...]:
+    """Of a Swin the norm behind the last stage: nothing reads it, so that it would have no gradient."""
+    return ("backbone.swin.layernorm",) if config.backbone_config.model_type == "swin" else ()
+
+
+def encoder_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a bare encoder, or of a whole UPerNet of transformers, under the encoder's names."""
+    return {key.removeprefix("backbone."): value for key, value in state.items()}

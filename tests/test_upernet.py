@@ -1,0 +1,174 @@
+"""UPerNet on Swin: as large as published, its head against transformers', its training, encoders of files."""
+
+import pytest
+import torch
+from quick_settings import quick_settings
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from training_runs import training
+from transformers import ConvNextConfig, ConvNextForImageClassification, SwinConfig, SwinForImageClassification
+
+from segadapt import train
+from segadapt.config_training import TrainConfig
+from segadapt.errors import UserError
+from segadapt.losses import ClassWeights
+from segadapt.models.discriminative.backbone import load_backbone
+from segadapt.models.discriminative.families import FAMILIES
+from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.set_up import fingerprint
+
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+SIZES = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "window_size": 4, "drop_path_rate": 0.0}
+SWIN = {"model_type": "swin", **SIZES, "out_features": STAGES}
+BROAD = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
+CONVNEXT = {"model_type": "convnext", **BROAD, "out_features": STAGES}
+CONFIG = {"backbone_config": SWIN, "hidden_size": 16, "auxiliary_channels": 8, "pool_scales": [1, 2]}
+
+
+def made(**more):
+    return make_segmenter("upernet", CONFIG | more, 5, seed=1)
+
+
+def images(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parameters_of(file, num_classes):
+    """Parameters of the shipped config, by part; no memory is taken."""
+    chosen = quick_settings("train", [f"model/discriminative={file}"], TrainConfig).model.discriminative
+    family = FAMILIES[chosen.family]
+    with torch.device("meta"):
+        net = family.net(family.config(num_labels=num_classes, **chosen.config))
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in net.named_children()}
+
+
+@pytest.mark.parametrize(("size", "millions"), [("s", 81), ("b", 121), ("l", 234)])
+def test_upernet_on_swin_is_as_large_as_published(size, millions):
+    """Swin's paper (Liu et al. 2021), table 3: ADE20K, with the auxiliary head."""
+    assert sum(parameters_of(f"upernet_swin_{size}", 150).values()) / 1e6 == pytest.approx(millions, abs=0.5)
+
+
+@pytest.mark.parametrize("backbone", [SWIN, CONVNEXT], ids=["swin", "convnext"])
+@pytest.mark.parametrize("size", [(64, 64), (70, 106)])
+def test_outputs_have_what_training_asks_for(backbone, size):
+    """The features are those that transformers' head classifies, caught on their way."""
+    segmenter, seen = made(backbone_config=backbone), []
+    image_B3HW = images(2, 3, *size)
+    with torch.no_grad():
+        segmenter.net.decode_head.fpn_bottleneck.register_forward_hook(lambda _m, _i, out: seen.append(out))
+        found = segmenter.outputs(image_B3HW)
+        maps = segmenter.net.backbone(segmenter.normalised(image_B3HW)).feature_maps
+        logits_BChw = segmenter.net.decode_head(maps)
+        scored_BChw = segmenter.logits(image_B3HW)
+        trained = segmenter.train().outputs(image_B3HW)
+    assert torch.equal(seen[0], found.features_BDyx)
+    assert torch.equal(found.features_BDyx, seen[1])
+    assert torch.equal(found.logits_BChw, logits_BChw)
+    assert torch.equal(found.logits_BChw, scored_BChw)
+    assert found.auxiliary_BChw is None
+    assert trained.auxiliary_BChw.shape == (2, 5, *maps[2].shape[2:])
+
+
+@pytest.mark.parametrize("backbone", [SWIN, CONVNEXT], ids=["swin", "convnext"])
+def test_twelve_steps_lower_the_loss_and_everything_that_trains_has_a_gradient(backbone):
+    segmenter = made(backbone_config=backbone).train()
+    image_B3HW = images(2, 3, 64, 64)
+    label_BHW = (image_B3HW.mean(dim=1) > 0.5).long() + 2 * (torch.arange(64) > 30)
+    trained = {name: p for name, p in segmenter.parameters().items() if p.requires_grad}
+    assert {name for name in segmenter.parameters() if name not in trained} == (
+        {"backbone.swin.layernorm.weight", "backbone.swin.layernorm.bias"} if backbone is SWIN else set()
+    )
+    optimizer, losses = torch.optim.AdamW(trained.values(), lr=1e-2), []
+    for _ in range(12):
+        found = segmenter.outputs(image_B3HW)
+        sized = [F.interpolate(each, (64, 64), mode="bilinear") for each in (found.logits_BChw, found.auxiliary_BChw)]
+        loss = sum(F.cross_entropy(each, label_BHW) for each in sized)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in trained.values())
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_training_on_single_images_is_refused():
+    with pytest.raises(UserError, match=r"family=upernet pools whole images.*train\.batch_size of 2 or more\.$"):
+        made().train().outputs(images(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("losses", ["default", "auxiliary"])
+@pytest.mark.parametrize("has_head", [True, False])
+def test_an_auxiliary_head_learns_by_its_loss_alone(losses, has_head, tmp_path):
+    settings = training(tmp_path, f"train/losses={losses}")
+    segmenter = made(use_auxiliary_head=has_head)
+    if losses == "auxiliary" and not has_head:
+        with pytest.raises(UserError, match=r"auxiliary\.weight=0\.4, but upernet has no auxiliary head"):
+            train.build_objective(settings, segmenter, ClassWeights(None, None))
+        return
+    train.build_objective(settings, segmenter, ClassWeights(None, None))
+    learning = [p.requires_grad for name, p in segmenter.parameters().items() if name.startswith("auxiliary_head.")]
+    assert len(set(learning)) == has_head
+    assert all(learns == (losses == "auxiliary") for learns in learning)
+
+
+def test_a_swin_classifier_fills_the_encoder_and_the_maps_norms_start_anew(tmp_path):
+    raw = SwinForImageClassification(SwinConfig(**SIZES, num_labels=7))
+    with torch.no_grad():
+        for parameter in raw.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    raw.save_pretrained(tmp_path)
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        segmenter = made()
+        head = fingerprint(segmenter.net.decode_head)
+        said = load_backbone(segmenter, str(source), revision=None, allow_pickle=False)
+        assert fingerprint(segmenter.net.backbone.swin) == fingerprint(raw.swin)
+        assert fingerprint(segmenter.net.decode_head) == head
+        assert f": {len(raw.swin.state_dict())} tensors into backbone; left out, as a head" in said
+        assert said.endswith("made anew, as no bare encoder has it: " + ", ".join(
+            f"hidden_states_norms.{stage}.{kind}" for stage in STAGES for kind in ("bias", "weight")
+        ))  # fmt: skip
+        for norm in segmenter.net.backbone.hidden_states_norms.values():
+            assert bool((norm.weight == 1).all() and (norm.bias == 0).all())
+
+
+def test_the_encoder_of_a_whole_upernet_brings_its_norms(tmp_path):
+    first, second = made(id2label=None), make_segmenter("upernet", CONFIG, 3, seed=2)
+    with torch.no_grad():
+        first.net.backbone.hidden_states_norms["stage2"].weight.fill_(3.0)
+    first.save(tmp_path)
+    said = load_backbone(second, str(tmp_path / "model.safetensors"), revision=None, allow_pickle=False)
+    assert fingerprint(second.net.backbone) == fingerprint(first.net.backbone)
+    assert "anew, as no bare" not in said
+
+
+def test_a_convnext_classifier_leaves_the_norm_that_nothing_reads(tmp_path):
+    raw = ConvNextForImageClassification(ConvNextConfig(**BROAD, num_labels=7))
+    raw.save_pretrained(tmp_path)
+    segmenter = made(backbone_config=CONVNEXT)
+    said = load_backbone(segmenter, str(tmp_path), revision=None, allow_pickle=False)
+    assert "left out, as nothing reads it: convnext.layernorm.bias, convnext.layernorm.weight; made anew" in said
+    ours = segmenter.net.backbone.state_dict()
+    theirs = {name: value for name, value in raw.convnext.state_dict().items() if not name.startswith("layernorm")}
+    assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda s: s.pop("swin.embeddings.norm.bias"), r"embeddings\.norm\.bias is missing"),
+        (lambda s: s.update(extra=torch.zeros(2)), "extra is unexpected"),
+    ],
+)
+def test_every_other_key_counts(edit, said, tmp_path):
+    SwinForImageClassification(SwinConfig(**SIZES, num_labels=7)).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    edit(state)
+    save_file(state, tmp_path / "edited.safetensors")
+    with pytest.raises(UserError, match=f"{said}. Expected every key once"):
+        load_backbone(made(), str(tmp_path / "edited.safetensors"), revision=None, allow_pickle=False)
+
+
+def test_another_window_is_refused(tmp_path):
+    SwinForImageClassification(SwinConfig(**SIZES | {"window_size": 5}, num_labels=7)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"window_size 5, model\.discriminative\.config has 4; expected the same"):
+        load_backbone(made(), str(tmp_path), revision=None, allow_pickle=False)
