@@ -100,8 +100,8 @@ def build(
 def build_objective(settings: TrainConfig, segmenter: NetSegmenter, class_weights: ClassWeights) -> Objective:
     """The losses of the settings, for the features that the segmenter is seen to have, on its device.
 
-    An auxiliary head without its loss is frozen, so that it is in no parameter group. UserError: the auxiliary loss, that
-    of earlier stages or that of masks is on, and the network has no such part.
+    An auxiliary head without its loss is frozen, so that it is in no parameter group. UserError: the auxiliary loss,
+    that of earlier stages or that of masks is on, and the network has no such part.
     """
     t, device, family = settings.train, segmenter.net.device, segmenter.family
     chosen = segmenter.net.config.model_type

@@ -151,4 +151,5 @@ def outputs(net: Any, pixels_B3HW: Tensor) -> Outputs:
     maps = net.backbone(pixels_B3HW).feature_maps
     features_BDhw = fused(net.decode_head, maps)
     *earlier, last_BChw = net.refined(features_BDhw)
-    return Outputs(last_BChw, auxiliary(net, maps), features_BDhw, tuple(earlier) if net.training else ())
+    stages_BChw = tuple(earlier) if net.training else ()
+    return Outputs(last_BChw, auxiliary(net, maps), features_BDhw, stages_BChw=stages_BChw)

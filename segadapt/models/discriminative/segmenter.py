@@ -86,8 +86,8 @@ class NetSegmenter:
             _at_least_float32(found.logits_BChw),
             None if auxiliary_BChw is None else _at_least_float32(auxiliary_BChw),
             found.features_BDyx,
-            tuple(_at_least_float32(logits_BChw) for logits_BChw in found.stages_BChw),
-            found.queries,
+            stages_BChw=tuple(_at_least_float32(logits_BChw) for logits_BChw in found.stages_BChw),
+            queries=found.queries,
         )
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -63,7 +63,5 @@ class SemanticMask2Former(Mask2FormerPreTrainedModel):
         queries_LQBD = found.transformer_decoder_intermediate_states  # the first: before any layer
         class_LBQn = tuple(self.class_predictor(queries_QBD.transpose(0, 1)) for queries_QBD in queries_LQBD)
         mask_LBQhw = tuple(found.masks_queries_logits)
-        logits_BChw = _logits(class_LBQn[-1], mask_LBQhw[-1])
-        return Outputs(
-            logits_BChw, None, found.pixel_decoder_last_hidden_state, queries=Queries(class_LBQn, mask_LBQhw)
-        )
+        logits_BChw, features_BDyx = _logits(class_LBQn[-1], mask_LBQhw[-1]), found.pixel_decoder_last_hidden_state
+        return Outputs(logits_BChw, None, features_BDyx, queries=Queries(class_LBQn, mask_LBQhw))
