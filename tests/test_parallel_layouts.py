@@ -15,7 +15,7 @@ from training_runs import lines_of
 pytestmark = pytest.mark.slow
 
 TWO_D = ("train.parallel=2d", "train.tensor_parallel=2")
-PIPELINE = ("train.parallel=pipeline", "train.accumulate=2")
+FOUR = "train.accumulate=4"
 # SGD: AdamW would make steps of the learning rate out of rounding, where a gradient is next to 0
 MMSEG = ("model.discriminative.family=segadapt_segformer_mmseg", "train.optimizer.name=sgd", "train.accumulate=2")
 # name: the starts of a run one after the other, each of so many processes; the first stops within step 2, then 4
@@ -23,8 +23,7 @@ RUNS: dict[str, list[tuple[int, tuple[str, ...]]]] = {
     "one": [(1, ())],
     "tp": [(2, ("train.parallel=tp", "train.accumulate=2"))],
     "2d": [(4, TWO_D)],
-    "pipeline": [(2, PIPELINE)],
-    "pipeline-one": [(4, (*PIPELINE, "train.accumulate=4")), (1, ("train.accumulate=4",))],
+    "pipeline-one": [(4, ("train.parallel=pipeline", FOUR)), (1, (FOUR,))],
     "one-2d-one": [(1, ()), (4, TWO_D), (1, ())],
     "mmseg": [(1, MMSEG)],
     "mmseg-fsdp-tp-pipeline": [(2, (*MMSEG, f"train.parallel={kind}")) for kind in ("fsdp", "tp", "pipeline")],
