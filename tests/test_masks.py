@@ -54,7 +54,7 @@ def batch(seed=0, *, images=3, num_queries=QUERIES):
     label_BHW[:, :2] = 255
     label_BHW[0, :, :8], label_BHW[0, :, 8:] = 1, 255
     logits_BChw = torch.zeros(images, CLASSES, 6, 8)
-    return Outputs(logits_BChw, None, torch.zeros(images, 4, 6, 8), Queries(class_LBQn, mask_LBQhw)), label_BHW
+    return Outputs(logits_BChw, None, torch.zeros(images, 4, 6, 8), queries=Queries(class_LBQn, mask_LBQhw)), label_BHW
 
 
 # --- the slow form ---
@@ -200,7 +200,7 @@ def test_parts_of_a_step_add_up_to_the_whole_with_less_queries_than_classes_too(
     for part, shares_T in zip(parts, shares, strict=True):
         cut = Queries(tuple(one[part] for one in q.class_LBQn), tuple(one[part] for one in q.mask_LBQhw))
         values.append(
-            objective(Outputs(outputs.logits_BChw[part], None, outputs.features_BDyx[part], cut), label_BHW[part],
+            objective(Outputs(outputs.logits_BChw[part], None, outputs.features_BDyx[part], queries=cut), label_BHW[part],
                       step=1, shares_T=shares_T)
         )  # fmt: skip
     assert list(whole.values) == ["cross_entropy", "masks_class", "masks_bce", "masks_dice"]

@@ -79,7 +79,7 @@ class NetSegmenter:
         return _at_least_float32(self.net(pixel_values=self.normalised(image_B3HW)).logits)
 
     def outputs(self, image_B3HW: Tensor) -> Outputs:
-        """For training: logits, features; if the net has such, logits of an auxiliary head, of earlier stages, queries."""
+        """For training: logits and features; if the net has such, those of an auxiliary head and earlier stages."""
         found = self.family.outputs(self.net, self.normalised(image_B3HW))
         auxiliary_BChw = found.auxiliary_BChw
         return Outputs(
