@@ -150,7 +150,7 @@ def test_void_is_in_no_mask_and_counts_against_all():
     for mask_BQhw in (right_BQhw, wide_BQhw):
         torch.manual_seed(0)
         outputs = Outputs(
-            torch.zeros(1, CLASSES, 12, 16), None, torch.zeros(1, 4, 6, 8), Queries((class_BQn,), (mask_BQhw,))
+            torch.zeros(1, CLASSES, 12, 16), None, torch.zeros(1, 4, 6, 8), queries=Queries((class_BQn,), (mask_BQhw,))
         )
         found.append(build("train.losses.masks.points=4000", "train.losses.masks.importance=0")(
             outputs, label_BHW, step=1).values)  # fmt: skip
@@ -200,8 +200,8 @@ def test_parts_of_a_step_add_up_to_the_whole_with_less_queries_than_classes_too(
     for part, shares_T in zip(parts, shares, strict=True):
         cut = Queries(tuple(one[part] for one in q.class_LBQn), tuple(one[part] for one in q.mask_LBQhw))
         values.append(
-            objective(Outputs(outputs.logits_BChw[part], None, outputs.features_BDyx[part], queries=cut), label_BHW[part],
-                      step=1, shares_T=shares_T)
+            objective(Outputs(outputs.logits_BChw[part], None, outputs.features_BDyx[part], queries=cut),
+                      label_BHW[part], step=1, shares_T=shares_T)
         )  # fmt: skip
     assert list(whole.values) == ["cross_entropy", "masks_class", "masks_bce", "masks_dice"]
     assert sum(one.total.item() for one in values) == pytest.approx(whole.total.item(), rel=1e-6)

@@ -124,7 +124,7 @@ def joined(settings: TrainConfig | PretrainConfig) -> Iterator[World]:
                         "train.parallel=ddp or fsdp, or start one process.")  # fmt: skip
     if kind != "none" and "RANK" not in os.environ:
         raise UserError(f"train.parallel={kind}, but torchrun has not started this process. Run torchrun "
-                        "--nproc-per-node GPUS -m segadapt train ..., or set train.parallel=none.")  # fmt: skip
+                        "--nproc-per-node GPUS -m segadapt ..., or set train.parallel=none.")  # fmt: skip
     together = size if kind in ("tp", "pipeline") else 1
     if kind == "2d":
         assert isinstance(settings.train, TrainSettings), "pretraining has no such choice"
