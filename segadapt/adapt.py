@@ -113,7 +113,8 @@ def _adapt(
     state = None if settings.experiment.restart else earlier_state(checkpoints, folder, settings, origin, console)
     folder.start_over(asdict(settings), keep=state is not None)
     sentence, done = protocol(settings, order_sha256=origin["order_sha256"]), checkpoints.newest
-    console.print(f"run folder {folder.path}", f"protocol: {sentence}", sep="\n", highlight=False, soft_wrap=True)
+    said = f"protocol: {sentence}; segmenter trained with loss reduction {models.loss_reduction}"
+    console.print(f"run folder {folder.path}", said, sep="\n", highlight=False, soft_wrap=True)
     if models.placements:
         console.print("generative model on", *models.map_lines, sep="\n  ", highlight=False, soft_wrap=True)
     if state is not None:
@@ -169,6 +170,7 @@ def _adapt(
         results = {
             "protocol": sentence,
             "rule": rule_of(settings),
+            "loss_reduction": models.loss_reduction,
             "method": method_of(settings),
             "started": started,
             **_scores([result for loop in loops for result in loop.results], dataset.classes),

@@ -87,6 +87,10 @@ def run_folders(given: Iterable[str], *, trained: bool = False) -> list[Path]:
     if not kept:
         verbs = "train" if trained else "adapt or evaluate"
         raise UserError(f"{unique[0]}: a run of another verb; expected one of {verbs}. Name other folders.")
+    if len(kept) < len(unique):
+        others = ", ".join(folder.name for folder in unique if folder not in kept)
+        hint = "" if trained else "; a trained model is scored by `segadapt evaluate`"
+        sys.stderr.write(f"left out, of other verbs: {len(unique) - len(kept)} runs ({others}){hint}\n")
     return kept
 
 

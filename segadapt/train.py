@@ -21,7 +21,7 @@ from segadapt.models.discriminative.backbone import start_from
 from segadapt.models.discriminative.load import make_segmenter
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.set_up import fingerprint, set_up
-from segadapt.protocol import peak_memory_gib, versions, without
+from segadapt.protocol import peak_memory_gib, rule_of, versions, without
 from segadapt.record import RunFolder, refuse_changes, write_json
 from segadapt.resume import ANEW, earlier_state
 from segadapt.signals import Stopped, noted_signals
@@ -55,10 +55,13 @@ def run(settings: TrainConfig, *, console: Console | None = None) -> dict[str, A
         if not world.is_main:
             terminal = Terminal(Console(quiet=True), Console(quiet=True))
         results = _run(settings, world, terminal)
-    folder, kept, last = results["folder"], results["kept"], results["last"]
+    folder, kept, last, t = results["folder"], results["kept"], results["last"], settings.train
     said = f"{folder}/model: step {kept['step']}, validation mIoU {percent(results['validation']['miou'])} %"
     if kept["rule"] == "both":
         said += f"; {folder}/model_last: step {last['step']}, {percent(last['miou'])} %"
+    if results["steps"] < t.iters:
+        said += f"; ended at step {results['steps']} of {t.iters}, {t.patience} validations without a better mIoU"
+    said += f"; {results['rule']}; loss reduction {results['loss_reduction']}"
     terminal.console.print(said, highlight=False, soft_wrap=True, markup=False)
     terminal.result(said)
     terminal.event("result", **results)
@@ -182,6 +185,8 @@ def _train(
         "started": started,
         "seconds": round(time.perf_counter() - began, 1),
         "validation": {name: kept[name] for name in ("miou", "macc", "aacc")},
+        "rule": rule_of(settings),
+        "loss_reduction": t.losses.reduction,
         "validated_on": {"split": t.validation_split, "images": len(images.entries), "trained_on": images.num_shared},
         "kept": {"rule": t.keep, "step": kept["step"], "chosen_on": "nothing" if t.keep == "last" else chosen_on},
         "last": without(training.last, ["iou"]),
@@ -214,6 +219,7 @@ def _built(
     main = set_up(settings.runtime)
     main = torch.device(main.type, world.local_rank) if main.type == "cuda" else main
     segmenter = build(settings, images.dataset.classes, main, console=terminal.console)
+    segmenter.net.config.loss_reduction = settings.train.losses.reduction  # saved with the weights, told with scores
     _refuse_single_images(settings, world, segmenter)
     refuse_parts(settings, world, segmenter.net)
     if world.kind == "pipeline":

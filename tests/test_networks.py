@@ -217,7 +217,9 @@ def test_training_ends_in_a_folder_that_is_read(tmp_path):
     settings.model.discriminative.config = TINY["segadapt_hrnet_ocr"]
     results = train.run(settings)
     segmenter = load_segmenter(f"{results['folder']}/model", num_classes=len(results["per_class"]), device="cpu")
-    assert segmenter.net.config.model_type == "segadapt_hrnet_ocr"
+    assert (segmenter.net.config.model_type, segmenter.net.config.loss_reduction) == ("segadapt_hrnet_ocr", "valid")
+    with pytest.raises(UserError, match=r"is the folder of a run; expected the model in it\. Give .*/model\.$"):
+        load_segmenter(results["folder"], num_classes=None, device="cpu")
 
 
 @pytest.mark.parametrize(("losses", "learns"), [("default", False), ("auxiliary", True)])

@@ -197,13 +197,16 @@ def test_what_only_seems_alike_is_refused_and_both_are_named(tmp_path):
 # --- folders, order, formats ---
 
 
-def test_run_folders_are_found_below_and_other_verbs_passed_over(tmp_path):
+def test_run_folders_are_found_below_and_other_verbs_named_and_passed_over(tmp_path, capsys):
     write_grid(tmp_path / "deep/er")
     trained = {"fog/5": confusions(np.random.default_rng(1), 2, right=0.5)}
     write_run(tmp_path / "deep/trained", trained, more={"train": {"iters": 3}})
     (tmp_path / "deep/er/logs").mkdir()
     found = run_folders([str(tmp_path / "deep"), str(tmp_path / "deep/er/bn-0-fog")])
     assert len(found) == len(set(found)) == 12
+    assert capsys.readouterr().err == (
+        "left out, of other verbs: 1 runs (trained); a trained model is scored by `segadapt evaluate`\n"
+    )
     with pytest.raises(UserError, match="nowhere is no folder"):
         run_folders([str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="holds no run folder"):

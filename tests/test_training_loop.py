@@ -251,7 +251,9 @@ def scripted(monkeypatch, hits: list[float]) -> list[dict]:
 def test_training_ends_when_patience_does_and_keeps_the_best_the_last_or_both(tmp_path, monkeypatch, keep, folders):
     seen = scripted(monkeypatch, [10, 30, 30, 20, 40])
     settings = training(tmp_path, "train.validate_every=1", "train.patience=2", f"train.keep={keep}")
-    done = train.run(settings, console=QUIET)
+    heard = Console(file=io.StringIO(), width=10_000)
+    done = train.run(settings, console=heard)
+    assert "; ended at step 4 of 6, 2 validations without a better mIoU; " in heard.file.getvalue()
     assert done["steps"] == 4
     assert (done["best"]["step"], done["best"]["miou"]) == (2, pytest.approx(0.3))
     assert (done["last"]["step"], done["last"]["miou"]) == (4, pytest.approx(0.2))
@@ -354,7 +356,8 @@ def test_the_terminal_speaks_to_scripts(tmp_path, capsys, mode):
     done = train.run(training(tmp_path, f"logging.terminal={mode}", "train.iters=2"))
     lines = capsys.readouterr().out.splitlines()
     if mode == "quiet":
-        assert lines == [f"{done['folder']}/model: step 2, validation mIoU {100 * done['validation']['miou']:.2f} %"]
+        said = f"{done['folder']}/model: step 2, validation mIoU {100 * done['validation']['miou']:.2f} %"
+        assert lines == [f"{said}; {done['rule']}; loss reduction valid"]
     else:
         events = [json.loads(line) for line in lines]
         assert [event["event"] for event in events] == ["step", "step", "validation", "result"]

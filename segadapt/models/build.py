@@ -41,6 +41,12 @@ class Models:
         """Where the transformers live, as printed."""
         return [line for placement in self.placements for line in placement.lines]
 
+    @property
+    def loss_reduction(self) -> str:
+        """That the segmenter was trained with, if its config says it, as that of `train` does; else unknown."""
+        config = getattr(getattr(self.method.segmenter, "net", None), "config", None)
+        return getattr(config, "loss_reduction", "unknown")
+
     def assert_placed(self) -> None:
         """RuntimeError: a part of a transformer is no longer where it was placed."""
         if isinstance(self.method, Combined) and self.placements:

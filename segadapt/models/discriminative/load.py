@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +73,9 @@ def _read_folder(
     with explain_checkpoint_errors("discriminative model", checkpoint, SETTING):
         found, _ = PreTrainedConfig.get_config_dict(source, **where)
         # transformers takes a missing config.json for an empty one and would build its default architecture
+        if "model_type" not in found and Path(source, "model", "config.json").is_file():
+            raise UserError(f"{SETTING}={checkpoint} is the folder of a run; expected the model in it. Give "
+                            f"{checkpoint.rstrip('/')}/model.")  # fmt: skip
         if found.get("model_type") not in FAMILIES:
             raise UserError(
                 f"{SETTING}={checkpoint}: config.json has model_type {found.get('model_type')!r}; expected "
@@ -148,7 +152,8 @@ def _check_classes(checkpoint: str, found: int, expected: int | None) -> None:
     if expected is not None and found != expected:
         raise UserError(
             f"{SETTING}={checkpoint}: its head has {found} classes, but the data set has {expected}. Choose a "
-            f"checkpoint trained on this data set; a head is never made anew."
+            f"checkpoint trained on this data set; a head is never made anew: train one on its encoder, by "
+            f"model.discriminative.backbone={checkpoint} and checkpoint=null."
         )
 
 
