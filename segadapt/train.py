@@ -22,11 +22,11 @@ from segadapt.models.discriminative.load import make_segmenter
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.set_up import fingerprint, set_up
 from segadapt.protocol import peak_memory_gib, versions, without
-from segadapt.record import RunFolder, refuse_changes, write_json
-from segadapt.resume import ANEW, earlier_state
+from segadapt.record import RunFolder, write_json
+from segadapt.resume import earlier_state
 from segadapt.signals import Stopped, noted_signals
 from segadapt.terminal import Terminal, open_terminal, percent
-from segadapt.training.begin import check_loop, look, make_folder, open_log, refuse_other_disks
+from segadapt.training.begin import check_loop, look, make_folder, open_log, refuse_other_disks, refuse_other_weights
 from segadapt.training.images import Images, PixelScores, list_images, read_labels, shared_line
 from segadapt.training.loop import Training
 from segadapt.training.parallel import World, joined, refuse_parts
@@ -221,7 +221,7 @@ def _built(
             terminal.warnings.print(said, highlight=False, soft_wrap=True, markup=False)
         class_weights = world.of_main(read_labels(settings, images) if world.is_main else None)
     else:
-        refuse_changes(folder.path, {name: state["origin"][name] for name in weights}, weights, cure=f"{ANEW}.")
+        refuse_other_weights(folder, state, weights)
         class_weights = ClassWeights.read(state["origin"]["class_weights"])
     objective = build_objective(settings, segmenter, class_weights)
     return segmenter, objective, {
