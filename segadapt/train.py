@@ -236,7 +236,7 @@ def _refuse_single_images(settings: TrainConfig, world: World, segmenter: NetSeg
     """UserError: micro-batches of one image, of which the network's BatchNorm would have no statistics."""
     t, is_on_gpu = settings.train, segmenter.net.device.type == "cuda"
     is_single = t.batch_size == world.parts * t.accumulate and (world.parts == 1 or not is_on_gpu)  # else SyncBatchNorm
-    if is_single and segmenter.family.pools_images:
+    if is_single and segmenter.family.pools_images(segmenter.net):
         chosen = segmenter.net.config.model_type
         raise UserError(f"train.batch_size={t.batch_size} in {world.parts} parts x train.accumulate="
                         f"{t.accumulate} is one image a micro-batch; {chosen} pools whole images, and BatchNorm has "

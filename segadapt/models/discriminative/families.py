@@ -22,14 +22,14 @@ from transformers import (
 from segadapt.models.discriminative import Outputs, convolutional
 from segadapt.models.discriminative.deeplabv3 import DeepLabV3, DeepLabV3Config
 from segadapt.models.discriminative.dinov2 import Dinov2Segmenter, Dinov2SegmenterConfig
-from segadapt.models.discriminative.foreign import own_names
+from segadapt.models.discriminative.foreign import own_names, pools_images
 from segadapt.models.discriminative.hrnet import HrnetConfig, HrnetSegmenter, hrnet_names
 from segadapt.models.discriminative.keymaps import encoder_names
 from segadapt.models.discriminative.mmseg import MmsegSegformer, MmsegSegformerConfig, stage_maps
 from segadapt.models.discriminative.ocr import HrnetOcr, HrnetOcrConfig
 from segadapt.models.discriminative.resnet import resnet_names
 from segadapt.models.discriminative.semantic_map import SemanticMask2Former, SemanticUperNet
-from segadapt.models.discriminative.smp_net import SmpConfig, SmpNet, smp_outputs, smp_tops
+from segadapt.models.discriminative.smp_net import SmpConfig, SmpNet, smp_tops
 from segadapt.models.discriminative.timm_net import TimmConfig, TimmSegmenter, timm_tops
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in 0..1, as in torchvision and in SegFormer's training
@@ -54,7 +54,8 @@ class Family:
     frozen: Callable[[Any], tuple[str, ...]] = lambda _: ()  # of a config: modules that training leaves as they are
     has_auxiliary: bool = False  # in train mode it gives Outputs.auxiliary_BChw
     auxiliary_head: str | None = None  # a module that nothing but the auxiliary loss reads
-    pools_images: bool = False  # a BatchNorm sees one vector an image, of which a single image has no statistics
+    # of a net: a BatchNorm sees one vector an image, of which a single image has no statistics
+    pools_images: Callable[[Any], bool] = lambda _: False
 
 
 def segformer_outputs(net: Any, pixels_B3HW: Tensor) -> Outputs:
@@ -172,7 +173,7 @@ FAMILIES: dict[str, Family] = {
         lambda _: resnet_names,
         has_auxiliary=True,
         auxiliary_head="auxiliary_head",
-        pools_images=True,
+        pools_images=lambda _: True,
     ),
     "segadapt_hrnet": Family(
         HrnetConfig,
@@ -201,14 +202,16 @@ FAMILIES: dict[str, Family] = {
         convolutional.outputs,
         "encoder",
         own_names,
+        pools_images=pools_images,
     ),
     "segadapt_smp": Family(
         SmpConfig,
         SmpNet,
         ("model.decoder", "model.segmentation_head"),
         smp_tops,
-        smp_outputs,
+        convolutional.outputs,
         "model.encoder",
         own_names,
+        pools_images=pools_images,
     ),
 }
