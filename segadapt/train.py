@@ -87,8 +87,9 @@ def build(
     refuse_unexpected_weights(settings.model.sha256, {})
     segmenter = make_segmenter(
         chosen.family,
-        dict(chosen.config) | {"id2label": dict(enumerate(classes))},
+        chosen.config,
         len(classes),
+        classes=classes,
         seed=settings.experiment.seed,
         device=main,
         channel_order=chosen.channel_order,
