@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 
 from segadapt import __version__, config, config_data, config_pretraining, config_training
 from segadapt.errors import UserError, did_you_mean
+from segadapt.explain import explained
 from segadapt.machine import check_versions, fault_of
-from segadapt.parse import explain, methods_as_files, parse
+from segadapt.parse import methods_as_files, parse
 from segadapt.signals import Stopped
 
 # verb: (primary config, schema, function as module:name, what it does)
@@ -143,15 +144,14 @@ def _start(verb: str, arguments: list[str]) -> None:
             _refuse(verb, UserError(line))
 
     try:
-        job()
+        with explained(schema, arguments):
+            job()
     except yaml.MarkedYAMLError as error:
         place = f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise UserError(f"{place}{error.problem}. Correct the YAML.") from error
     except RecursionError as error:
         raise UserError("a value is nested too deep to be read; expected a few levels of lists and keys. Correct the "
                         "arguments, or the experiment file.") from error  # fmt: skip
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, schema, arguments)) from error
 
 
 if __name__ == "__main__":

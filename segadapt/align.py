@@ -138,7 +138,7 @@ def run(settings: AlignConfig) -> dict[str, Any]:
     refuse_unexpected_weights(settings.model.sha256, {"discriminative": said["sha256"]})
     lines = [f"{chosen.checkpoint}: {said['family']}, {said['parameters']:,} parameters, no key missing or unexpected"]
     if reference is None:
-        image_HW3 = read_image(Path(str(a.image)).expanduser(), max_pixels=MAX_PIXELS)
+        image_HW3 = read_image(Path(str(a.image)).expanduser(), max_pixels=MAX_PIXELS, limit=None)
         image_3HW = torch.from_numpy(image_HW3).permute(2, 0, 1).contiguous()
         tensors = {"image": image_3HW, "logits": logits_of(segmenter, image_3HW).contiguous()}
         write_bytes(Path(str(a.write)).expanduser(), save(tensors, metadata=WRITTEN))

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
 from segadapt.config import AdaptConfig, GridSettings
 from segadapt.errors import UserError, did_you_mean
+from segadapt.explain import explained
 from segadapt.finished import flat
-from segadapt.parse import explain, methods_as_files, parse
+from segadapt.parse import methods_as_files, parse
 from segadapt.record import plain, settings_id
 from segadapt.results import is_one_stream
 
@@ -113,10 +112,8 @@ def _cells_of(method: str, seeds: Sequence[int], words: list[str], options: Sequ
     from segadapt.datasets.build import build_tasks  # which import torch
     from segadapt.protocol import identity
 
-    try:
+    with explained(AdaptConfig, words):
         settings = parse(compose("adapt", words), AdaptConfig)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, AdaptConfig, words)) from error
     cells = []
     for corruptions in _streams(settings):
         for seed in seeds:

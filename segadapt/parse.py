@@ -2,20 +2,21 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, TypeVar, get_args
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from segadapt import rules, values
 from segadapt.config import TtaSettings, fields_of
 from segadapt.errors import UserError, did_you_mean
+from segadapt.explain import explained, nearest
 
 T = TypeVar("T")
 METHOD = "tta.method="
@@ -38,10 +39,8 @@ def from_overrides(
     callers = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()  # there can be only one
     try:
-        with initialize_config_module("segadapt.conf", version_base="1.3"):
+        with explained(schema, overrides), initialize_config_module("segadapt.conf", version_base="1.3"):
             composed = compose(primary, methods_as_files(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, schema, overrides)) from error
     finally:
         GlobalHydra.instance().hydra = callers
     for name in OmegaConf.missing_keys(composed) & where_missing.keys():
@@ -54,55 +53,6 @@ def methods_as_files(overrides: Sequence[str]) -> list[str]:
     names = [given.lstrip("+") for given in overrides]
     return [f"tta={name.removeprefix(METHOD)}" if name.startswith(METHOD) else given
             for name, given in zip(names, overrides, strict=True)]  # fmt: skip
-
-
-def explain(error: Exception, schema: type, arguments: Sequence[str]) -> str:
-    """One line for what Hydra found wrong with the command line, with the nearest right name."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OverrideParseException):
-        given = " ".join(error.override.split())
-        return f"{given} cannot be read; expected key=value. Quote values with spaces: \"key='a b'\"."
-    found = re.search(r"Could not find '(.+)/(.+?)' Available options in '.+?':(.*?)(?:Config search path|$)", text)
-    if found:
-        group, wrong, options = found.groups()
-        choices = [option for option in options.split() if not option.startswith("_")]
-        return f"{group}={wrong} is not a choice.{did_you_mean(wrong, choices)}"
-    known = fields_of(schema)
-    for argument in arguments:
-        key = argument.split("=", 1)[0].lstrip("+~").split("@")[0]
-        is_override = "=" in argument or argument.startswith("~")
-        if not is_override or argument.startswith("-") or key.replace("/", ".") in _sections(known):
-            continue
-        of_dict = [name for name, item in known.items()
-                   if key == name or (key.startswith(f"{name}.") and "dict[" in str(item.type))]  # fmt: skip
-        if not of_dict:
-            return f"{key} is not a setting.{_nearest(key, known)}"
-        if f"Error merging override {argument}" in text:
-            return values.mismatch(key, argument.partition("=")[2], known[of_dict[0]])
-        if f"Could not override '{key}'" in text:
-            return f"{argument} adds a name to {of_dict[0]}; expected a plus in front of it. Write +{argument}."
-    return text
-
-
-def _sections(names: Iterable[str]) -> set[str]:
-    """Dotted names of all that holds settings."""
-    parts = [name.split(".") for name in names]
-    return {".".join(one[:length]) for one in parts for length in range(1, len(one))}
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    """A sentence: the setting or section that was meant, else what there is in the section that the key begins with."""
-    names, sections = list(known), _sections(known)
-    if ends_alike := [name for name in names if name.endswith(f".{key}")]:
-        return f" Did you mean {ends_alike[0]}?"
-    near = did_you_mean(key, [*names, *sections, *(name.replace(".", "/") for name in sections)])
-    if near.startswith(" Did") and key not in sections:
-        return near
-    parts = key.split(".")
-    starts = [".".join([*parts[:length], ""]) for length in range(len(parts), 0, -1)]
-    start = next((start for start in starts if start[:-1] in sections), "")
-    inside = {start + name.removeprefix(start).split(".")[0] for name in names if name.startswith(start)}
-    return did_you_mean("", inside)  # nothing is near: all of them
 
 
 def _flat(config: dict, known: dict[str, dataclasses.Field], prefix: str = "") -> dict[str, Any]:
@@ -130,15 +80,20 @@ def parse(config: DictConfig, schema: type[T], *, prefix: str = "") -> T:
         if name not in known:
             shown = f"{prefix}{name}"
             shown = shown if shown.isprintable() else repr(shown)
-            raise UserError(f"{shown} is not a setting.{_nearest(name, known)}")
+            raise UserError(f"{shown} is not a setting.{nearest(name, known)}")
         if re.search(PASSWORD, str(given[name])):
             raise UserError(f"{prefix}{name} holds an address with a password; expected none, as settings are written "
                             "to records. Keep keys in the environment, and remove it.")  # fmt: skip
+        if any(isinstance(number, int) and abs(number) > sys.float_info.max for number in values.numbers(given[name])):
+            raise UserError(f"{prefix}{name}: a whole number beyond {sys.float_info.max:.2g}; expected a smaller one. "
+                            "Correct it.")  # fmt: skip
     try:
         typed = OmegaConf.unsafe_merge(OmegaConf.structured(schema), _resolved(config, prefix))  # neither is used again
         missing = sorted(OmegaConf.missing_keys(typed))
         if missing:
             name = f"{prefix}{missing[0]}"
+            if missing[0] not in known:
+                raise UserError(f"{name} is missing; expected its settings. Leave ~{name} out.")
             raise UserError(f"{name} has no value: {known[missing[0]].metadata['help']}. Set {name}=VALUE.")
         parsed = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:

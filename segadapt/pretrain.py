@@ -21,11 +21,11 @@ from segadapt.models.discriminative.backbone import start_from
 from segadapt.models.discriminative.keymaps import nvidia_names
 from segadapt.models.set_up import fingerprint, set_up
 from segadapt.protocol import peak_memory_gib, versions
-from segadapt.record import RunFolder, refuse_changes, write_bytes, write_json
-from segadapt.resume import ANEW, earlier_state
+from segadapt.record import RunFolder, write_bytes, write_json
+from segadapt.resume import earlier_state
 from segadapt.signals import Stopped, noted_signals
 from segadapt.terminal import Terminal, open_terminal, percent
-from segadapt.training.begin import check_loop, look, make_folder, open_log, refuse_other_disks
+from segadapt.training.begin import check_loop, look, make_folder, open_log, refuse_other_disks, refuse_other_weights
 from segadapt.training.classification import FAMILY, MOST, Accuracy, Classifier, SoftCrossEntropy, make_classifier
 from segadapt.training.classified_images import TrainingImages
 from segadapt.training.loop import Training
@@ -147,7 +147,7 @@ def _train(
     classifier = build(settings, images.classes, main, terminal.console)
     weights = {"weights_sha256": {"discriminative": fingerprint(classifier.net)}}
     if state is not None:
-        refuse_changes(folder.path, {name: state["origin"][name] for name in weights}, weights, cure=f"{ANEW}.")
+        refuse_other_weights(folder, state, weights)
     else:
         world.of_main(_verify(settings, both, terminal) if world.is_main else None)  # the others wait for it
     if world.is_main and is_new:

@@ -22,11 +22,11 @@ from segadapt.models.discriminative.load import make_segmenter
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.set_up import fingerprint, set_up
 from segadapt.protocol import peak_memory_gib, rule_of, versions, without
-from segadapt.record import RunFolder, refuse_changes, write_json
-from segadapt.resume import ANEW, earlier_state
+from segadapt.record import RunFolder, write_json
+from segadapt.resume import earlier_state
 from segadapt.signals import Stopped, noted_signals
 from segadapt.terminal import Terminal, open_terminal, percent
-from segadapt.training.begin import check_loop, look, make_folder, open_log, refuse_other_disks
+from segadapt.training.begin import check_loop, look, make_folder, open_log, refuse_other_disks, refuse_other_weights
 from segadapt.training.images import Images, PixelScores, list_images, read_labels, shared_line
 from segadapt.training.loop import Training
 from segadapt.training.parallel import World, joined, refuse_parts
@@ -90,8 +90,9 @@ def build(
     refuse_unexpected_weights(settings.model.sha256, {})
     segmenter = make_segmenter(
         chosen.family,
-        dict(chosen.config) | {"id2label": dict(enumerate(classes))},
+        chosen.config,
         len(classes),
+        classes=classes,
         seed=settings.experiment.seed,
         device=main,
         channel_order=chosen.channel_order,
@@ -231,7 +232,7 @@ def _built(
             terminal.warnings.print(said, highlight=False, soft_wrap=True, markup=False)
         class_weights = world.of_main(read_labels(settings, images) if world.is_main else None)
     else:
-        refuse_changes(folder.path, {name: state["origin"][name] for name in weights}, weights, cure=f"{ANEW}.")
+        refuse_other_weights(folder, state, weights)
         class_weights = ClassWeights.read(state["origin"]["class_weights"])
     objective = build_objective(settings, segmenter, class_weights)
     return segmenter, objective, {
@@ -246,7 +247,7 @@ def _refuse_single_images(settings: TrainConfig, world: World, segmenter: NetSeg
     """UserError: micro-batches of one image, of which the network's BatchNorm would have no statistics."""
     t, is_on_gpu = settings.train, segmenter.net.device.type == "cuda"
     is_single = t.batch_size == world.parts * t.accumulate and (world.parts == 1 or not is_on_gpu)  # else SyncBatchNorm
-    if is_single and segmenter.family.pools_images:
+    if is_single and segmenter.family.pools_images(segmenter.net):
         chosen = segmenter.net.config.model_type
         raise UserError(f"train.batch_size={t.batch_size} in {world.parts} parts x train.accumulate="
                         f"{t.accumulate} is one image a micro-batch; {chosen} pools whole images, and BatchNorm has "

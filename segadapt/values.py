@@ -59,17 +59,18 @@ def check(name: str, value: Any, item: dataclasses.Field) -> None:
         raise UserError(
             f"{name}={value!r} is not a choice ({rule['help']}).{did_you_mean(str(value), rule['choices'])}"
         )
-    for number in _numbers(value):
-        if not math.isfinite(number):
+    for number in numbers(value):
+        if isinstance(number, float) and not math.isfinite(number):
             raise UserError(f"{name}={value}: expected finite numbers ({rule['help']}). Correct it.")
         if not rule["low"] <= number <= rule["high"]:
             top = "" if rule["high"] == math.inf else f" and at most {rule['high']:g}"
             raise UserError(f"{name}={value}: expected at least {rule['low']:g}{top} ({rule['help']}).")
 
 
-def _numbers(value: Any) -> Iterator[int | float]:
+def numbers(value: Any) -> Iterator[int | float]:
+    """Those in a value, at any depth; a bool is none."""
     if isinstance(value, dict | list):
         for one in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(one)
+            yield from numbers(one)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield value

@@ -138,6 +138,14 @@ def test_settings_without_effect_are_refused(given, said, tmp_path, segadapt):
     assert said in err
 
 
+def test_an_image_that_is_too_large_names_no_setting_of_other_verbs(nvidia, segadapt, monkeypatch):
+    monkeypatch.setattr("segadapt.align.MAX_PIXELS", 10)
+    Image.new("RGB", (4, 3)).save(nvidia / "a.png")
+    status, _, err = align(segadapt, nvidia, f"align.write={nvidia / 'w'}", f"align.image={nvidia / 'a.png'}")
+    assert status == 2
+    assert err.endswith("a.png: 4 x 3 px; expected at most 10 px. Give a smaller image.\n")
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -1,6 +1,7 @@
 """Pixel contrast against double loops in float64, its guards, and which pixels become anchors."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from segadapt.losses import contrast
 from segadapt.losses.contrast import Anchors, Projection, choose_anchors, label_on_grid, pixel_contrast
 from segadapt.losses.memory import Rows
 
@@ -91,6 +93,15 @@ def test_a_whole_number_of_hardest_rows_is_not_rounded_up():
     loss, _ = loss_of(anchor_SD, anchors, rows, negatives=100, hardest_share=0.15)
     expected, _ = by_loops(anchor_SD, anchors, rows, hardest_share=0.15)
     assert loss.item() == pytest.approx(0.1 / 0.07 * expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 50, 100, 300])
+def test_every_share_in_hundredths_is_rounded_up_as_in_fractions(rows):
+    """In float64 0.07 x 100 is above 7, and 0.29 x 100 below 29."""
+    logits_1R, may_be_1R = torch.arange(rows)[None].double(), torch.ones(1, rows, dtype=torch.bool)
+    for hundredths in range(1, 100):
+        found = contrast._drawn(logits_1R, may_be_1R, rows, hundredths / 100).sum()
+        assert found == math.ceil(Fraction(hundredths, 100) * rows), hundredths
 
 
 def test_the_gradient_is_that_of_finite_differences():

@@ -247,7 +247,7 @@ def test_an_auxiliary_head_learns_by_its_loss_alone(tmp_path, losses, learns):
         ("segadapt_deeplabv3", {"head_size": 0}, r"config: head_size=0: expected 1 or more\."),
         ("segadapt_deeplabv3", {"dropout": 1.0}, r"config: dropout=1\.0: expected at least 0 and less than 1\."),
         ("segadapt_hrnet", {"blocks": 0}, r"config: blocks=0: expected 1 or more\."),
-        ("segadapt_hrnet", {"id2label": 5}, r"config\.id2label=5: expected a mapping of numbers to names\."),
+        ("segadapt_hrnet", {"id2label": 5}, r"config\.id2label: the data set names the classes; expected none here"),
         ("segadapt_hrnet_ocr", {"key_size": -1}, r"config: key_size=-1: expected 1 or more\."),
         ("segadapt_hrnet_ocr", {"stem_size": 0}, r"config: stem_size=0: expected 1 or more\."),
         ("segadapt_deeplabv3", {"stem_sizes": [4, 4]}, r"config: stem_sizes=\[4, 4\]: expected 1 or 3 numbers"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from quick_settings import quick_settings
+from torch import distributed as dist
 from torch.nn import functional as F
 from training_runs import QUIET, training
 
@@ -14,6 +15,7 @@ from segadapt.errors import UserError
 from segadapt.losses import LOSSES, Objective, check_losses, class_weights_of, objective
 from segadapt.losses.region import lovasz_softmax
 from segadapt.models.discriminative import Outputs
+from segadapt.training.loop import Training
 
 CONTRAST = (
     "train/losses=contrast", "train.losses.contrast.warmup_iters=2", "train.losses.contrast.max_samples=24",
@@ -204,6 +206,27 @@ def test_a_step_counts_as_idle_only_where_none_of_its_micro_batches_has_an_ancho
     busy(outputs, nothing_BHW, step=3)
     with pytest.raises(UserError, match=r"in the last 1 steps .* min_views=2 pixels"):
         busy.refuse_idle(9)
+
+
+def test_a_count_of_idle_steps_is_that_of_the_rank_with_the_fewest(monkeypatch):
+    """Of the first rank alone it was in the checkpoint, and every rank went on with it."""
+    idle = build(*CONTRAST)
+    idle.idle_steps.fill_(49)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        dist, "all_reduce", lambda value, operation: value.clamp_(max=3 if operation == dist.ReduceOp.MIN else 0)
+    )
+    idle.refuse_idle(99)
+    assert dict(idle.named_buffers())["idle_steps"] == 3
+
+
+def test_the_count_of_idle_steps_is_shared_before_every_checkpoint(tmp_path, monkeypatch):
+    asked, written = [], []
+    monkeypatch.setattr(objective.Objective, "refuse_idle", lambda own, iters: asked.append(own._step))
+    monkeypatch.setattr(Training, "_write", lambda own, *_: written.append((own.step, asked[-1])))
+    own = ("train/losses=contrast", "train.losses.contrast.warmup_iters=0", "train.losses.contrast.min_views=2")
+    train.run(training(tmp_path, *own, "train.iters=3", "train.checkpoint_every=1"), console=QUIET)
+    assert written == [(1, 1), (2, 2)]
 
 
 # Settings

@@ -222,9 +222,10 @@ def test_built_weights_depend_on_the_seed_alone():
 def test_built_net_checks_its_settings():
     with pytest.raises(UserError, match=r"depthz is not a setting of segformer\. Did you mean depths"):
         make_segmenter("segformer", {"depthz": [1]}, 3)
-    with pytest.raises(UserError, match="names 2 classes, but the data set has 3"):
-        make_segmenter("segformer", {"id2label": {0: "a", 1: "b"}}, 3)
-    assert make_segmenter("segformer", TINY | {"id2label": {0: "a", 1: "b", 2: "c"}}, 3).net.config.num_labels == 3
+    with pytest.raises(UserError, match=r"^model\.discriminative\.config\.label2id: the data set names the classes"):
+        make_segmenter("segformer", {"label2id": {"a": 0}}, 3)
+    named = make_segmenter("segformer", TINY, 3, classes="abc").net.config
+    assert (named.id2label, named.label2id) == ({0: "a", 1: "b", 2: "c"}, {"a": 0, "b": 1, "c": 2})
 
 
 def test_a_bgr_net_sees_the_channels_turned_each_with_its_own_mean_and_keeps_that_when_saved(saved, tmp_path):

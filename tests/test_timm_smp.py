@@ -19,9 +19,8 @@ from segadapt import train
 from segadapt.errors import UserError
 from segadapt.methods.build import build_method
 from segadapt.models.discriminative.backbone import load_backbone
-from segadapt.models.discriminative.foreign import own_names
+from segadapt.models.discriminative.foreign import explain_arguments, explain_images, own_names, pools_images
 from segadapt.models.discriminative.load import load_segmenter, make_segmenter
-from segadapt.models.discriminative.smp_net import SmpNet
 from segadapt.training.parallel import World, spread
 
 
@@ -39,22 +38,27 @@ class NormAct(nn.BatchNorm2d):
 class Encoder(nn.ModuleDict):
     """As timm's FeatureListNet: channels last, a map of stride 2, names joined by underscores, a buffer in no file."""
 
-    def __init__(self, out_indices=(0, 1, 2), width=4):
+    def __init__(self, out_indices=(0, 1, 2), width=4, only=None):
         super().__init__()
+        names = [("stem", "stages.0", "stages.1")[index] for index in out_indices]
         for name, channels in (("stem", 3), ("stages_0", width), ("stages_1", width)):
             self[name] = nn.Sequential(nn.Conv2d(channels, width, 3, 2, 1, bias=False), NormAct(width))
         self.register_buffer("shift", torch.linspace(0, 1, width), persistent=False)
         self.output_fmt = "NHWC"
-        self.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+        self.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "fixed_input_size": only is not None,
+                               "input_size": (3, only, only)}  # fmt: skip
+        self.only = only  # as of LeViT, whose attention knows where its maps end, px
         self.feature_info = SimpleNamespace(
             out_indices=tuple(out_indices),
             reduction=lambda: [2 ** (index + 1) for index in out_indices],
             channels=lambda: [width for _ in out_indices],
-            module_name=lambda: [("stem", "stages.0", "stages.1")[index] for index in out_indices],
+            module_name=lambda: names,
         )
 
     def forward(self, x_BDyx):
         assert x_BDyx.shape[2] < 1000, "Input height doesn't match model (224)."
+        if self.only not in (None, x_BDyx.shape[2]):
+            raise RuntimeError("The size of tensor a (1) must match\nthe size of tensor b (2)")
         maps = []
         for stage in self.values():
             x_BDyx = stage(x_BDyx) + self.shift[:, None, None]
@@ -81,6 +85,40 @@ def stand_in(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "timm", timm)
     return calls
+
+
+class SmpModel(nn.Module):
+    """As smp's models: three parts in turn, for sizes of whole multiples, a pool to one value in front of a norm."""
+
+    requires_divisible_input_shape = True
+
+    def __init__(self, pools):
+        super().__init__()
+        self.encoder, self.segmentation_head = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 6, 1)
+        self.encoder.output_stride = 32
+        pool = [nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)]
+        self.decoder = nn.Sequential(*pool, nn.Upsample(scale_factor=32)) if pools else nn.BatchNorm2d(4)
+
+    def forward(self, x_B3HW):
+        return self.segmentation_head(self.decoder(self.encoder(x_B3HW)))
+
+
+@pytest.fixture
+def smp_stand_in(monkeypatch, stand_in):
+    """What segadapt asks of smp: `pooled` and other nets, on r18 and efficientnet-b0."""
+    smp = ModuleType("segmentation_models_pytorch")
+    names = ["r18", "efficientnet-b0"]
+    smp.__dict__.update(
+        __version__="0.6",
+        MODEL_ARCHITECTURES_MAPPING={name: lambda encoder_depth=5: None for name in ("unet", "pooled", "pspnet")},
+        encoders=SimpleNamespace(get_encoder_names=lambda: names),
+        create_model=lambda arch, name, encoder_weights, classes, **options: SmpModel(arch == "pooled"),
+    )
+    monkeypatch.setitem(sys.modules, smp.__name__, smp)
+
+
+def tiny_smp(arch, **more):
+    return make_segmenter("segadapt_smp", {"arch": arch, "encoder_name": "r18"} | more, 6, seed=1)
 
 
 def tiny(**more):
@@ -146,6 +184,98 @@ def test_maps_of_stride_4_and_more_are_taken_and_stay_so(stand_in, tmp_path):
 def test_normalised_by_what_the_encoder_was_trained_with(stand_in):
     segmenter = tiny()
     assert torch.equal(segmenter.normalised(torch.full((1, 3, 2, 2), 0.75)), torch.ones(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize(("given", "other", "expected"), [
+    ("image_mean", "image_std", [0.25, 0.25, 0.25]), ("image_std", "image_mean", [0.5, 0.5, 0.5]),
+])  # fmt: skip
+def test_a_mean_or_a_deviation_alone_is_used(stand_in, given, other, expected):
+    config = tiny(**{given: [0.1, 0.2, 0.3]}).net.config
+    assert getattr(config, given) == [0.1, 0.2, 0.3]
+    assert getattr(config, other) == expected
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            {"image_mean": []},
+            r": image_mean=\[\] in the config of segadapt_timm: expected three finite numbers, of RGB",
+        ),
+        ({"image_mean": [0.5, 0.5]}, r": image_mean=\[0\.5, 0\.5\] in .*: expected three finite numbers"),
+        ({"image_std": [0.5, 0.0, 0.5]}, r": image_std=\[0\.5, 0\.0, 0\.5\] in .*: expected .* numbers above 0"),
+        ({"image_std": [0.5, 0.5, float("nan")]}, r": image_std=\[0\.5, 0\.5, nan\] in .*: expected three finite"),
+        ({"dropout": 1.5}, r"\.config: dropout=1\.5: expected at least 0 and less than 1\."),
+        ({"head_size": 0}, r"\.config: head_size=0: expected 1 or more\."),
+        ({"out_indices": []}, r"\.config: out_indices=\[\]: expected one number or more, from 0 and rising\."),
+        ({"out_indices": [1, 1]}, r"\.config: out_indices=\[1, 1\]: expected one number or more"),
+        ({"out_indices": [2, 1]}, r"\.config: out_indices=\[2, 1\]: expected one number or more"),
+        ({"out_indices": [-1]}, r"\.config: out_indices=\[-1\]: expected one number or more"),
+        (
+            {"out_indices": [0, 9]},
+            r"\.config: timm's tiny with out_indices=\[0, 9\] cannot be built: IndexError: tuple",
+        ),
+        ({"options": {"width": "4"}}, r"\.config: timm's tiny cannot be built: TypeError"),
+        ({"options": 5}, r"\.config: Field 'options' with value 5 doesn't match"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_line(stand_in, wrong, said):
+    with pytest.raises(UserError, match=rf"^model\.discriminative{said}") as caught:
+        tiny(**wrong)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [AttributeError, IndexError])
+def test_what_a_package_raises_for_its_arguments_is_one_line(error):
+    with pytest.raises(UserError, match=rf": it cannot be built: {error.__name__}\. Correct"), explain_arguments("it"):
+        raise error("")
+
+
+def test_an_encoder_of_fixed_size_takes_its_own_size_as_it_is(stand_in):
+    """Which need be no multiple of its largest stride, as the 224 px of LeViT are none of 64."""
+    segmenter = tiny(options={"only": 60})
+    assert segmenter.logits(image(60, 60)).shape == (1, 6, 15, 15)
+    with pytest.raises(UserError, match=r"encoder_name=tiny refuses 1 images of 44 x 60 px: The size of tensor a \(1\) "
+                                        r"must match the size of tensor b \(2\); expected another"):  # fmt: skip
+        segmenter.logits(image(44, 60))
+    with pytest.raises(RuntimeError, match=r"^allocate$"), explain_images("tiny", image(44, 60)):
+        raise RuntimeError("allocate")
+
+
+def test_a_net_of_smp_is_one_graph_and_gives_what_its_head_sees(smp_stand_in):
+    segmenter = tiny_smp("unet")
+    model, pixels_B3HW = segmenter.net.model, image(64, 96)
+    found = torch.compile(segmenter.outputs, backend="eager", fullgraph=True)(pixels_B3HW)
+    assert torch.equal(found.logits_BChw, model(segmenter.normalised(pixels_B3HW)))
+    assert torch.equal(model.segmentation_head(found.features_BDyx), found.logits_BChw)
+    with torch.no_grad():
+        found = segmenter.outputs(image(60, 80))  # the maps of 64 x 96, and of them what covers the image alone
+    torch.testing.assert_close(model.segmentation_head(found.features_BDyx), found.logits_BChw)
+
+
+@pytest.mark.parametrize(
+    ("arch", "more", "expected"),
+    [
+        ("unet", {}, False),
+        ("pspnet", {}, True),
+        ("unet", {"options": {"encoder_depth": 3}}, True),
+        ("unet", {"encoder_name": "efficientnet-b0"}, True),
+        ("unet", {"encoder_name": "tu-tiny"}, False),
+    ],
+)
+def test_ddp_looks_for_unread_weights_where_a_net_of_smp_has_some(smp_stand_in, arch, more, expected):
+    assert tiny_smp(arch, **more).net.has_unread_weights == expected
+
+
+def test_single_images_are_refused_before_the_start_where_a_net_pools_them(smp_stand_in, tmp_path):
+    assert not pools_images(tiny_smp("unet").net)
+    settings = training(
+        tmp_path, "model.discriminative.family=segadapt_smp", "train.batch_size=2", "train.accumulate=2"
+    )
+    settings.model.discriminative.config = {"arch": "pooled", "encoder_name": "r18"}
+    with pytest.raises(UserError, match=r"is one image a micro-batch; segadapt_smp pools whole images"):
+        train.run(settings)
+    assert not list(tmp_path.rglob("settings.json"))
 
 
 def test_any_size_is_covered(stand_in):
@@ -257,7 +387,6 @@ def test_weights_that_nothing_reads_are_no_obstacle_to_ddp(tmp_path, says_so):
             together(torch.ones(1, 2)).backward()
     finally:
         dist.destroy_process_group()
-    assert SmpNet.has_unread_weights
     assert net["unread"].weight.grad is None
 
 

@@ -143,8 +143,12 @@ def test_a_run_that_goes_on_from_other_weights_is_refused(tmp_path, monkeypatch)
     settings = training(tmp_path, "experiment.id=one", "train.checkpoint_every=2", "train.iters=4")
     within(monkeypatch, settings, cut, after=3)
     monkeypatch.setattr(train, "fingerprint", lambda _: "other")
-    with pytest.raises(UserError, match=r"was started with weights_sha256\.discriminative=\w+; now other"):
+    with pytest.raises(UserError, match=r"was started with weights_sha256\.discriminative=\w+; now other") as said:
         train.run(settings, console=QUIET)
+    assert str(said.value).endswith(
+        " The weights that the training starts from are others now. Restore it, choose another experiment.id, or start "
+        "anew with experiment.restart=true."
+    )
 
 
 def test_a_folder_that_another_process_begins_in_the_meantime_is_left_to_it(tmp_path, monkeypatch):

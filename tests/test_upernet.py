@@ -91,9 +91,11 @@ def test_twelve_steps_lower_the_loss_and_everything_that_trains_has_a_gradient(b
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_training_on_single_images_is_refused():
-    with pytest.raises(UserError, match=r"family=upernet pools whole images.*train\.batch_size of 2 or more\.$"):
-        made().train().outputs(images(1, 3, 64, 64))
+def test_training_on_single_images_is_refused_before_it_begins(tmp_path):
+    settings = training(tmp_path, "model.discriminative.family=upernet", "train.batch_size=1")
+    settings.model.discriminative.config = CONFIG
+    with pytest.raises(UserError, match=r"train\.batch_size=1 .*; upernet pools whole images, .*expected 2 or more"):
+        train.run(settings)
 
 
 @pytest.mark.parametrize("losses", ["default", "auxiliary"])
@@ -132,7 +134,7 @@ def test_a_swin_classifier_fills_the_encoder_and_the_maps_norms_start_anew(tmp_p
 
 
 def test_the_encoder_of_a_whole_upernet_brings_its_norms(tmp_path):
-    first, second = made(id2label=None), make_segmenter("upernet", CONFIG, 3, seed=2)
+    first, second = (make_segmenter("upernet", CONFIG, 3, seed=seed) for seed in (1, 2))
     with torch.no_grad():
         first.net.backbone.hidden_states_norms["stage2"].weight.fill_(3.0)
     first.save(tmp_path)

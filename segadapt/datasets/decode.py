@@ -25,9 +25,13 @@ _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyEr
 
 
 @contextmanager
-def _opened(path: Path, *, max_pixels: int, limit: str = LIMIT) -> Iterator[ImageFile.ImageFile]:
+def _opened(path: Path, *, max_pixels: int, limit: str | None = LIMIT) -> Iterator[ImageFile.ImageFile]:
     """Open an image by its header; UserError if it is too large, broken, or breaks while the caller decodes it."""
-    too_large = f"expected at most {limit}={max_pixels}. Replace the file, or raise {limit}."
+    too_large = (
+        f"expected at most {limit}={max_pixels}. Replace the file, or raise {limit}."
+        if limit
+        else f"expected at most {max_pixels} px. Give a smaller image."
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit here
@@ -47,15 +51,17 @@ def _opened(path: Path, *, max_pixels: int, limit: str = LIMIT) -> Iterator[Imag
         ) from error
 
 
-def read_image(path: Path, *, max_pixels: int) -> np.ndarray:
+def read_image(path: Path, *, max_pixels: int, limit: str | None = LIMIT) -> np.ndarray:
     """Decode an image as seen by a viewer: uint8 [H, W, 3] RGB, rotated as its EXIF says, alpha dropped.
 
     Gray, palette, CMYK and 1-bit images become RGB; of 16 bit the high byte counts; of several frames the first.
 
+    Args:
+        limit: the setting that max_pixels is the value of; None: of none.
     Raises:
         UserError: not an image, truncated, empty, more than max_pixels, or a pixel format that is not listed above.
     """
-    with _opened(path, max_pixels=max_pixels) as image:
+    with _opened(path, max_pixels=max_pixels, limit=limit) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode in _16_BIT_MODES:
             return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)

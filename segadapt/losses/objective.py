@@ -54,8 +54,8 @@ class Objective(nn.Module):
     """The losses of the settings, with the parameters and buffers that some of them have.
 
     Parameters: the projection of the contrast loss, which learns at the head's rate. Buffers, part of the state dict:
-    the memory, equal on all ranks, and the count of idle steps. Random draws depend on (seed, step, rank, call of the
-    step) alone.
+    the memory, equal on all ranks, and the count of idle steps, see `refuse_idle`. Random draws depend on (seed, step,
+    rank, call of the step) alone.
 
     Args:
         class_weights_C: see class_weights_of.
@@ -189,7 +189,9 @@ class Objective(nn.Module):
         return loss
 
     def refuse_idle(self, iters: int) -> None:
-        """Ask all ranks together, once in a while: it waits for the device.
+        """Ask all ranks together, once in a while: it waits for the device. Then each has the fewest idle steps of all.
+
+        So a checkpoint tells what holds for all ranks, whichever of them writes it.
 
         Args:
             iters: optimizer steps of the training, which may be less than IDLE_STEPS.
@@ -199,10 +201,9 @@ class Objective(nn.Module):
         own, most = self.settings.contrast, min(IDLE_STEPS, iters)
         if not own.weight:
             return
-        idle = self.idle_steps.clone()
         if dist.is_initialized():
-            dist.all_reduce(idle, dist.ReduceOp.MIN)
-        if idle < most:
+            dist.all_reduce(self.idle_steps, dist.ReduceOp.MIN)
+        if self.idle_steps < most:
             return
         wanted = f"more than max_views={own.max_views}" if own.min_views is None else f"min_views={own.min_views}"
         raise UserError(

@@ -9,8 +9,8 @@ from segadapt import __version__
 from segadapt.config_pretraining import PretrainConfig, PretrainSettings
 from segadapt.config_training import TrainConfig, TrainSettings
 from segadapt.errors import UserError
-from segadapt.record import RunFolder
-from segadapt.resume import finished_results
+from segadapt.record import RunFolder, refuse_changes
+from segadapt.resume import ANEW, finished_results
 from segadapt.terminal import Terminal
 from segadapt.training.log import Log
 from segadapt.training.parallel import World
@@ -98,6 +98,12 @@ def open_log(
     )
     log.begin(started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), step=step, segadapt=__version__)
     return log
+
+
+def refuse_other_weights(folder: RunFolder, state: Any, now: dict[str, Any]) -> None:
+    """UserError: a run that goes on would start from other weights than it did, by their hashes."""
+    cure = f"The weights that the training starts from are others now. {ANEW}"
+    refuse_changes(folder.path, {name: state["origin"][name] for name in now}, now, cure=cure)
 
 
 def refuse_other_disks(world: World, step: int) -> None:

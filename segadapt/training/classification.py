@@ -50,7 +50,7 @@ def make_classifier(
     Args:
         config: keyword arguments of SegformerConfig.
     """
-    made = config_of(FAMILY, {**config, "id2label": dict(enumerate(classes))}, len(classes))
+    made = config_of(FAMILY, config, len(classes), classes=classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net: Any = SegformerForImageClassification(made)  # pyright: ignore[reportArgumentType]

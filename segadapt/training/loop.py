@@ -204,8 +204,9 @@ class Training:
             is_validated = step % t.validate_every == 0 or step == t.iters
             is_logged = is_validated or step % LOG_EVERY == 0
             # read the loss (a CPU-GPU sync) once in a while, and before a broken model would be saved
-            line = self._step(micro_batches, is_read=bool(is_logged or is_due or signum))
-            if is_logged:
+            is_read = bool(is_logged or is_due or signum)
+            line = self._step(micro_batches, is_read=is_read)
+            if is_read:
                 self._objective.refuse_idle(t.iters)
             if is_logged and self.log is not None:
                 self.log.step(step, line)

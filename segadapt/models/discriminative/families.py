@@ -22,14 +22,14 @@ from transformers import (
 from segadapt.models.discriminative import Outputs, convolutional, knet, upernet
 from segadapt.models.discriminative.deeplabv3 import DeepLabV3, DeepLabV3Config
 from segadapt.models.discriminative.dinov2 import Dinov2Segmenter, Dinov2SegmenterConfig
-from segadapt.models.discriminative.foreign import own_names
+from segadapt.models.discriminative.foreign import own_names, pools_images
 from segadapt.models.discriminative.hrnet import HrnetConfig, HrnetSegmenter, hrnet_names
 from segadapt.models.discriminative.keymaps import encoder_names
 from segadapt.models.discriminative.mmseg import MmsegSegformer, MmsegSegformerConfig, stage_maps
 from segadapt.models.discriminative.ocr import HrnetOcr, HrnetOcrConfig
 from segadapt.models.discriminative.resnet import resnet_names
 from segadapt.models.discriminative.semantic_map import SemanticMask2Former
-from segadapt.models.discriminative.smp_net import SmpConfig, SmpNet, smp_outputs, smp_tops
+from segadapt.models.discriminative.smp_net import SmpConfig, SmpNet, smp_tops
 from segadapt.models.discriminative.t2t import T2tConfig, T2tSegmenter, t2t_names, t2t_tops
 from segadapt.models.discriminative.timm_net import TimmConfig, TimmSegmenter, timm_tops
 
@@ -55,7 +55,8 @@ class Family:
     has_auxiliary: Callable[[Any], bool] = lambda _: False  # of a config: train mode gives Outputs.auxiliary_BChw
     has_stages: bool = False  # in train mode it gives Outputs.stages_BChw
     auxiliary_head: str | None = None  # a module that nothing but the auxiliary loss reads
-    pools_images: bool = False  # a BatchNorm sees one vector an image, of which a single image has no statistics
+    # of a net: a BatchNorm sees one vector an image, of which a single image has no statistics
+    pools_images: Callable[[Any], bool] = lambda _: False
 
 
 def segformer_outputs(net: Any, pixels_B3HW: Tensor) -> Outputs:
@@ -166,6 +167,7 @@ FAMILIES: dict[str, Family] = {
         bare_faults=upernet.OF_BARE_ENCODERS,
         frozen=upernet.frozen,
         has_auxiliary=upernet.has_auxiliary,
+        pools_images=upernet.pools_images,
         auxiliary_head="auxiliary_head",
     ),
     "segadapt_knet": Family(
@@ -179,6 +181,7 @@ FAMILIES: dict[str, Family] = {
         bare_faults=upernet.OF_BARE_ENCODERS,
         frozen=upernet.frozen,
         has_auxiliary=upernet.has_auxiliary,
+        pools_images=upernet.pools_images,
         has_stages=True,
         auxiliary_head="auxiliary_head",
     ),
@@ -192,7 +195,7 @@ FAMILIES: dict[str, Family] = {
         lambda _: resnet_names,
         has_auxiliary=lambda _: True,
         auxiliary_head="auxiliary_head",
-        pools_images=True,
+        pools_images=lambda _: True,
     ),
     "segadapt_hrnet": Family(
         HrnetConfig,
@@ -230,14 +233,16 @@ FAMILIES: dict[str, Family] = {
         convolutional.outputs,
         "encoder",
         own_names,
+        pools_images=pools_images,
     ),
     "segadapt_smp": Family(
         SmpConfig,
         SmpNet,
         ("model.decoder", "model.segmentation_head"),
         smp_tops,
-        smp_outputs,
+        convolutional.outputs,
         "model.encoder",
         own_names,
+        pools_images=pools_images,
     ),
 }

@@ -4,6 +4,7 @@
 """
 
 import importlib
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ RESERVED = (
     "features_only", "feature_cls", "out_indices", "output_fmt", "in_chans", "in_channels", "num_classes", "classes",
     "model_name", "arch", "encoder_name", "activation", "aux_params",
 )  # fmt: skip
+OF_SIZES = re.compile(r"\b(size|shape)")  # in what torch says of images that a net cannot take, and of no other fault
 
 
 def package(name: str, extra: str) -> Any:
@@ -53,24 +55,44 @@ def check_arguments(encoder_name: str, options: Mapping[str, Any] | None) -> Non
                             "it out; weights are model.discriminative.backbone.")  # fmt: skip
 
 
+def pools_images(net: nn.Module) -> bool:
+    """Whether a BatchNorm sees one vector an image: behind a pool to one value, in the same sequence."""
+    sequences = (list(part) for part in net.modules() if isinstance(part, nn.Sequential) and len(part))
+    return any(
+        isinstance(pool, nn.AdaptiveAvgPool2d)
+        and pool.output_size in (1, (1, 1))
+        and any(isinstance(norm, nn.modules.batchnorm._BatchNorm) for part in behind for norm in part.modules())
+        for pool, *behind in sequences
+    )
+
+
 @contextmanager
 def explain_arguments(said: str) -> Iterator[None]:
     """Turn what a package raises for its own arguments into one UserError line; only its call belongs inside."""
     try:
         yield
-    except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:  # the last: a tag it doesn't know
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200].rstrip('.')}"
+    # RuntimeError: a tag that timm doesn't know
+    except (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": .")
         raise UserError(f"{SETTING}: {said} cannot be built: {why}. Correct encoder_name or options.") from error
 
 
 @contextmanager
 def explain_images(encoder_name: str, pixels_B3HW: Tensor) -> Iterator[None]:
-    """Turn what a package, or BatchNorm of one value, says against images into one UserError line."""
+    """Turn what a package, or BatchNorm of one value, says against images into one UserError line.
+
+    Only the package's call belongs inside.
+
+    Args:
+        pixels_B3HW: before they are padded.
+    """
     try:
         yield
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not OF_SIZES.search(str(error)):
+            raise
         images, _, height, width = pixels_B3HW.shape
-        why = str(error).rstrip(".")
+        why = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(
             f"{SETTING}.encoder_name={encoder_name} refuses {images} images of {height} x {width} px: {why}; expected "
             "another size or more images. Give the option for any size, see docs/networks.md, or raise the batch size."

@@ -19,6 +19,7 @@ from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.discriminative.state_file import is_file, read_state
 
 SETTING = "model.discriminative.checkpoint"
+CLASS_NAMES = {"id2label", "label2id"}  # of a config
 ONEFLOW = ("pickled_data", "snapshot_done")  # files that every checkpoint of oneflow.save has one of
 
 
@@ -162,6 +163,7 @@ def make_segmenter(
     config: Mapping[str, Any],
     num_classes: int,
     *,
+    classes: Sequence[str] | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     channel_order: str | None = None,
@@ -171,13 +173,14 @@ def make_segmenter(
 
     Args:
         family: a name of FAMILIES.
-        config: keyword arguments of its config class (depths, hidden_sizes ...); id2label may name the classes.
+        config: keyword arguments of its config class (depths, hidden_sizes ...).
+        classes: their names, for its config.json; None: numbered.
         seed: the weights depend on it alone; the global generator is left as it was.
     Raises:
-        UserError: no such family, a key that its config does not have, a value of another type, id2label of another
-            length, or gradient_checkpointing with a family that cannot recompute.
+        UserError: no such family, a key that its config does not have or that names classes, a value of another type,
+            or gradient_checkpointing with a family that cannot recompute.
     """
-    made = config_of(family, config, num_classes)
+    made = config_of(family, config, num_classes, classes=classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = FAMILIES[family].net(made)
@@ -185,21 +188,20 @@ def make_segmenter(
     return NetSegmenter(net, channel_order=channel_order, gradient_checkpointing=gradient_checkpointing)
 
 
-def config_of(family: str, config: Mapping[str, Any], num_classes: int) -> PreTrainedConfig:
+def config_of(
+    family: str, config: Mapping[str, Any], num_classes: int, *, classes: Sequence[str] | None = None
+) -> PreTrainedConfig:
     """The config of a net of a family. Args and UserError: see make_segmenter."""
     if family not in FAMILIES:
         raise UserError(f"model.discriminative.family={family} is not a family.{did_you_mean(family, FAMILIES)}")
     kind = FAMILIES[family]
     _check_keys(config, kind.config, "model.discriminative.config")
-    if not isinstance(config.get("id2label") or {}, Mapping):
-        raise UserError(f"model.discriminative.config.id2label={config['id2label']!r}: expected a mapping of numbers "
-                        "to names. Correct it, or leave it out.")  # fmt: skip
-    id2label = dict(config.get("id2label") or {index: f"class_{index}" for index in range(num_classes)})
-    if len(id2label) != num_classes:
-        raise UserError(
-            f"model.discriminative.config.id2label names {len(id2label)} classes, but the data set has {num_classes}. "
-            f"Name every class once, or leave it out."
-        )
+    for name in sorted(CLASS_NAMES & config.keys()):
+        raise UserError(f"model.discriminative.config.{name}: the data set names the classes; expected none here. "
+                        "Leave it out.")  # fmt: skip
+    names = [f"class_{index}" for index in range(num_classes)] if classes is None else list(classes)
+    assert len(names) == num_classes
+    id2label = dict(enumerate(names))
     label2id = {label: index for index, label in id2label.items()}
     try:
         return kind.config(**{**config, "id2label": id2label, "label2id": label2id})

@@ -16,6 +16,8 @@ from segadapt.errors import UserError
 from segadapt.models.discriminative import Outputs, norm_parameters
 from segadapt.models.discriminative.families import FAMILIES, IMAGENET_MEAN, IMAGENET_STD
 
+MOST = 1e30  # of a mean or deviation of colours, as float32 holds it
+
 
 class NetSegmenter:
     """A net in eval mode with its own preprocessing; gradients on, BatchNorm keeps its source statistics.
@@ -31,8 +33,8 @@ class NetSegmenter:
             net.config.channel_order = channel_order
         self.net, self.family = net, FAMILIES[net.config.model_type]
         self.short_side_px: int | None = None  # of its own input; None: as loaded
-        mean = getattr(net.config, "image_mean", None) or IMAGENET_MEAN
-        std = getattr(net.config, "image_std", None) or IMAGENET_STD
+        mean = _of_colours(net, "image_mean", IMAGENET_MEAN)
+        std = _of_colours(net, "image_std", IMAGENET_STD)
         self._is_bgr = getattr(net.config, "channel_order", "rgb") == "bgr"
         # on the device from the start: a copy from the host would wait for all that the device was given before
         self._mean_std_2311 = torch.tensor([mean, std], device=net.device)[:, :, None, None]
@@ -122,6 +124,18 @@ class NetSegmenter:
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
                 path.replace(folder / path.name)
+
+
+def _of_colours(net: PreTrainedModel, name: str, default: tuple[float, ...]) -> list[float]:
+    """Three numbers of the config, or the default of one that says none. UserError: others."""
+    given = getattr(net.config, name, None)
+    values, lowest = default if given is None else given, 0 if name == "image_std" else -MOST
+    is_list = isinstance(values, list | tuple) and len(values) == 3
+    if not is_list or not all(isinstance(one, int | float) and lowest < one < MOST for one in values):
+        above = " above 0" if name == "image_std" else ""
+        raise UserError(f"model.discriminative: {name}={given!r} in the config of {net.config.model_type}: expected "
+                        f"three finite numbers{above}, of RGB in 0..1, or null. Correct it there.")  # fmt: skip
+    return [float(one) for one in values]
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

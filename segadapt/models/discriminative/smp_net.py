@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from segadapt.errors import UserError, did_you_mean
-from segadapt.models.discriminative import Outputs
+from segadapt.models.discriminative.convolutional import Maps
 from segadapt.models.discriminative.foreign import (
     RESERVED,
     SETTING,
@@ -23,7 +23,6 @@ from segadapt.models.discriminative.foreign import (
     explain_images,
     package,
 )
-from segadapt.models.discriminative.mmseg import Scored
 from segadapt.models.discriminative.timm_net import check_known, last_stage
 
 MULTIPLE_PX = 32  # smp's DPT asks for twice the stride that it checks
@@ -59,7 +58,6 @@ class SmpNet(ForeignNet):
 
     config: SmpConfig
     config_class = SmpConfig
-    has_unread_weights = True  # of some, such as pspnet and efficientnet: no gradient comes for them
 
     def __init__(self, config: SmpConfig):
         super().__init__(config)
@@ -75,14 +73,25 @@ class SmpNet(ForeignNet):
             )
         is_free = not self.model.requires_divisible_input_shape
         self._multiple_px = 1 if is_free else math.lcm(MULTIPLE_PX, self.model.encoder.output_stride)
+        # no gradient comes for some, see `spread`
+        self.has_unread_weights = _has_unread_weights(config.arch.lower(), config.encoder_name, options)
         self.post_init()
 
-    def forward(self, pixel_values: Tensor) -> Scored:
-        """Normalised images [B, 3, H, W]."""
-        padded_B3HW = self.padded(pixel_values, self._multiple_px)
-        with explain_images(self.config.encoder_name, padded_B3HW):
-            logits_BChw = self.model(padded_B3HW)
-        return Scored(self.without_padding(logits_BChw, padded_B3HW, pixel_values))
+    def forward(self, pixel_values: Tensor) -> Maps:
+        """Normalised images [B, 3, H, W]; the features are the decoder's map.
+
+        The steps are those of the model's own forward, which does not give the features away.
+        """
+        padded_B3HW, model = self.padded(pixel_values, self._multiple_px), self.model
+        with explain_images(self.config.encoder_name, pixel_values):
+            maps = model.encoder(padded_B3HW)
+            # DPT's encoder gives its tokens beside the maps
+            features_BDyx = model.decoder(*maps) if self.config.arch.lower() == "dpt" else model.decoder(maps)
+            logits_BChw = model.segmentation_head(features_BDyx)
+        logits_BChw, features_BDyx = (
+            self.without_padding(values, padded_B3HW, pixel_values) for values in (logits_BChw, features_BDyx)
+        )
+        return Maps(logits_BChw, None, features_BDyx)
 
 
 def _check(smp: Any, timm: Any, arch: str, encoder_name: str, options: dict[str, Any]) -> None:
@@ -102,15 +111,10 @@ def _check(smp: Any, timm: Any, arch: str, encoder_name: str, options: dict[str,
     return None
 
 
-def smp_outputs(net: Any, pixels_B3HW: Tensor) -> Outputs:
-    """The features are the decoder's map; there is no auxiliary head."""
-    seen: list[Tensor] = []
-    handle = net.model.segmentation_head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-    try:
-        logits_BChw = net(pixel_values=pixels_B3HW).logits
-    finally:
-        handle.remove()
-    return Outputs(logits_BChw, None, seen[-1])
+def _has_unread_weights(arch: str, encoder_name: str, options: dict[str, Any]) -> bool:
+    """Layers behind the last map that is read: of a shallower encoder, of DPT's ViT, of smp's own EfficientNets."""
+    is_efficientnet = "efficientnet" in encoder_name and not encoder_name.startswith(OF_TIMM)
+    return arch in ("pspnet", "dpt") or "encoder_depth" in options or is_efficientnet
 
 
 def smp_tops(net: Any) -> re.Pattern[str]:

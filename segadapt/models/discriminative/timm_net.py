@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, SegformerConfig
 
 from segadapt.errors import UserError, did_you_mean
-from segadapt.models.discriminative.convolutional import Maps
+from segadapt.models.discriminative.convolutional import Maps, check_numbers
 from segadapt.models.discriminative.foreign import (
     SETTING,
     ForeignNet,
@@ -31,8 +31,8 @@ class TimmConfig(PreTrainedConfig):
 
     Args:
         encoder_name: of timm, such as convnext_tiny, with or without the tag of its weights.
-        out_indices: which of the encoder's maps, by timm's count; None: those that timm gives, of stride 4 and more.
-            The net writes them here, so that a saved one stays as it is.
+        out_indices: which of the encoder's maps, by timm's count from 0, rising; None: those that timm gives, of stride
+            4 and more. The net writes them here, so that a saved one stays as it is.
         options: more arguments of timm.create_model, such as {output_stride: 8}.
         head_size: channels of the head.
         dropout: share of channels dropped before the classifier, in training.
@@ -53,9 +53,20 @@ class TimmConfig(PreTrainedConfig):
         check_arguments(self.encoder_name, self.options)
         super().__post_init__(**kwargs)
 
+    def validate_sizes(self) -> None:
+        """Asked by `strict`. ValueError: a value of which no net can be made."""
+        check_numbers(self, "head_size")
+        if self.out_indices is not None:
+            given = list(self.out_indices)
+            if not given or given != sorted(set(given)) or given[0] < 0:
+                raise ValueError(f"out_indices={given}: expected one number or more, from 0 and rising")
+
 
 class TimmSegmenter(ForeignNet):
-    """Encoder and head; the features are what the classifier sees. Images are padded to the largest stride."""
+    """Encoder and head; the features are what the classifier sees. Images are padded to the largest stride.
+
+    One that has the size of an encoder of fixed size is taken as it is.
+    """
 
     config: TimmConfig
     config_class = TimmConfig
@@ -67,7 +78,8 @@ class TimmSegmenter(ForeignNet):
         options = dict(config.options or {})
         if config.out_indices is not None:
             options["out_indices"] = tuple(config.out_indices)
-        with explain_arguments(f"timm's {config.encoder_name}"):
+        which = "" if config.out_indices is None else f" with out_indices={list(config.out_indices)}"
+        with explain_arguments(f"timm's {config.encoder_name}{which}"):
             self.encoder: Any = self.adopt(
                 lambda: timm.create_model(config.encoder_name, pretrained=False, features_only=True, **options),
                 timm.layers.BatchNormAct2d,
@@ -78,9 +90,11 @@ class TimmSegmenter(ForeignNet):
             raise UserError(f"{SETTING}.encoder_name={config.encoder_name} has no map of stride {LEAST_STRIDE} or "
                             "more. Set out_indices.")  # fmt: skip
         config.out_indices = self._taken(info.out_indices)
-        self._multiple_px = max(info.reduction())
-        if config.image_mean is None or config.image_std is None:
-            config.image_mean, config.image_std = (list(self.encoder.pretrained_cfg[key]) for key in ("mean", "std"))
+        self._multiple_px, known = max(info.reduction()), self.encoder.pretrained_cfg
+        own_size = options.get("img_size") or known["input_size"][1:] if known.get("fixed_input_size") else None
+        self._own_size = (own_size, own_size) if isinstance(own_size, int) else own_size and tuple(own_size)  # px
+        config.image_mean = list(known["mean"]) if config.image_mean is None else config.image_mean
+        config.image_std = list(known["std"]) if config.image_std is None else config.image_std
         of_head = SegformerConfig(
             hidden_sizes=self._taken(info.channels()),
             decoder_hidden_size=config.head_size,
@@ -95,9 +109,11 @@ class TimmSegmenter(ForeignNet):
 
     def forward(self, pixel_values: Tensor) -> Maps:
         """Normalised images [B, 3, H, W]."""
-        padded_B3HW = self.padded(pixel_values, self._multiple_px)
-        with explain_images(self.config.encoder_name, padded_B3HW):
-            maps = self._taken(self.encoder(padded_B3HW))
+        is_own_size = pixel_values.shape[2:] == self._own_size  # 224 px of LeViT are no multiple of its stride of 64
+        padded_B3HW = pixel_values if is_own_size else self.padded(pixel_values, self._multiple_px)
+        with explain_images(self.config.encoder_name, pixel_values):
+            maps = self.encoder(padded_B3HW)
+        maps = self._taken(maps)
         if str(getattr(self.encoder, "output_fmt", "NCHW")).endswith("NHWC"):
             maps = [map_BhwD.movedim(3, 1) for map_BhwD in maps]
         features_BDhw = self.without_padding(self.head.fused(maps), padded_B3HW, pixel_values)

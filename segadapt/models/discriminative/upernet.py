@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import UperNetForSemanticSegmentation
 
-from segadapt.errors import UserError
 from segadapt.models.discriminative import Outputs
 from segadapt.models.discriminative.mmseg import Scored
 
@@ -23,12 +22,7 @@ def fused(head: Any, maps: Sequence[Tensor]) -> Tensor:
     """Maps of the stages, [B, channels, y, x], to what the classifier sees, [B, D, h, w].
 
     The steps are those of UperNetHead's own forward, which does not give the features away.
-
-    UserError: one image in training, of which BatchNorm has no statistics where a whole map is pooled to one pixel.
     """
-    if head.training and len(maps[0]) == 1 and 1 in head.pool_scales:
-        raise UserError(f"model.discriminative.family={head.config.model_type} pools whole images, and BatchNorm has "
-                        "no statistics of a single one: expected a train.batch_size of 2 or more.")  # fmt: skip
     laterals = [conv(x_BDyx) for conv, x_BDyx in zip(head.lateral_convs, maps[:-1], strict=True)]
     coarse_BDyx = head.psp_forward(maps)
     summed = [coarse_BDyx]
@@ -62,6 +56,11 @@ def outputs(net: Any, pixels_B3HW: Tensor) -> Outputs:
 def auxiliary(net: Any, maps: Sequence[Tensor]) -> Tensor | None:
     """Logits of the auxiliary head, [B, C, y, x], in train mode; None where there is none."""
     return net.auxiliary_head(maps) if has_auxiliary(net.config) and net.training else None
+
+
+def pools_images(net: Any) -> bool:
+    """Whether a map is pooled to one pixel, with a BatchNorm behind it."""
+    return 1 in net.config.pool_scales
 
 
 def has_auxiliary(config: Any) -> bool:
