@@ -35,6 +35,8 @@ from segadapt.written_set import as_json, check_key, claim, progress_bar, write_
 TABLES = ("colours", "palette", "grey")
 # a palette that paints two classes alike is for pictures alone
 KNOWN = [name for name, colour_C3 in PALETTES.items() if len(np.unique(colour_C3, axis=0)) == len(colour_C3)]
+VOID = "void"  # of a known palette: what its data set paints that is no class
+VOIDS = {"camvid": [0, 0, 0], "cityscapes": [0, 0, 0], "pascal_voc": [224, 224, 192]}
 Colours = list[tuple[str, list[int]]]  # name and [r, g, b]; of a name that comes again, all its colours are one class
 
 
@@ -93,7 +95,8 @@ def table_of(settings: ConvertSettings) -> Table:
     for name in settings.ignored:
         if name not in names:
             raise UserError(f"convert.ignored: {name!r} is not a name of {where}. Correct it, or leave it out.")
-    classes = tuple(name for name in names if name not in settings.ignored)
+    ignored = {*settings.ignored, *([VOID] if settings.palette in VOIDS else [])}
+    classes = tuple(name for name in names if name not in ignored)
     check_class_names(classes, where)
     owner: dict[int, str] = {}
     for name, colour in colours:
@@ -130,7 +133,8 @@ def read_palette(palette: str) -> Colours:
     ('road 128 64 128', CamVid's '128 64 128 Road', CVAT's 'road:128,64,128::'); '#' begins a comment.
     """
     if palette in KNOWN:
-        return list(zip(CLASS_SETS[palette], PALETTES[palette].tolist(), strict=True))
+        void = [(VOID, VOIDS[palette])] if palette in VOIDS else []
+        return [*zip(CLASS_SETS[palette], PALETTES[palette].tolist(), strict=True), *void]
     path = Path(palette).expanduser()
     if not path.is_file():
         alike = ": it paints two classes alike, and" if palette in PALETTES else ""

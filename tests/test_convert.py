@@ -15,6 +15,7 @@ from PIL import Image
 from segadapt import convert
 from segadapt.config_data import ConvertConfig
 from segadapt.convert import read_palette, run, table_of
+from segadapt.datasets.labels import CLASS_SETS, PALETTES
 from segadapt.errors import UserError
 from segadapt.parse import from_overrides
 
@@ -244,6 +245,16 @@ def test_tables_without_colours_of_ones_own(root, overrides, message):
 def test_an_output_inside_of_the_source_is_refused(root):
     with pytest.raises(UserError, match=r"masks/out lies in convert\.source="):
         run(settings(root, f"convert.output={root / 'masks/out'}"))
+
+
+@pytest.mark.parametrize(("palette", "void"), [("camvid", [0, 0, 0]), ("cityscapes", [0, 0, 0]),
+                                               ("pascal_voc", [224, 224, 192])])  # fmt: skip
+def test_what_a_known_palette_paints_as_void_is_ignored(tmp_path, palette, void):
+    colours = PALETTES[palette].tolist()
+    save(tmp_path / "masks/a.png", np.array([[*colours, void]], np.uint8))
+    run(settings(tmp_path, f"convert.palette={palette}", street=False))
+    assert ids_in(tmp_path / "labels/a.png").tolist() == [[*range(len(colours)), 255]]
+    assert (tmp_path / "labels/classes.txt").read_text().split("\n")[:-1] == list(CLASS_SETS[palette])
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,10 @@ def test_two_files_of_one_key_are_refused(root):
 
 
 def test_missing_and_empty_folders_are_named(root):
-    with pytest.raises(UserError, match=r"data\.image_path: .*images/test is not a folder; .*images holds val\. Set"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.image_path: .*images/test is not a folder; .*images holds val\. Set the split, data\.split",
+    ):
         files(root, split="test").keys(CLEAN)
     (root / "images/test").mkdir()
     with pytest.raises(
@@ -146,7 +149,8 @@ def test_missing_and_empty_folders_are_named(root):
 
 def test_another_name_or_another_suffix_shows_in_what_the_folder_holds(root):
     with pytest.raises(
-        UserError, match=r"data\.image_path: .*/image/val is not a folder; .* holds images, labels\. Set"
+        UserError,
+        match=r"data\.image_path: .*/image/val is not a folder; .* holds images, labels\. Set data\.data_root",
     ):
         files(root, image_path="{data_root}/image/{split}/{key}.*").keys(CLEAN)
     with pytest.raises(

@@ -65,9 +65,16 @@ class Template:
                 neither below folder nor below data_root.
         """
         if not folder.is_dir():
+            near = _nearest(folder)
+            missing = len(folder.absolute().parts) - len(near.parts)
+            is_split = "{split}" in [*reversed(self.folder.split("/")), *[""] * missing][missing - 1]
+            cure = (
+                "Set the split, data.split or train.validation_split, to one of these"
+                if is_split
+                else "Set data.data_root to the folder of the data set"
+            )
             raise UserError(
-                f"{self.setting}: {folder} is not a folder; {_nearest(folder)} Set data.data_root to the folder of the "
-                f"data set, or correct {self.setting}."
+                f"{self.setting}: {folder} is not a folder; {_held(near)} {cure}, or correct {self.setting}."
             )
         paths: dict[str, Path] = {}
         others: Counter[str] = Counter()
@@ -175,7 +182,7 @@ class Files:
         path = Path(re.sub(r"\{(data_root|split)\}", lambda match: str(self._values[match[1]]), str(self._keys_file)))
         path = path.expanduser()
         if not path.is_file():
-            raise UserError(f"data.keys_file: {path} is not a file; {_nearest(path)} Correct data.keys_file or "
+            raise UserError(f"data.keys_file: {path} is not a file; {_held(_nearest(path))} Correct data.keys_file or "
                             "data.split.")  # fmt: skip
         try:
             keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -289,9 +296,13 @@ def _first(keys: list[str]) -> str:
     return ", ".join(keys[:NAMED]) + (", ..." if len(keys) > NAMED else "")
 
 
-def _nearest(path: Path) -> str:
-    """What there is in place of a path: a sentence on the folder nearest to it."""
-    parent = next(parent for parent in path.absolute().parents if parent.is_dir())
-    names = sorted(child.name for child in parent.iterdir() if not child.name.startswith("."))
+def _nearest(path: Path) -> Path:
+    """The folder above a path that is there."""
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+def _held(folder: Path) -> str:
+    """A sentence on what is in a folder."""
+    names = sorted(child.name for child in folder.iterdir() if not child.name.startswith("."))
     shown = ", ".join(names[:NEAR]) + (", ..." if len(names) > NEAR else "")
-    return f"{parent} holds {shown or 'nothing'}."
+    return f"{folder} holds {shown or 'nothing'}."
