@@ -249,7 +249,8 @@ def _refuse_single_images(settings: TrainConfig, world: World, segmenter: NetSeg
     is_single = t.batch_size == world.parts * t.accumulate and (world.parts == 1 or not is_on_gpu)  # else SyncBatchNorm
     if is_single and segmenter.family.pools_images(segmenter.net):
         chosen = segmenter.net.config.model_type
-        raise UserError(f"train.batch_size={t.batch_size} in {world.parts} parts x train.accumulate="
+        who = f"{world.size} processes" + (f" / {world.together} on the same images" if world.together > 1 else "")
+        raise UserError(f"train.batch_size={t.batch_size} with {who} x train.accumulate="
                         f"{t.accumulate} is one image a micro-batch; {chosen} pools whole images, and BatchNorm has "
                         "no statistics of a single one: expected 2 or more. Raise train.batch_size, or lower "
                         "train.accumulate or the number of processes.")  # fmt: skip
