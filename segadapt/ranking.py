@@ -5,15 +5,14 @@ Scores of the same weights under two rules differ by up to a point of mIoU, so t
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from segadapt.errors import UserError
 from segadapt.finished import differing, load, read_json
-from segadapt.record import plain
-from segadapt.tables import comma_separated, markdown, tabular
+from segadapt.tables import titled
 from segadapt.terminal import percent
 
 ELSEWHERE = ("data.data_root", "data.corruption_seed")  # the same data in another folder, noise of another seed
@@ -94,34 +93,7 @@ def _lines(table: Ranked) -> list[list[str]]:
             for row in table.rows]  # fmt: skip
 
 
-def as_markdown(tables: Sequence[Ranked]) -> str:
-    """A table each, headed by its data and rule."""
-    parts = [f"{title}\n\n{markdown(COLUMNS, _lines(one))}"
-             for title, one in zip(_titles(tables), tables, strict=True)]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
-
-
-def as_csv(tables: Sequence[Ranked]) -> str:
-    """The same lines with data and rule in front; each table with a header of its own, and an empty line between."""
-    parts = [comma_separated(["data and rule", *COLUMNS], ([title, *line] for line in _lines(one)))
-             for title, one in zip(_titles(tables), tables, strict=True)]  # fmt: skip
-    return "\n".join(parts)
-
-
-def as_latex(tables: Sequence[Ranked]) -> str:
-    """A tabular each, for the package booktabs; data and rule as a comment."""
-    parts = [f"% {title}\n{tabular(COLUMNS, _lines(one))}" for title, one in zip(_titles(tables), tables, strict=True)]
-    return "\n\n".join(parts) + "\n"
-
-
-def as_json(tables: Sequence[Ranked]) -> str:
-    """All numbers as fractions."""
-    return json.dumps(plain([asdict(one) for one in tables]), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-FORMATS: dict[str, Callable[[Sequence[Ranked]], str]] = {
-    "markdown": as_markdown,
-    "csv": as_csv,
-    "latex": as_latex,
-    "json": as_json,
-}
+def render(tables: Sequence[Ranked], kind: str) -> str:
+    """A table each, headed by its data and rule, see `titled`; json: fractions."""
+    parts = [(title, _lines(one)) for title, one in zip(_titles(tables), tables, strict=True)]
+    return titled(kind, "data and rule", COLUMNS, parts, tables)

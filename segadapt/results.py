@@ -46,11 +46,11 @@ def run(settings: ResultsConfig) -> None:
     folders = run_folders(settings.runs, trained=settings.table == "subsets")
     if settings.table == "subsets":
         curves = subsets.build(folders)
-        text = subsets.FORMATS[settings.format](curves)
+        text = subsets.render(curves, settings.format)
         if plot is not None:
             write_bytes(plot, subsets.plot(curves, kind=plot.suffix[1:]))
     elif settings.table == "ranked":
-        text = ranking.FORMATS[settings.format](ranking.build(folders))
+        text = ranking.render(ranking.build(folders), settings.format)
     else:
         runs = [read(folder) for folder in folders]
         made = build_tables(runs, against=settings.against, resamples=settings.resamples, is_timed=True)

@@ -8,15 +8,14 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from segadapt.errors import UserError
 from segadapt.finished import differing, flat, read_json
-from segadapt.record import plain
-from segadapt.tables import comma_separated, markdown, tabular
+from segadapt.tables import titled
 from segadapt.terminal import percent
 
 X, SEED = "data.subset", "experiment.seed"
@@ -100,39 +99,11 @@ def _lines(curve: Curve) -> list[list[str]]:
             for point in curve.points]  # fmt: skip
 
 
-def as_markdown(curves: Sequence[Curve]) -> str:
-    """A table each, headed by its data."""
-    parts = [f"{title}\n\n{markdown(COLUMNS, _lines(curve))}"
-             for title, curve in zip(titles(curves), curves, strict=True)]  # fmt: skip
-    note = "The best validation was chosen on the images that it is a score of; the last step was not chosen."
-    return "\n\n".join([*parts, note]) + "\n"
-
-
-def as_csv(curves: Sequence[Curve]) -> str:
-    """The same lines with the title in front; each table with a header of its own, and an empty line between."""
-    parts = [comma_separated(["data", *COLUMNS], ([title, *line] for line in _lines(curve)))
-             for title, curve in zip(titles(curves), curves, strict=True)]  # fmt: skip
-    return "\n".join(parts)
-
-
-def as_latex(curves: Sequence[Curve]) -> str:
-    """A tabular each, for the package booktabs; the title as a comment."""
-    parts = [f"% {title}\n{tabular(COLUMNS, _lines(curve))}"
-             for title, curve in zip(titles(curves), curves, strict=True)]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
-
-
-def as_json(curves: Sequence[Curve]) -> str:
-    """All numbers as fractions, seed by seed."""
-    return json.dumps(plain([asdict(curve) for curve in curves]), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-FORMATS: dict[str, Callable[[Sequence[Curve]], str]] = {
-    "markdown": as_markdown,
-    "csv": as_csv,
-    "latex": as_latex,
-    "json": as_json,
-}
+def render(curves: Sequence[Curve], kind: str) -> str:
+    """A table each, headed by its data, see `titled`; json: fractions, seed by seed."""
+    parts = [(title, _lines(curve)) for title, curve in zip(titles(curves), curves, strict=True)]
+    note = "\nThe best validation was chosen on the images that it is a score of; the last step was not chosen.\n"
+    return titled(kind, "data", COLUMNS, parts, curves) + (note if kind == "markdown" else "")
 
 
 def plot(curves: Sequence[Curve], *, kind: str) -> bytes:

@@ -187,3 +187,28 @@ FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {
     "latex": as_latex,
     "json": as_json,
 }
+
+
+def titled(
+    kind: str, head: str, columns: Sequence[str], parts: Sequence[tuple[str, list[list[str]]]], items: Sequence[Any]
+) -> str:
+    """Tables of the same columns, each under a title.
+
+    Args:
+        kind: markdown; csv: the title in a column in front, an empty line between tables; latex: titles as comments;
+            json: all numbers of the items as they are.
+        head: of that column.
+        parts: title and lines of each table.
+        items: dataclasses, one a table.
+    """
+    if kind == "json":
+        numbers = plain([asdict(item) for item in items])
+        return json.dumps(numbers, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    if kind == "csv":
+        return "\n".join(
+            comma_separated([head, *columns], ([title, *line] for line in lines)) for title, lines in parts
+        )
+    if kind == "latex":
+        return "\n\n".join(f"% {title}\n{tabular(columns, lines)}" for title, lines in parts) + "\n"
+    assert kind == "markdown", kind
+    return "\n\n".join(f"{title}\n\n{markdown(columns, lines)}" for title, lines in parts) + "\n"

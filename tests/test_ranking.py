@@ -13,7 +13,7 @@ from segadapt.config import ResultsConfig
 from segadapt.errors import UserError
 from segadapt.parse import from_overrides
 from segadapt.results import build_tables, read, run, run_folders
-from segadapt.tables import titles
+from segadapt.tables import FORMATS, titles
 
 BOX = {"input_resize": "box", "long_side_px": 2048, "logit_resize": "two_step", "scales": [1.0], "flip": False}
 MIRRORED = BOX | {"flip": True}
@@ -75,7 +75,7 @@ def test_a_row_has_the_scores_of_its_run(tmp_path):
     assert (row.miou, row.macc, row.aacc) == (miou, results["mean"]["macc"], results["mean"]["aacc"])
 
 
-@pytest.mark.parametrize("form", sorted(ranking.FORMATS))
+@pytest.mark.parametrize("form", sorted(FORMATS))
 def test_every_format_shows_every_score_with_its_rule(runs, form):
     output = runs / "out.txt"
     overrides = [f"runs=[{runs}]", "table=ranked", f"format={form}", f"output={output}"]

@@ -48,13 +48,14 @@ class AllLayers:
         self._learner = spread(learner, segmenter.net, world)
 
     def backward(
-        self, micro_batches: Sequence[tuple[Tensor, Tensor]], shares_MT: Tensor, step: int
+        self, micro_batches: Sequence[tuple[Tensor, Tensor]], shares_MT: Tensor | None, step: int
     ) -> tuple[Losses, dict[str, float]]:
         """Gradients of a step; its losses, and the weights of their terms.
 
         Args:
             micro_batches: images, float [B, 3, H, W] in 0..1, and labels, int64 [B, H, W].
-            shares_MT: of the micro-batches' terms in the means of the step, see `Objective.amounts`.
+            shares_MT: of the micro-batches' terms in the means of the step, see `Objective.amounts`; None: of one
+                that is all of it.
             step: from 1.
         """
         found: Losses = []
@@ -63,7 +64,8 @@ class AllLayers:
             # dropout and drop path draw from the global generator
             torch.manual_seed(derive(self._seed, "training", step - 1, number, self._world.part))
             with synchronised(self._learner, last=number == len(micro_batches) - 1):
-                total, values, weights = self._learner(image_B3HW, label_BHW, step, shares_MT[number])
+                shares_T = None if shares_MT is None else shares_MT[number]
+                total, values, weights = self._learner(image_B3HW, label_BHW, step, shares_T)
                 (total * self._world.parts).backward()  # the processes' gradients are averaged
             found.append({"loss": total.detach(), **values})
         return found, weights

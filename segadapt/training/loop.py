@@ -239,25 +239,29 @@ class Training:
             norm = clip(moving, t.optimizer.clip_norm, world)
             if is_read:
                 rates, found, weights = self._learner.told(rates, found, weights)
-                line = self._read(found, shares_MT.cpu().numpy(), norm) | {"weights": weights, "lr": dict(rates)}
+                line = self._read(found, shares_MT, norm) | {"weights": weights, "lr": dict(rates)}
         self.state.advance()
         self._objective.remember()
         return line
 
-    def _shares(self, labels: Sequence[Tensor]) -> Tensor:
-        """Of each micro-batch's terms in the means of the whole step: float64 on the device; nothing waits for them."""
-        amounts_MT = torch.stack([self._objective.amounts(label_BHW) for label_BHW in labels])
+    def _shares(self, labels: Sequence[Tensor]) -> Tensor | None:
+        """Of each micro-batch's terms in the means of the whole step: float64 on the device; nothing waits for them.
+
+        None: one micro-batch of one part is all of it.
+        """
         if len(labels) * self.world.parts == 1:
-            return torch.ones_like(amounts_MT)
+            return None
+        amounts_MT = torch.stack([self._objective.amounts(label_BHW) for label_BHW in labels])
         total_T = self.world.sum_of_parts(amounts_MT.sum(dim=0))
         return amounts_MT / torch.where(total_T > 0, total_T, 1)
 
-    def _read(self, found: Losses, shares_MT: np.ndarray, norm: Tensor) -> dict[str, Any]:
+    def _read(self, found: Losses, shares_MT: Tensor | None, norm: Tensor) -> dict[str, Any]:
         """Losses of the whole step over all processes, and the gradient's norm. UserError: not finite."""
         names = list(found[0])
         read = torch.stack([*(values[name].float() for values in found for name in names), norm.float()]).cpu().double()
         values = read[:-1].view(len(found), len(names)).numpy()
-        values[:, 1:] *= shares_MT  # the loss, which comes first, has them in it
+        if shares_MT is not None:
+            values[:, 1:] *= shares_MT.cpu().numpy()  # the loss, which comes first, has them in it
         means = self.world.sum(values.sum(axis=0)) / self.world.together
         loss, grad_norm = float(means[0]), float(read[-1])
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):

@@ -138,9 +138,10 @@ class Pipeline:
         self._weights: dict[str, float] = {}
 
     def backward(
-        self, micro_batches: Sequence[tuple[Tensor, Tensor]], shares_MT: Tensor, step: int
+        self, micro_batches: Sequence[tuple[Tensor, Tensor]], shares_MT: Tensor | None, step: int
     ) -> tuple[Losses, dict[str, float]]:
         """As `AllLayers.backward`; but in the last process there are no losses and no weights."""
+        assert shares_MT is not None, "see refuse_pipeline: there are several micro-batches"
         self._shares_MT, self._step, self._found = shares_MT, step, []
         torch.manual_seed(derive(self._seed, "training", step - 1, 0, self._world.rank))
         images, labels = zip(*micro_batches, strict=True)
