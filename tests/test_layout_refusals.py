@@ -28,6 +28,7 @@ def segformer() -> nn.Module:
          r"train\.batch_size=3: expected a multiple of 2, 4 processes / 2 on the same images x train\.accumulate=1"),
         (["train.parallel=tp", "train.batch_size=3", "train.accumulate=2"], 2,
          r"train\.batch_size=3: expected a multiple of 2, .* Use 4\."),
+        (["train.parallel=fsdp", "runtime.compile=true"], 2, r"runtime\.compile=true with train\.parallel=fsdp"),
     ],
     ids=str,
 )  # fmt: skip
@@ -44,7 +45,6 @@ def test_processes_that_cannot_share_a_batch_are_refused(tmp_path, monkeypatch, 
     [
         ([], "tp", 3, r"train\.parallel=tp over slices of 3 processes: expected a divisor of 32"),
         (["train/losses=contrast"], "2d", 2, r"train\.losses\.contrast\.weight=0\.1 with train\.parallel=2d"),
-        (["runtime.compile=true"], "tp", 2, r"runtime\.compile=true with train\.parallel=tp"),
     ],
     ids=str,
 )

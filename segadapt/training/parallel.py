@@ -125,6 +125,9 @@ def joined(settings: TrainConfig | PretrainConfig) -> Iterator[World]:
     if kind != "none" and "RANK" not in os.environ:
         raise UserError(f"train.parallel={kind}, but torchrun has not started this process. Run torchrun "
                         "--nproc-per-node GPUS -m segadapt ..., or set train.parallel=none.")  # fmt: skip
+    if settings.runtime.compile and kind not in ("none", "ddp"):
+        raise UserError(f"runtime.compile=true with train.parallel={kind}: a net in parts is not compiled. Set "
+                        "runtime.compile=null, or train.parallel=ddp.")  # fmt: skip
     together = size if kind in ("tp", "pipeline") else 1
     if kind == "2d":
         assert isinstance(settings.train, TrainSettings), "pretraining has no such choice"
@@ -167,7 +170,7 @@ def _refuse_division(settings: TrainConfig | PretrainConfig, size: int, together
 
 
 def refuse_parts(settings: TrainConfig, world: World, net: nn.Module) -> None:
-    """UserError: processes that work on the same images cannot do so with this net, these losses, or compiled."""
+    """UserError: processes that work on the same images cannot do so with this net or these losses."""
     t, kind = settings.train, world.kind
     if kind not in ("tp", "2d", "pipeline"):
         return
@@ -177,9 +180,6 @@ def refuse_parts(settings: TrainConfig, world: World, net: nn.Module) -> None:
         raise UserError(f"train.losses.contrast.weight={t.losses.contrast.weight} with train.parallel={kind}: each "
                         "process would draw anchors of its own in the same images. Set train.parallel=ddp or fsdp, "
                         "or train.losses.contrast.weight=0.")  # fmt: skip
-    if settings.runtime.compile:
-        raise UserError(f"runtime.compile=true with train.parallel={kind}: parts are not compiled. Set "
-                        "runtime.compile=null, or train.parallel=ddp or fsdp.")  # fmt: skip
 
 
 def spread(module: nn.Module, net: nn.Module, world: World) -> nn.Module:

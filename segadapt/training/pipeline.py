@@ -92,13 +92,13 @@ class Part(nn.Module):
                 for stage, map_BDyx in zip(stages, given, strict=False):
                     stage.map_BDyx = map_BDyx
                 outputs = self._segmenter.outputs(given[0].new_zeros(1, 3, 1, 1))  # an image that Received overlooks
-                return outputs.logits_BChw, outputs.features_BDyx
+                return outputs.logits_BChw.contiguous(), outputs.features_BDyx.contiguous()
             is_first = self._own.start == 0
             maps = [] if is_first else [map_BDyx.view_as(map_BDyx) for map_BDyx in given]
             x = self._segmenter.normalised(given[0]) if is_first else maps[-1]
             for index in self._own:
                 x = stages[index](x)
-                maps.append(x)
+                maps.append(x.contiguous())
             return tuple(maps)
 
 
@@ -182,13 +182,17 @@ class Pipeline:
 def _examples(
     segmenter: NetSegmenter, image_B3HW: Tensor, own: range, *, precision: str
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What the stages are given, and what they make of it: the shapes and dtypes that the processes send."""
+    """What the stages are given, and what they make of it: the shapes, dtypes and strides that the processes send.
+
+    On a GPU strides vary with the algorithm, and NCCL sends bytes as they lie: everything is made contiguous.
+    """
     net: Any = segmenter.eval().net
     with torch.no_grad(), autocast(image_B3HW.device, precision):
         maps = stage_maps(net.segformer, segmenter.normalised(image_B3HW))
         outputs = segmenter.outputs(image_B3HW)
-    maps = [map_BDyx.requires_grad_() for map_BDyx in maps]
+    maps = [map_BDyx.contiguous().requires_grad_() for map_BDyx in maps]
     given = (image_B3HW,) if own.start == 0 else tuple(maps[: own.start])
     if own.stop == len(maps):
-        return given, (outputs.logits_BChw.requires_grad_(), outputs.features_BDyx.requires_grad_())
+        made = outputs.logits_BChw.contiguous(), outputs.features_BDyx.contiguous()
+        return given, (made[0].requires_grad_(), made[1].requires_grad_())
     return given, tuple(maps[: own.stop])
