@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 
-from segadapt import __version__, config, config_data, config_pretraining, config_training
+from segadapt import __version__, config, config_data, config_pretraining, config_training, config_verbs
 from segadapt.errors import UserError, did_you_mean
 from segadapt.explain import explained
 from segadapt.machine import check_versions, fault_of
@@ -28,7 +28,7 @@ from segadapt.signals import Stopped
 VERBS: dict[str, tuple[str, type, str, str]] = {
     "adapt": ("adapt", config.AdaptConfig, "segadapt.adapt:run", "adapt a segmenter at test time, image by image"),
     "evaluate": ("evaluate", config.EvaluateConfig, "segadapt.adapt:run", "score a segmenter, forward only"),
-    "corrupt": ("corrupt", config.CorruptConfig, "segadapt.corrupt:run", "write a corrupted set from a clean one"),
+    "corrupt": ("corrupt", config_data.CorruptConfig, "segadapt.corrupt:run", "write a corrupted set from a clean one"),
     "convert": ("convert", config_data.ConvertConfig, "segadapt.convert:run", "labels of colours or greys to ids"),
     "split": ("split", config_data.SplitConfig, "segadapt.split:run", "lists of keys for training and validation"),
     "train": ("train", config_training.TrainConfig, "segadapt.train:run", "train a segmenter"),
@@ -37,14 +37,17 @@ VERBS: dict[str, tuple[str, type, str, str]] = {
     "train-generative": (
         "train_generative", config_training.TrainGenerativeConfig, "segadapt.train_generative:run",
         "train a small teacher"),
-    "diagnose": ("diagnose", config.DiagnoseConfig, "segadapt.diagnose:run",
+    "diagnose": ("diagnose", config_verbs.DiagnoseConfig, "segadapt.diagnose:run",
                  "ask whether the teacher can teach; reads labels: never choose settings by it on a test split"),
-    "check": ("check", config.CheckConfig, "segadapt.check:run", "read data and models before a run"),
-    "align": ("align", config.AlignConfig, "segadapt.align:run",
+    "check": ("check", config_verbs.CheckConfig, "segadapt.check:run", "read data and models before a run"),
+    "align": ("align", config_verbs.AlignConfig, "segadapt.align:run",
               "compare a checkpoint with stored logits, and save it as a folder"),
-    "grid": ("grid", config.GridConfig, "segadapt.grid:run", "adapt: methods x streams x seeds, on GPUs or a cluster"),
-    "results": ("results", config.ResultsConfig, "segadapt.results:run", "run folders to tables: results FOLDER ..."),
-    "report": ("report", config.ReportConfig, "segadapt.report.page:run", "run folders to one page: report FOLDER ..."),
+    "grid": ("grid", config_verbs.GridConfig, "segadapt.grid:run",
+             "adapt: methods x streams x seeds, on GPUs or a cluster"),
+    "results": ("results", config_verbs.ResultsConfig, "segadapt.results:run",
+                "run folders to tables: results FOLDER ..."),
+    "report": ("report", config_verbs.ReportConfig, "segadapt.report.page:run",
+               "run folders to one page: report FOLDER ..."),
     "demo": ("demo", config.AdaptConfig, "segadapt.demo:demo", "source against adapted on the bundled world"),
 }  # fmt: skip
 # Options of Hydra that are followed by a value.

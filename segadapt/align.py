@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from segadapt.config import AlignConfig
+from segadapt.config_verbs import AlignConfig
 from segadapt.datasets.decode import read_image
 from segadapt.errors import UserError
 from segadapt.models.build import build_segmenter, refuse_unexpected_weights

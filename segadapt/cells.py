@@ -10,7 +10,8 @@ from typing import Any
 
 from hydra import compose
 
-from segadapt.config import AdaptConfig, GridSettings
+from segadapt.config import AdaptConfig
+from segadapt.config_verbs import GridSettings
 from segadapt.errors import UserError, did_you_mean
 from segadapt.explain import explained
 from segadapt.finished import flat

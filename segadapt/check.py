@@ -20,7 +20,7 @@ from segadapt import check_images, stream
 from segadapt.check_images import ImageFacts
 from segadapt.check_models import check_models, estimated_s, step_lines
 from segadapt.check_samples import write_sample
-from segadapt.config import CheckConfig
+from segadapt.config_verbs import CheckConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks, of_split
 from segadapt.errors import UserError

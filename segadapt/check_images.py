@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from segadapt import stream
-from segadapt.config import CheckConfig
+from segadapt.config_verbs import CheckConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.decode import is_turned
 from segadapt.datasets.labels import IGNORE

@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 from segadapt.checkpoint import KEPT, size_of
-from segadapt.config import CheckConfig
+from segadapt.config_verbs import CheckConfig
 from segadapt.datasets import Dataset
 from segadapt.datasets.resize import resize_short_side
 from segadapt.models.build import Models, build_models

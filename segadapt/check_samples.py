@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from segadapt.config import CheckConfig
+from segadapt.config_verbs import CheckConfig
 from segadapt.datasets import Dataset
 from segadapt.datasets.resize import resize_short_side, size_at
 from segadapt.models.generative import windows

@@ -1,4 +1,4 @@
-"""Settings of the verbs that prepare data: `convert` and `split`. As in config.py, values live in conf/*.yaml alone."""
+"""Settings of convert, split and corrupt, which prepare data. As in config.py, values live in conf/*.yaml alone."""
 
 from dataclasses import dataclass
 
@@ -45,3 +45,18 @@ class SplitSettings:
 class SplitConfig:
     data: DataSettings = setting("the labelled images to split")
     split: SplitSettings = setting("into which parts")
+
+
+@dataclass
+class CorruptSettings:
+    output: str = setting("folder of the corrupted set")
+    image_format: str = setting("png is lossless; jpg imitates published sets", choices=("png", "jpg"))
+    quality: int = setting("of jpg, 1..95", low=1, high=95)
+
+
+@dataclass
+class CorruptConfig:
+    data: DataSettings = setting(
+        "the clean set; corruptions and severity say what is made, limit takes the first sorted keys"
+    )
+    corrupt: CorruptSettings = setting("what is written")

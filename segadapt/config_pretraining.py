@@ -9,7 +9,7 @@ from segadapt.config import (
     RuntimeSettings,
     setting,
 )
-from segadapt.config_training import ScheduleSettings, TrainOptimizerSettings
+from segadapt.config_loop import LoopSettings
 
 
 @dataclass
@@ -52,27 +52,17 @@ class PretrainTransformsSettings:
 
 
 @dataclass
-class PretrainSettings:
+class PretrainSettings(LoopSettings):
     iters: int = setting("optimizer steps; an epoch has images / batch_size of them", low=1)
-    batch_size: int = setting("images a step, of all processes and micro-batches together", low=1)
-    accumulate: int = setting("micro-batches of a step, one after the other in each process", low=1)
-    optimizer: TrainOptimizerSettings = setting("what moves the weights")
-    schedule: ScheduleSettings = setting("learning rate by step")
-    ema_decay: float = setting("of the weights' moving average, which is validated and saved; 0: none", low=0, high=1)
     parallel: str = setting("over the processes of torchrun: copies (DDP), or shards (FSDP2); none: one process",
                             choices=("none", "ddp", "fsdp"))  # fmt: skip
     transforms: PretrainTransformsSettings = setting("from an image file to a batch")
-    validate_every: int = setting("steps between validations; the last step always validates", low=1)
     validation_split: str = setting("folder of the validation images, with folders of the same classes")
     keep: str = setting(
         "weights that are saved: after the last step, or of the best top-1 accuracy; both: also model_last/",
         choices=("last", "best", "both"),
     )
     patience: int = setting("training ends after this many validations without a better top-1; 0: never", low=0)
-    checkpoint_every: int | None = setting(
-        "steps between checkpoints, beside those of runtime.checkpoint_seconds; null: no such", low=1
-    )
-    save_dtype: str = setting("of the saved weights; they are loaded as float32", choices=("float32", "bfloat16"))
 
 
 @dataclass

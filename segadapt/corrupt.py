@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 
 from segadapt import __version__
-from segadapt.config import CorruptConfig, DataSettings
+from segadapt.config import DataSettings
+from segadapt.config_data import CorruptConfig
 from segadapt.corruptions import check_corruption, corrupt
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks

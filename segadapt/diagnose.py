@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from segadapt import stream
-from segadapt.config import DiagnoseConfig
+from segadapt.config_verbs import DiagnoseConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.diagnosis import best_sigma, images_of, plot, sentences, table_of, verdict_of

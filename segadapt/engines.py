@@ -25,7 +25,7 @@ from segadapt.record import write_bytes
 
 if TYPE_CHECKING:
     from segadapt.cells import Cell
-    from segadapt.config import GridSettings
+    from segadapt.config_verbs import GridSettings
 
 RETURNED = ("settings.json", "config.yaml", "records.jsonl", "timings.jsonl", "tasks/*.json", "results.json")
 KILL_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux' prctl

@@ -4,6 +4,7 @@ import re
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException, OverrideParseException
@@ -96,6 +97,15 @@ def _sections(names: Iterable[str]) -> set[str]:
     """Dotted names of all that holds settings."""
     parts = [name.split(".") for name in names]
     return {".".join(one[:length]) for one in parts for length in range(1, len(one))}
+
+
+def as_group(key: str, value: Any, known: Iterable[str]) -> str:
+    """A sentence: the option of a group that `key=value` means, with dots in place of slashes; "": it means none."""
+    if "." not in key or key not in _sections(known):
+        return ""
+    group = key.replace(".", "/")
+    options = [path.stem for path in Path(__file__).parent.joinpath("conf", group).glob("[!_]*.yaml")]
+    return f" Did you mean {group}={value}?" if value in options else ""
 
 
 def nearest(key: str, known: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from segadapt.cells import Cell, plan
-from segadapt.config import GridConfig
+from segadapt.config_verbs import GridConfig
 from segadapt.engines import ENGINES, Outcome
 from segadapt.errors import UserError
 from segadapt.finished import Run, flat, load, read_json

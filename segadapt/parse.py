@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from segadapt import rules, values
 from segadapt.config import TtaSettings, fields_of
 from segadapt.errors import UserError, did_you_mean
-from segadapt.explain import explained, nearest
+from segadapt.explain import as_group, explained, nearest
 
 T = TypeVar("T")
 METHOD = "tta.method="
@@ -80,7 +80,7 @@ def parse(config: DictConfig, schema: type[T], *, prefix: str = "") -> T:
         if name not in known:
             shown = f"{prefix}{name}"
             shown = shown if shown.isprintable() else repr(shown)
-            raise UserError(f"{shown} is not a setting.{nearest(name, known)}")
+            raise UserError(f"{shown} is not a setting.{as_group(name, given[name], known) or nearest(name, known)}")
         if re.search(PASSWORD, str(given[name])):
             raise UserError(f"{prefix}{name} holds an address with a password; expected none, as settings are written "
                             "to records. Keep keys in the environment, and remove it.")  # fmt: skip

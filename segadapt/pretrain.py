@@ -13,19 +13,17 @@ from rich.console import Console
 from safetensors.torch import load_file, save
 
 from segadapt import __version__
-from segadapt.checkpoint import Checkpoints
 from segadapt.config_pretraining import PretrainConfig
 from segadapt.datasets.image_folder import ImageFolder, list_images
 from segadapt.errors import UserError
 from segadapt.models.discriminative.backbone import start_from
 from segadapt.models.discriminative.keymaps import nvidia_names
-from segadapt.models.set_up import fingerprint, set_up
+from segadapt.models.set_up import fingerprint
 from segadapt.protocol import peak_memory_gib, versions
 from segadapt.record import RunFolder, write_bytes, write_json
-from segadapt.resume import earlier_state
 from segadapt.signals import Stopped, noted_signals
 from segadapt.terminal import Terminal, open_terminal, percent
-from segadapt.training.begin import check_loop, look, make_folder, open_log, refuse_other_disks, refuse_other_weights
+from segadapt.training.begin import check_loop, gone_on_from, look, open_log, own_device, refuse_other_weights
 from segadapt.training.classification import FAMILY, MOST, Accuracy, Classifier, SoftCrossEntropy, make_classifier
 from segadapt.training.classified_images import TrainingImages
 from segadapt.training.loop import Training
@@ -66,7 +64,7 @@ def run(settings: PretrainConfig, *, console: Console | None = None) -> dict[str
 def check_pretraining(settings: PretrainConfig) -> None:
     """UserError: settings that contradict each other or have no effect."""
     t, chosen = settings.train, settings.model.discriminative
-    check_loop(t)
+    check_loop(settings)
     for name in ("area", "aspect"):
         check_range("train.transforms", t.transforms, f"{name}_low", f"{name}_high")
     check_range("train.transforms", t.transforms, "image_px", "validation_short_side_px")
@@ -137,26 +135,17 @@ def _train(
 ) -> dict[str, Any]:
     """The loop; then the kept weights and results.json. What is opened here is closed with the stack."""
     t, began, (images, held_out) = settings.train, time.perf_counter(), both
-    checkpoints = Checkpoints(folder.path, seconds=settings.runtime.checkpoint_seconds, images=t.checkpoint_every)
-    state = None
-    if not settings.experiment.restart:
-        state = earlier_state(checkpoints, folder, settings, origin, terminal.console, unit="step")
-    refuse_other_disks(world, checkpoints.newest)
-    main = set_up(settings.runtime)
-    main = torch.device(main.type, world.local_rank) if main.type == "cuda" else main
+    checkpoints, state = gone_on_from(settings, origin, world, terminal, folder)
+    main = own_device(settings, world)
     classifier = build(settings, images.classes, main, terminal.console)
     weights = {"weights_sha256": {"discriminative": fingerprint(classifier.net)}}
     if state is not None:
         refuse_other_weights(folder, state, weights)
     else:
         world.of_main(_verify(settings, both, terminal) if world.is_main else None)  # the others wait for it
-    if world.is_main and is_new:
-        make_folder(settings, folder, stack)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z") if state is None else state["started"]
-    log = None
-    if world.is_main:
-        said = {"job_type": "pretrain", "score": ("top1", "top-1")}
-        log = open_log(settings, terminal, folder, checkpoints.newest, state, stack, **said)
+    said = {"is_new": is_new, "job_type": "pretrain", "score": ("top1", "top-1")}
+    log = open_log(settings, world, terminal, folder, checkpoints.newest, state, stack, **said)
     training = Training(
         settings,
         classifier,

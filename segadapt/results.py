@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from segadapt import ranking, subsets
-from segadapt.config import ResultsConfig
+from segadapt.config_verbs import ResultsConfig
 from segadapt.corruptions import COMMON, EXTRA
 from segadapt.errors import UserError, did_you_mean
 from segadapt.finished import Run, bootstrap, differing, flat, join, load, read_json

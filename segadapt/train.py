@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 
 from segadapt import __version__
-from segadapt.checkpoint import Checkpoints
 from segadapt.config_training import TrainConfig
 from segadapt.errors import UserError
 from segadapt.losses import ClassWeights, Objective, check_losses
@@ -20,13 +19,12 @@ from segadapt.models.build import build_segmenter, refuse_unexpected_weights
 from segadapt.models.discriminative.backbone import start_from
 from segadapt.models.discriminative.load import make_segmenter
 from segadapt.models.discriminative.segmenter import NetSegmenter
-from segadapt.models.set_up import fingerprint, set_up
+from segadapt.models.set_up import fingerprint
 from segadapt.protocol import peak_memory_gib, rule_of, versions, without
 from segadapt.record import RunFolder, write_json
-from segadapt.resume import earlier_state
 from segadapt.signals import Stopped, noted_signals
 from segadapt.terminal import Terminal, open_terminal, percent
-from segadapt.training.begin import check_loop, look, make_folder, open_log, refuse_other_disks, refuse_other_weights
+from segadapt.training.begin import check_loop, gone_on_from, look, open_log, own_device, refuse_other_weights
 from segadapt.training.images import Images, PixelScores, list_images, read_labels, shared_line
 from segadapt.training.loop import Training
 from segadapt.training.parallel import World, joined, refuse_parts
@@ -70,9 +68,8 @@ def run(settings: TrainConfig, *, console: Console | None = None) -> dict[str, A
 
 def check_training(settings: TrainConfig) -> None:
     """UserError: settings of the loop that contradict each other or have no effect."""
-    t = settings.train
-    check_loop(t)
-    check_losses(t.losses, iters=t.iters)
+    check_loop(settings)
+    check_losses(settings.train.losses, iters=settings.train.iters)
 
 
 def build(
@@ -155,19 +152,11 @@ def _train(
 ) -> dict[str, Any]:
     """The loop; then the kept weights and results.json. What is opened here is closed with the stack."""
     t, began, classes = settings.train, time.perf_counter(), images.dataset.classes
-    checkpoints = Checkpoints(folder.path, seconds=settings.runtime.checkpoint_seconds, images=t.checkpoint_every)
-    state = None
-    if not settings.experiment.restart:
-        state = earlier_state(checkpoints, folder, settings, images.origin, terminal.console, unit="step")
-    refuse_other_disks(world, checkpoints.newest)
+    checkpoints, state = gone_on_from(settings, images.origin, world, terminal, folder)
     segmenter, objective, origin = _built(settings, world, terminal, folder, images, state)
-    if world.is_main and is_new:
-        make_folder(settings, folder, stack)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z") if state is None else state["started"]
-    log = None
-    if world.is_main:
-        said = {"job_type": "train", "score": ("miou", "mIoU")}
-        log = open_log(settings, terminal, folder, checkpoints.newest, state, stack, **said)
+    said = {"is_new": is_new, "job_type": "train", "score": ("miou", "mIoU")}
+    log = open_log(settings, world, terminal, folder, checkpoints.newest, state, stack, **said)
     whole = copy.deepcopy(segmenter) if world.has_parts else None
     training = Training(settings, segmenter, whole, objective, PixelScores(settings, images, world), world, log)
     if state is not None:
@@ -217,9 +206,7 @@ def _built(
 
     The labels are read by the first process, before the first step alone: a run that goes on has read them.
     """
-    main = set_up(settings.runtime)
-    main = torch.device(main.type, world.local_rank) if main.type == "cuda" else main
-    segmenter = build(settings, images.dataset.classes, main, console=terminal.console)
+    segmenter = build(settings, images.dataset.classes, own_device(settings, world), console=terminal.console)
     segmenter.net.config.loss_reduction = settings.train.losses.reduction  # saved with the weights, told with scores
     _refuse_single_images(settings, world, segmenter)
     refuse_parts(settings, world, segmenter.net)

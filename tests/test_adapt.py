@@ -10,7 +10,7 @@ from PIL import Image
 from quick_settings import quick_settings
 from transformers import SegformerForSemanticSegmentation
 
-from segadapt import adapt, config, corrupt, stream
+from segadapt import adapt, config, config_data, corrupt, stream
 from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.errors import UserError
 from segadapt.models.build import build_models
@@ -306,7 +306,7 @@ def test_a_head_of_another_size_is_refused(settings_of, folder, tmp_path):
 def test_corrupted_files_give_the_pixels_that_are_made_on_the_fly(settings_of, adapted, folder, tmp_path):
     settings = settings_of(tmp_path)
     settings.data.workers = 1
-    corrupt.run(config.CorruptConfig(settings.data, config.CorruptSettings(str(tmp_path / "set"), "png", 75)))
+    corrupt.run(config_data.CorruptConfig(settings.data, config_data.CorruptSettings(str(tmp_path / "set"), "png", 75)))
     from_disk = settings_of(
         tmp_path, f"data.image_path='{tmp_path}/set/{{corruption}}/{{severity}}/{{key}}.png'"
     )  # fmt: skip

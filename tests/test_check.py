@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from segadapt import check, check_images, check_models, check_samples, config, stream
+from segadapt import check, check_images, check_models, check_samples, config_verbs, stream
 from segadapt.checkpoint import Checkpoints
 from segadapt.datasets import Task
 from segadapt.datasets.build import build_dataset
@@ -45,13 +45,13 @@ def settings_of(compose_settings, folder):
         samples: int = 0,
         load_models: bool = False,
         splits: tuple[str, ...] = (),
-    ) -> config.CheckConfig:
+    ) -> config_verbs.CheckConfig:
         adapt = compose_settings(
             "data=folder", f"data.data_root={folder}", f"data.classes={folder / 'names.txt'}", "data.workers=0",
             "data.label_path='{data_root}/labels/{key}.png'", f"logging.root={folder / 'out'}", *overrides,
         )  # fmt: skip
-        return config.CheckConfig(
-            **vars(adapt), check=config.CheckSettings([*splits], images, samples, "inverse_sqrt", load_models)
+        return config_verbs.CheckConfig(
+            **vars(adapt), check=config_verbs.CheckSettings([*splits], images, samples, "inverse_sqrt", load_models)
         )
 
     return build

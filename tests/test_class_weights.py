@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segadapt import config
+from segadapt import config, config_verbs
 from segadapt.training.class_weights import LARGEST, RECIPES, class_weights, ratio
 
 PIXELS_NC = np.array([[60, 40, 0], [100, 0, 0], [38, 60, 2]])  # f = 198, 100, 2 of 300
@@ -26,7 +26,7 @@ def test_the_formulas(recipe, expected_C):
 
 
 def test_every_recipe_can_be_asked_for():
-    assert config.fields_of(config.CheckConfig)["check.class_weights"].metadata["choices"] == tuple(RECIPES)
+    assert config.fields_of(config_verbs.CheckConfig)["check.class_weights"].metadata["choices"] == tuple(RECIPES)
 
 
 counts = st.lists(st.lists(st.integers(0, 10**7), min_size=4, max_size=4), min_size=1, max_size=6).map(np.array)

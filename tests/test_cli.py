@@ -59,6 +59,7 @@ from segadapt.datasets.toytown import CLASSES
         ("train train.optimizer={a:1}", "train.optimizer={a:1}: train.optimizer holds settings; expected the name"),
         (f"train train.optimizer.lr=1{'0' * 400}", "train.optimizer.lr: a whole number beyond 1.8e+308; expected a"),
         (f"train train.iters=1{'0' * 400}", "train.iters: a whole number beyond 1.8e+308; expected a smaller one."),
+        ("train train.losses=default", "train.losses is not a setting. Did you mean train/losses=default?"),
         ("adapt datta=toytown", "datta is not a setting. Did you mean data?"),
         ("adapt data=ade20kc", "data=ade20kc is not a choice. Did you mean ade20k_c?"),
         ("adapt model/generative=sd3_mediun", "model/generative=sd3_mediun is not a choice. Did you mean sd3_medium?"),

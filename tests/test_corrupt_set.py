@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segadapt import config
+from segadapt import config_data
 from segadapt.corrupt import run, write_set
 from segadapt.corruptions import corrupt
 from segadapt.datasets import Sample, Source, Task
@@ -125,7 +125,7 @@ def test_other_settings_are_refused_with_old_and_new_value(tmp_path, changed, me
 
 def _run_verb(output: Path, *overrides: str) -> None:
     run(from_overrides("corrupt", [*overrides, "data.corruptions=[fog]", f"corrupt.output={output}",
-                                   "data.workers=0", "data.limit=1"], config.CorruptConfig))  # fmt: skip
+                                   "data.workers=0", "data.limit=1"], config_data.CorruptConfig))  # fmt: skip
 
 
 @pytest.mark.parametrize(

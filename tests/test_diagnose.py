@@ -10,7 +10,7 @@ import torch
 from quick_settings import quick_settings
 from rich.console import Console
 
-from segadapt import adapt, config, diagnose, diagnosis
+from segadapt import adapt, config, config_verbs, diagnose, diagnosis
 from segadapt.datasets.toytown import CLASSES as TOYTOWN
 from segadapt.errors import UserError
 
@@ -24,8 +24,8 @@ def overrides(saved_models) -> list[str]:
     ]  # fmt: skip
 
 
-def settings_of(overrides, root, *more) -> config.DiagnoseConfig:
-    return quick_settings("diagnose", [*overrides, f"logging.root={root}", *more], config.DiagnoseConfig)
+def settings_of(overrides, root, *more) -> config_verbs.DiagnoseConfig:
+    return quick_settings("diagnose", [*overrides, f"logging.root={root}", *more], config_verbs.DiagnoseConfig)
 
 
 def test_the_verb_leaves_numbers_and_a_plot_and_ends_in_a_verdict(overrides, tmp_path, capsys):

@@ -10,7 +10,7 @@ from conftest import CLASSES
 from test_methods import QUICK
 from torch import nn
 
-from segadapt.config import DiagnoseConfig
+from segadapt.config_verbs import DiagnoseConfig
 from segadapt.errors import UserError
 from segadapt.methods import METHODS
 from segadapt.methods.learner import Learner

@@ -19,7 +19,8 @@ from rich.console import Console
 from segadapt import engines
 from segadapt.__main__ import GATHERED, gathered
 from segadapt.cells import Cell, plan
-from segadapt.config import AdaptConfig, GridConfig, GridSettings
+from segadapt.config import AdaptConfig
+from segadapt.config_verbs import GridConfig, GridSettings
 from segadapt.errors import UserError
 from segadapt.grid import Board
 from segadapt.parse import from_overrides, methods_as_files, parse

@@ -210,18 +210,6 @@ def test_every_method_runs_and_goes_back(name, family, compose_settings, build_t
     assert all(torch.equal(value, before[key]) for key, value in segmenter.net.state_dict().items())
 
 
-def test_training_ends_in_a_folder_that_is_read(tmp_path):
-    settings = training(
-        tmp_path, "model.discriminative.family=segadapt_hrnet_ocr", "train.iters=2", "train.transforms.crop_px=64"
-    )
-    settings.model.discriminative.config = TINY["segadapt_hrnet_ocr"]
-    results = train.run(settings)
-    segmenter = load_segmenter(f"{results['folder']}/model", num_classes=len(results["per_class"]), device="cpu")
-    assert (segmenter.net.config.model_type, segmenter.net.config.loss_reduction) == ("segadapt_hrnet_ocr", "valid")
-    with pytest.raises(UserError, match=r"is the folder of a run; expected the model in it\. Give .*/model\.$"):
-        load_segmenter(results["folder"], num_classes=None, device="cpu")
-
-
 @pytest.mark.parametrize(("losses", "learns"), [("default", False), ("auxiliary", True)])
 def test_an_auxiliary_head_learns_by_its_loss_alone(tmp_path, losses, learns):
     """Without it, it is in no group: DDP would wait for its gradient for ever."""

@@ -9,7 +9,7 @@ import pytest
 from run_folders import confusions, write_run
 
 from segadapt import metrics, ranking
-from segadapt.config import ResultsConfig
+from segadapt.config_verbs import ResultsConfig
 from segadapt.errors import UserError
 from segadapt.parse import from_overrides
 from segadapt.results import build_tables, read, run, run_folders

@@ -13,7 +13,7 @@ from reported import SEEDS, gathered, make_runs, rendered
 
 from segadapt import metrics
 from segadapt.__main__ import main
-from segadapt.config import ReportConfig
+from segadapt.config_verbs import ReportConfig
 from segadapt.datasets.toytown import CLASSES
 from segadapt.errors import UserError
 from segadapt.report import data, figures, gallery, page

@@ -13,7 +13,7 @@ from run_folders import TASKS, confusions, write_run
 
 from segadapt import finished
 from segadapt.__main__ import GATHERED, gathered
-from segadapt.config import ResultsConfig
+from segadapt.config_verbs import ResultsConfig
 from segadapt.errors import UserError
 from segadapt.parse import from_overrides
 from segadapt.results import build_tables, columns, read, run, run_folders

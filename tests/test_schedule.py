@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from training_runs import training
 
 from segadapt import train
-from segadapt.config_training import ScheduleSettings
+from segadapt.config_loop import ScheduleSettings
 from segadapt.errors import UserError
 from segadapt.training.schedule import check_schedule, rate
 

@@ -10,7 +10,7 @@ from image_files import save
 from training_runs import TINY_SEGFORMER
 
 from segadapt import subsets
-from segadapt.config import ResultsConfig
+from segadapt.config_verbs import ResultsConfig
 from segadapt.errors import UserError
 from segadapt.parse import from_overrides
 from segadapt.results import run, run_folders

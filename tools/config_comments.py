@@ -1,24 +1,24 @@
-"""Write each setting's help from config.py as the comment behind its line in conf/*.yaml; --check only compares."""
+"""Write each setting's help from config*.py as the comment behind its line in conf/*.yaml; --check only compares."""
 
 import re
 import sys
 from pathlib import Path
 
-from segadapt import config, config_data, config_pretraining, config_training
+from segadapt import config, config_data, config_pretraining, config_training, config_verbs
 
 CONF = Path(config.__file__).parent / "conf"
 SCHEMAS = [
-    config.CheckConfig,
-    config.DiagnoseConfig,
+    config_verbs.CheckConfig,
+    config_verbs.DiagnoseConfig,
     config.EvaluateConfig,
     config_training.TrainConfig,
-    config.CorruptConfig,
+    config_data.CorruptConfig,
     config_data.ConvertConfig,
     config_data.SplitConfig,
-    config.AlignConfig,
-    config.GridConfig,
-    config.ResultsConfig,
-    config.ReportConfig,
+    config_verbs.AlignConfig,
+    config_verbs.GridConfig,
+    config_verbs.ResultsConfig,
+    config_verbs.ReportConfig,
 ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from segadapt.config import ReportConfig
+from segadapt.config_verbs import ReportConfig
 from segadapt.errors import UserError
 from segadapt.finished import LEVEL, read_json
 from segadapt.record import write_bytes

@@ -1,16 +1,20 @@
-"""How a training in the loop begins: what its settings may not say, its run folder, its records."""
+"""How a training in the loop begins: what its settings may not say, its run folder, its state, its records."""
 
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from segadapt import __version__
-from segadapt.config_pretraining import PretrainConfig, PretrainSettings
-from segadapt.config_training import TrainConfig, TrainSettings
+from segadapt.checkpoint import Checkpoints
+from segadapt.config_pretraining import PretrainConfig
+from segadapt.config_training import TrainConfig
 from segadapt.errors import UserError
+from segadapt.models.set_up import set_up
 from segadapt.record import RunFolder, refuse_changes
-from segadapt.resume import ANEW, finished_results
+from segadapt.resume import ANEW, earlier_state, finished_results
 from segadapt.terminal import Terminal
 from segadapt.training.log import Log
 from segadapt.training.parallel import World
@@ -19,8 +23,9 @@ from segadapt.training.schedule import check_schedule
 from segadapt.wandb_mirror import mirrored
 
 
-def check_loop(t: TrainSettings | PretrainSettings) -> None:
+def check_loop(settings: TrainConfig | PretrainConfig) -> None:
     """UserError: settings of the loop that contradict each other or have no effect."""
+    t = settings.train
     check_schedule(t.schedule, iters=t.iters)
     validations = -(-t.iters // t.validate_every)
     if t.patience >= validations:
@@ -62,7 +67,32 @@ def _look(
     return folder, is_new, None if settings.experiment.restart else finished_results(folder, origin)
 
 
-def make_folder(settings: TrainConfig | PretrainConfig, folder: RunFolder, stack: ExitStack) -> None:
+def gone_on_from(
+    settings: TrainConfig | PretrainConfig, origin: dict[str, Any], world: World, terminal: Terminal, folder: RunFolder
+) -> tuple[Checkpoints, Any]:
+    """The run's checkpoints, and the state that it goes on from; None: from the first step.
+
+    UserError: see earlier_state; the first process found a checkpoint that this one does not see.
+    """
+    every = settings.train.checkpoint_every
+    checkpoints = Checkpoints(folder.path, seconds=settings.runtime.checkpoint_seconds, images=every)
+    state = None
+    if not settings.experiment.restart:
+        state = earlier_state(checkpoints, folder, settings, origin, terminal.console, unit="step")
+    if (found := world.of_main(checkpoints.newest)) != checkpoints.newest:
+        raise UserError(f"logging.root: the first process goes on from step {found}, this one from "
+                        f"{checkpoints.newest}; expected one folder that all hosts share. Set logging.root to such a "
+                        "folder.")  # fmt: skip
+    return checkpoints, state
+
+
+def own_device(settings: TrainConfig | PretrainConfig, world: World) -> torch.device:
+    """Where this process works, with torch set up as the settings say: the CPU, or its own GPU of the host."""
+    main = set_up(settings.runtime)
+    return torch.device(main.type, world.local_rank) if main.type == "cuda" else main
+
+
+def _make_folder(settings: TrainConfig | PretrainConfig, folder: RunFolder, stack: ExitStack) -> None:
     """Make the run's folder and lock it, once all that can be refused is found right."""
     if folder.is_there:
         raise UserError(f"Run folder {folder.path} was begun by another process in the meantime; expected this one "
@@ -72,21 +102,30 @@ def make_folder(settings: TrainConfig | PretrainConfig, folder: RunFolder, stack
 
 def open_log(
     settings: TrainConfig | PretrainConfig,
+    world: World,
     terminal: Terminal,
     folder: RunFolder,
     step: int,
     state: Any,
     stack: ExitStack,
     *,
+    is_new: bool,
     job_type: str,
     score: tuple[str, str],
-) -> Log:
-    """The folder, cleared unless a state is gone on from after so many steps; the records and the terminal, open.
+) -> Log | None:
+    """The folder, made or cleared unless a state is gone on from after so many steps; the records and the terminal.
+
+    They are open until the stack ends; None in all processes but the first.
 
     Args:
+        is_new: the folder has yet to be made.
         job_type: of the W&B run.
         score: see Log.
     """
+    if not world.is_main:
+        return None
+    if is_new:
+        _make_folder(settings, folder, stack)
     t = settings.train
     folder.start_over(asdict(settings), keep=state is not None)
     terminal.console.print(f"run folder {folder.path}", highlight=False, soft_wrap=True)
@@ -104,10 +143,3 @@ def refuse_other_weights(folder: RunFolder, state: Any, now: dict[str, Any]) -> 
     """UserError: a run that goes on would start from other weights than it did, by their hashes."""
     cure = f"The weights that the training starts from are others now. {ANEW}"
     refuse_changes(folder.path, {name: state["origin"][name] for name in now}, now, cure=cure)
-
-
-def refuse_other_disks(world: World, step: int) -> None:
-    """UserError: the first process found a checkpoint that this one does not see."""
-    if (found := world.of_main(step)) != step:
-        raise UserError(f"logging.root: the first process goes on from step {found}, this one from {step}; expected "
-                        "one folder that all hosts share. Set logging.root to such a folder.")  # fmt: skip

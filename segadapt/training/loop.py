@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from segadapt.checkpoint import Checkpoints, Parts
-from segadapt.config_pretraining import PretrainConfig, PretrainSettings
-from segadapt.config_training import TrainConfig, TrainSettings
+from segadapt.config_loop import LoopSettings
+from segadapt.config_pretraining import PretrainConfig
+from segadapt.config_training import TrainConfig
 from segadapt.errors import UserError
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.signals import Asked, Stopped
@@ -36,7 +37,7 @@ from segadapt.training.state import TrainingState
 
 def steps_of(
     samples: Samples,
-    t: TrainSettings | PretrainSettings,
+    t: LoopSettings,
     world: World,
     *,
     first: int,
@@ -108,8 +109,8 @@ class Training:
         self.state = TrainingState(
             {name: p for name, p in named.items() if p.requires_grad}, self._optimizer, decay=t.ema_decay
         )
-        own = [Counter({group["name"]: len(group["params"])}) for group in self._optimizer.param_groups]
-        everyone = world.every(own) if world.kind == "pipeline" else [own]
+        sizes = [Counter({group["name"]: len(group["params"])}) for group in self._optimizer.param_groups]
+        everyone = world.every(sizes) if world.kind == "pipeline" else [sizes]
         self.group_sizes = dict(sum(chain.from_iterable(everyone), Counter()))  # tensors by parameter group
         self.validations: list[dict[str, Any]] = []  # step and scores
         rules = {"model": "last"} if t.keep == "last" else {"model": "best"}

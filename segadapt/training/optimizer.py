@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from segadapt.config_pretraining import PretrainSettings
-from segadapt.config_training import TrainOptimizerSettings, TrainSettings
+from segadapt.config_loop import LoopSettings, TrainOptimizerSettings
 from segadapt.errors import UserError
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.training.schedule import rate
@@ -118,7 +117,7 @@ def build_optimizer(
     return OPTIMIZERS[settings.name](groups, settings, groups[0]["params"][0].is_cuda)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, t: int, train: TrainSettings | PretrainSettings) -> Mapping[str, float]:
+def set_rates(optimizer: torch.optim.Optimizer, t: int, train: LoopSettings) -> Mapping[str, float]:
     """Give each group its rate of step t (from 0); returns the rates by group."""
     for group in optimizer.param_groups:
         own = {"iters": train.iters, "is_encoder": not _is_head(group["name"])}

@@ -6,7 +6,7 @@ t steps done, 0 .. iters - 1   N warm-up steps   f factor at the first of them  
 import math
 from bisect import bisect_right
 
-from segadapt.config_training import ScheduleSettings
+from segadapt.config_loop import ScheduleSettings
 from segadapt.errors import UserError
 
 OPENSEG_POWER = 4  # of the encoder's own warm-up, ((t + 1) / N)^4
