@@ -9,8 +9,8 @@
 #   table           Markdown, and all figures as JSON
 # A failed job or stage leaves "-" in the table, and an exit status of 1 at the end. What is finished is not run again.
 # Environment: ROWS (of networks and losses; without networks no teacher, adapt and cost), SEEDS (of rows with several),
-# ITERS (steps; DINOv2's a third more), TEACHER_ITERS, METHODS, LIMIT (images a task of adapt), IMAGES (of cost), PER_GPU,
-# WORKERS, ONLY (regular expression of jobs), and overrides: EXTRA_SEGMENTER, EXTRA_TEACHER, EXTRA (test and adapt)
+# ITERS (steps; DINOv2's a third more), TEACHER_ITERS, METHODS, LIMIT (images a task of adapt), IMAGES (of cost),
+# PER_GPU, WORKERS, ONLY (regular expression of jobs), and overrides: EXTRA_SEGMENTER, EXTRA_TEACHER, EXTRA (test, adapt)
 set -euo pipefail
 shopt -s inherit_errexit
 trap 'exit 143' TERM # once the running jobs have saved where they are
@@ -25,22 +25,25 @@ length=$(steps "$ITERS")
 contrast="train.losses.contrast.warmup_iters=$((ITERS / 8))" # 12.5 % of the steps
 scratch="experiment=camvid_segmenter"
 network="$scratch model/discriminative"
+frozen="experiment=dinov2_s_linear_camvid"
 # as the authors of Swin, T2T-ViT and K-Net train, at a rate for random weights; drop path for many epochs is too much
 adamw="train.optimizer.lr=3e-4 train.optimizer.weight_decay=0.05 train.optimizer.undecayed=norms_and_embeddings
 train.optimizer.clip_norm=1.0"
-swin="${adamw//$'\n'/ } model.discriminative.backbone=null model.discriminative.config.backbone_config.drop_path_rate=0.1"
+adamw=${adamw//$'\n'/ }
+swin="$adamw model.discriminative.backbone=null model.discriminative.config.backbone_config.drop_path_rate=0.1"
 one_rate="train.optimizer.head_lr_factor=1.0" # transformers in the head
+mask2former="$swin $one_rate train.optimizer.clip_norm=0.01"
 
 # name | seeds | overrides; the slowest first
 networks() {
-  echo "mask2former-swin-t|0|$network=mask2former_swin_t_scratch train/losses=masks $swin $one_rate train.optimizer.clip_norm=0.01"
+  echo "mask2former-swin-t|0|$network=mask2former_swin_t_scratch train/losses=masks $mask2former"
   echo "hrnet-w48|0|$network=hrnet_w48_scratch"
   echo "knet-swin-t|0|$network=knet_swin_t train/losses=knet $swin $one_rate"
   echo "deeplabv3-r50|$SEEDS|$network=deeplabv3_r50_scratch train/losses=auxiliary"
   echo "upernet-swin-t|0|$network=upernet_swin_t train/losses=auxiliary $swin"
-  echo "t2t-vit-19|0|$network=t2t_vit_19_scratch ${adamw//$'\n'/ }"
-  echo "t2t-vit-14|0|$network=t2t_vit_14_scratch ${adamw//$'\n'/ }"
-  echo "dinov2-s|$SEEDS|experiment=dinov2_s_linear_camvid model.discriminative.backbone=$DINOV2 $(steps $((ITERS * 4 / 3)))"
+  echo "t2t-vit-19|0|$network=t2t_vit_19_scratch $adamw"
+  echo "t2t-vit-14|0|$network=t2t_vit_14_scratch $adamw"
+  echo "dinov2-s|$SEEDS|$frozen model.discriminative.backbone=$DINOV2 $(steps $((ITERS * 4 / 3)))"
   echo "segformer-b0|0|$scratch"
 }
 losses() { # on SegFormer-B0
@@ -65,10 +68,12 @@ train_job() { # of two overrides of one setting the later counts
 }
 teacher_job() {
   job train-generative camvid-teacher s0 experiment=camvid_teacher model.generative.autoencoder="$TAESD3" \
-    train.iters="$TEACHER_ITERS" train.warmup_iters=$((TEACHER_ITERS / 9)) train.validate_every="$TEACHER_ITERS" "$EXTRA_TEACHER"
+    train.iters="$TEACHER_ITERS" train.warmup_iters=$((TEACHER_ITERS / 9)) train.validate_every="$TEACHER_ITERS" \
+    "$EXTRA_TEACHER"
 }
 test_job() {
-  job evaluate "camvid-test-$1" "s$2" data=camvid data.split=test model/discriminative=local "$(model "$1" "$2")" "$EXTRA"
+  job evaluate "camvid-test-$1" "s$2" data=camvid data.split=test model/discriminative=local "$(model "$1" "$2")" \
+    "$EXTRA"
 }
 adapt_jobs() { # the slowest method first; the settings of camvid_c were searched on a SegFormer-B0
   tasks="data.corruptions=[gaussian_noise,fog,pixelate] data.severity=5 data.limit=$LIMIT"
