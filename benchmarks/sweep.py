@@ -69,8 +69,9 @@ def run(
                     print(log_of[job], *log_of[job].read_text(errors="replace").splitlines()[-15:], sep="\n  ")
                 print(f"{log_of[job].stem}: {end} ({len(running) + len(pending)} left)", flush=True)
     finally:
-        for process in running:
+        for process in running:  # all at once: each saves where it is
             os.killpg(process.pid, signal.SIGTERM)
+        for process in running:
             process.wait()
     return is_well
 

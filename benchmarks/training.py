@@ -1,6 +1,12 @@
-"""Table of benchmarks/training.sh: mIoU of validation and test, mean and spread over seeds, parameters, speed, seconds.
+"""Tables of benchmarks/training.sh: mIoU of validation and test, mean and spread over seeds, parameters, speed, gains.
 
-python benchmarks/training.py OUT NAME [NAME ...] [--json FILE]         FILE: each run's scores, in all and a class
+python benchmarks/training.py OUT NAME [NAME ...] [--json FILE] [--cost FILE] [--methods METHOD ...]
+
+    --cost      also GFLOPs and speed of inference, of what cost.py wrote
+    --methods   also the source's mIoU on each task of CamVid-C, and the gains of the other methods
+    --json      all figures, each run in all and a class
+
+What is not finished is "-" in the table, and null or missing in the JSON.
 """
 
 import argparse
@@ -11,11 +17,14 @@ from typing import Any
 
 from safetensors import safe_open
 
-from segadapt.tables import markdown
+from segadapt.record import write_json
+from segadapt.tables import markdown, short
+from segadapt.terminal import percent
 
 
 def read(path: Path) -> Any:
-    return json.loads(path.read_text())
+    """None: it is not there."""
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def spread(values: list[float]) -> str:
@@ -24,6 +33,14 @@ def spread(values: list[float]) -> str:
         return "-"
     deviation = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{100 * statistics.mean(values):.2f}{deviation} ({len(values)})"
+
+
+def shown(value: float | None, form: str) -> str:
+    """'-' of None."""
+    return "-" if value is None else form.format(value)
+
+
+# --- what is there ---
 
 
 def parameters(model: Path) -> int:
@@ -39,46 +56,96 @@ def parameters(model: Path) -> int:
     return total
 
 
-def runs(out: Path, name: str) -> dict[str, dict[str, Any]]:
-    """The results of the finished runs of one network or loss, by seed: {"s0": {"train": ..., "test": ...}}."""
-    folders = sorted(path.parent for path in (out / f"camvid-train-{name}").glob("s*/results.json"))
-    found = {folder.name: {"folder": folder, "train": read(folder / "results.json")} for folder in folders}
-    for seed, own in found.items():
-        path = out / f"camvid-test-{name}" / seed / "results.json"
-        own["test"] = read(path) if path.is_file() else None
-    return found
+def training_speed(folder: Path) -> float | None:
+    """Images per second, the median of all but the first figure, while caches fill. None: there are no others."""
+    lines = [json.loads(line) for line in (folder / "timings.jsonl").read_text().splitlines()]
+    speeds = [line["images_per_second"] for line in lines if "images_per_second" in line][1:]
+    return statistics.median(speeds) if speeds else None
 
 
-def row(found: dict[str, dict[str, Any]], name: str) -> list[str]:
-    """One network or loss; runs that are not finished are left out."""
-    speeds, folders = [], [own["folder"] for own in found.values()]
-    for folder in folders:
-        lines = [json.loads(line) for line in (folder / "timings.jsonl").read_text().splitlines()]
-        speeds += [line["images_per_second"] for line in lines if "images_per_second" in line][1:]
-    size = (
-        f"{parameters(folders[0] / 'model') / 1e6:.2f} M"
-        if folders and (folders[0] / "model" / "model.safetensors").is_file()
-        else "-"
-    )
-    return [
-        name,
-        size,
-        spread([own["train"]["validation"]["miou"] for own in found.values()]),
-        spread([own["test"]["mean"]["miou"] for own in found.values() if own["test"]]),
-        f"{statistics.median(speeds):.0f}" if speeds else "-",
-        f"{statistics.mean(own['train']['seconds'] for own in found.values()):.0f}" if found else "-",
-    ]
-
-
-def figures(own: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a run."""
-    test, train = own["test"], own["train"]
+def run(folder: Path, test: Any) -> dict[str, Any]:
+    """What is kept of a finished run and its test."""
+    train = read(folder / "results.json")
     return {
         "steps": train["steps"],
+        "seconds": train["seconds"],
+        "images_per_second": training_speed(folder),
+        "peak_memory_gib": train["peak_memory_gib"],
         "validation": train["validation"] | {"iou": train["per_class"]},
         "test": test and test["mean"] | {"iou": test["tasks"][0]["per_class"]},
         "versions": train["versions"],
     }
+
+
+def adapted(out: Path, name: str, methods: list[str]) -> dict[str, Any]:
+    """Of each method that has run on a network: mIoU of the tasks and their mean, seconds an image."""
+    found = {method: read(out / f"camvid-adapt-{name}-{method}" / "s0" / "results.json") for method in methods}
+    return {
+        method: {"mean": one["mean"]["miou"], "tasks": {task["task"]: task["miou"] for task in one["tasks"]}}
+        for method, one in found.items()
+        if one is not None
+    }
+
+
+def network(out: Path, name: str, cost: dict[str, Any], methods: list[str]) -> dict[str, Any]:
+    """All figures of a network or loss; runs that are not finished are left out."""
+    folders = sorted(path.parent for path in (out / f"camvid-train-{name}").glob("s*/results.json"))
+    is_saved = bool(folders) and (folders[0] / "model" / "model.safetensors").is_file()
+    tests = (read(out / f"camvid-test-{name}" / folder.name / "results.json") for folder in folders)
+    measured = cost["networks"].get(name) if cost else None
+    size = parameters(folders[0] / "model") if is_saved else None
+    own = {
+        "parameters": measured["parameters"] if measured else size,  # the net itself knows its buffers
+        "runs": {folder.name: run(folder, test) for folder, test in zip(folders, tests, strict=True)},
+    }
+    if cost:
+        own["cost"] = measured
+    if methods:
+        own["adapted"] = adapted(out, name, methods)
+    return own
+
+
+# --- the table ---
+
+
+def row(name: str, own: dict[str, Any], methods: list[str]) -> list[str]:
+    """As `header`."""
+    runs, size = own["runs"].values(), own["parameters"]
+    speeds = [one["images_per_second"] for one in runs if one["images_per_second"] is not None]
+    cells = [
+        name,
+        "-" if size is None else f"{size / 1e6:.2f} M",
+        spread([one["validation"]["miou"] for one in runs]),
+        spread([one["test"]["miou"] for one in runs if one["test"]]),
+        shown(statistics.median(speeds) if speeds else None, "{:.0f}"),
+        shown(statistics.mean(one["seconds"] for one in runs) if runs else None, "{:.0f}"),
+    ]
+    if "cost" in own:
+        cost = own["cost"] or {}
+        cells += [shown(cost.get("gflops"), "{:.1f}"), shown(cost.get("images_per_second"), "{:.1f}")]
+    found = own.get("adapted", {})
+    return [*cells, *(scores(found, method) for method in methods)]
+
+
+def scores(found: dict[str, Any], method: str) -> str:
+    """Of the source '24.10 (9.80, 21.20)', the mean and each task; of others '+2.97 (+9.40, -0.80)', gains over it."""
+    own, source = found.get(method), found.get("source")
+    if own is None or source is None:
+        return "-"
+    if method == "source":
+        return f"{percent(own['mean'])} ({', '.join(map(percent, own['tasks'].values()))})"
+    gains = [percent(miou - source["tasks"][task], "+") for task, miou in own["tasks"].items()]
+    return f"{percent(own['mean'] - source['mean'], '+')} ({', '.join(gains)})"
+
+
+def header(networks: dict[str, Any], methods: list[str]) -> list[str]:
+    """Columns; the tasks are those of any run."""
+    cells = ["", "parameters", "validation mIoU %", "test mIoU %", "training, images/s", "s"]
+    if any("cost" in own for own in networks.values()):
+        cells += ["GFLOPs", "inference, images/s"]
+    tasks = next((one["tasks"] for own in networks.values() for one in own.get("adapted", {}).values()), {})
+    said = f"mean ({', '.join(map(short, tasks))})"
+    return [*cells, *(f"{method}, {said}" for method in methods)]
 
 
 if __name__ == "__main__":
@@ -86,10 +153,12 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="+")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--cost", type=Path)
+    parser.add_argument("--methods", nargs="+", default=[])
     given = parser.parse_args()
-    of_names = {name: runs(given.out, name) for name in given.names}
-    head = ["", "parameters", "validation mIoU %", "test mIoU %", "images/s", "s"]
-    print(markdown(head, [row(found, name) for name, found in of_names.items()]))
+    cost = (read(given.cost) or {"networks": {}}) if given.cost else {}
+    networks = {name: network(given.out, name, cost, given.methods) for name in given.names}
+    print(markdown(header(networks, given.methods), [row(name, own, given.methods) for name, own in networks.items()]))
     if given.json is not None:
-        kept = {name: {seed: figures(own) for seed, own in found.items()} for name, found in of_names.items()}
-        given.json.write_text(json.dumps(kept, indent=1) + "\n")
+        machine = {key: value for key, value in cost.items() if key != "networks"}
+        write_json(given.json, {"cost": machine, "networks": networks} if cost else networks)
