@@ -154,7 +154,9 @@ class Pipeline:
         """Of the groups of all processes, and from the last, in every process."""
         at_hand = [{name: value.cpu() for name, value in values.items()} for values in found]
         everyone = self._world.every((dict(rates), at_hand, weights))
-        return {name: rate for own, _, _ in everyone for name, rate in own.items()}, *everyone[-1][1:]
+        _, found, weights = everyone[-1]
+        back = [{name: value.to(self._net.device) for name, value in values.items()} for values in found]
+        return {name: rate for own, _, _ in everyone for name, rate in own.items()}, back, weights
 
     def _loss(self, outputs: tuple[Tensor, Tensor], label_BHW: Tensor) -> Tensor:
         """Of the next micro-batch, its share in it. The schedule keeps their order."""
