@@ -9,7 +9,7 @@ set -euo pipefail
 here=$(dirname "$0") out=$1
 mkdir -p "$out"
 : "${DRAWN:=800}" "${PRETRAIN_ITERS:=3500}" "${PRETRAIN_BATCH:=32}" "${PRETRAIN_WORKERS:=0}" "${IMAGE_PX:=64}"
-: "${SEEDS:=0 1 2}" "${RATES:=3e-4x10 1e-3x3}" "${ITERS:=200}" "${IMAGES:=100}" "${SIDE_PX:=120}" "${CROP_PX:=96}" "${BATCH:=8}"
+: "${SEEDS:=0 1 2}" "${RATES:=3e-4x10 1e-3x3 3e-3x1}" "${ITERS:=200}" "${IMAGES:=100}" "${SIDE_PX:=120}" "${CROP_PX:=96}" "${BATCH:=8}"
 : "${PER_GPU:=1}" "${NET:=toytown_scratch}" "${EXTRA:=}"
 drawn=$out/drawn side=$((IMAGE_PX * 5 / 4)) short=$((IMAGE_PX * 9 / 8))
 steps() { echo "train.iters=$1 train.schedule.warmup_iters=$2 train.validate_every=$3"; }
