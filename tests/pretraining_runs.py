@@ -12,7 +12,7 @@ from segadapt.config_pretraining import PretrainConfig
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from image_folder import write
 
-THREE = ("box_plain", "disc_plain", "ring_striped")
+THREE = ("leaves", "sky", "vehicle")
 TINY = ("data.workers=0", "runtime=cpu", "model/discriminative=toytown_scratch", TINY_SEGFORMER,
         "train.batch_size=4", "train.iters=6", "train.schedule.warmup_iters=0", "train.validate_every=3")  # fmt: skip
 SMALL_IMAGES = ("train.transforms.image_px=32", "train.transforms.validation_short_side_px=32")

@@ -21,18 +21,18 @@ def listed(root: Path, split: str = "train", **more) -> ImageFolder:
 
 def test_classes_are_the_folders_and_keys_their_files_in_order(root):
     (root / "train" / ".DS_Store").touch()
-    (root / "train" / "disc_plain" / ".hidden").touch()
+    (root / "train" / "sky" / ".hidden").touch()
     found = listed(root)
     assert found.classes == THREE
-    assert found.keys[:5] == (*(f"box_plain/0000{index}.png" for index in range(4)), "disc_plain/00000.png")
+    assert found.keys[:5] == (*(f"leaves/0000{index}.png" for index in range(4)), "sky/00000.png")
     assert np.bincount([found.label_of(key) for key in found.keys]).tolist() == [4, 4, 4]
     found.verify(workers=0, max_pixels=2**20)
 
 
 def test_a_split_may_lack_a_class_but_keeps_the_ids(root):
-    for file in (root / "val" / "box_plain").iterdir():
+    for file in (root / "val" / "leaves").iterdir():
         file.unlink()
-    (root / "val" / "box_plain").rmdir()
+    (root / "val" / "leaves").rmdir()
     found = listed(root, "val", classes=THREE)
     assert sorted({found.label_of(key) for key in found.keys}) == [1, 2]
 
@@ -61,14 +61,12 @@ FAULTS = {
     r"data.split=train: \S+train is not a folder; [^\n]* Did you mean training\?": lambda root: (root / "train").rename(
         root / "training"
     ),
-    r"data.split=train: \S+train holds the folders of 1 classes \(box_plain\); expected 2 or more,": one_class,
+    r"data.split=train: \S+train holds the folders of 1 classes \(leaves\); expected 2 or more,": one_class,
     r"data.split=train: \S+train holds the folders of 0 classes": no_class,
     r"\S+train/00000.png lies in the folder of no class, so it has no label; expected \S+train/CLASS/00000.png\.": (
-        lambda root: (root / "train/box_plain/00000.png").rename(root / "train/00000.png")
+        lambda root: (root / "train/leaves/00000.png").rename(root / "train/00000.png")
     ),
-    r"\S+disc_plain/notes.txt is no image file; expected only \.jpg, ": lambda root: (
-        root / "train/disc_plain/notes.txt"
-    ).touch(),
+    r"\S+sky/notes.txt is no image file; expected only \.jpg, ": lambda root: (root / "train/sky/notes.txt").touch(),
     r"\S+train/empty holds no image; expected at least one": lambda root: (root / "train/empty").mkdir(),
 }
 
@@ -81,15 +79,15 @@ def test_a_folder_that_is_not_of_classes_is_refused_in_one_line(root, said):
 
 
 def test_a_class_of_validation_alone_is_refused(root):
-    (root / "val" / "disc_plain").rename(root / "val" / "disc_plan")
-    said = r"^\S+/disc_plan is of a class that the training images do not have\. Did you mean disc_plain\? Rename or "
+    (root / "val" / "sky").rename(root / "val" / "skys")
+    said = r"^\S+/skys is of a class that the training images do not have\. Did you mean sky\? Rename or "
     with pytest.raises(UserError, match=said):
         listed(root, "val", classes=THREE)
 
 
 @pytest.mark.parametrize("damage", [b"", b"no image", None])
 def test_a_damaged_image_is_named(root, damage):
-    file = root / "train" / "disc_plain" / "00002.png"
+    file = root / "train" / "sky" / "00002.png"
     file.write_bytes(file.read_bytes()[:300] if damage is None else damage)
     with pytest.raises(UserError, match=rf"^{file}: cannot be decoded"):
         listed(root).verify(workers=0, max_pixels=2**20)

@@ -232,9 +232,9 @@ def test_settings_without_effect_are_refused(tmp_path, said):
 
 def test_a_damaged_image_is_found_before_the_first_step(tmp_path, monkeypatch):
     settings = tiny(tmp_path)
-    (tmp_path / "images/val/disc_plain/00001.png").write_bytes(b"")
+    (tmp_path / "images/val/sky/00001.png").write_bytes(b"")
     monkeypatch.setattr(Training, "_step", None)
-    with pytest.raises(UserError, match=r"disc_plain/00001\.png: cannot be decoded: the file is empty"):
+    with pytest.raises(UserError, match=r"sky/00001\.png: cannot be decoded: the file is empty"):
         pretrain.run(settings, console=QUIET)
     assert not (tmp_path / "pretrain").exists()
 
