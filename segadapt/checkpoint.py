@@ -68,10 +68,14 @@ class Checkpoints:
 
     def is_due(self, images: int) -> bool:
         """After so many images of the stream."""
-        if self._images is not None and images - self.newest >= self._images:
+        if self.due_in(images) <= 0:
             return True
         wait_s = math.inf if self._seconds is None else max(self._seconds, self._cost_s / MOST_SHARE)
         return self._clock() - self._since >= wait_s
+
+    def due_in(self, images: int) -> float:
+        """Images from there to the checkpoint that is due by their number; infinite: none is."""
+        return math.inf if self._images is None else self.newest + self._images - images
 
     def path_of(self, images: int) -> Path:
         """Where the checkpoint after so many images lies."""

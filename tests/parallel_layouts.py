@@ -16,10 +16,12 @@ from training_runs import QUIET, training
 from segadapt import train
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.signals import Stopped
+from segadapt.training import agreement
 from segadapt.training.loop import Training
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    agreement.SECONDS = 0.0
     NetSegmenter.train, Training._step = train_without_batch_norm, step_with_signal
     root, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     for run in json.loads(Path(sys.argv[2]).read_text()):

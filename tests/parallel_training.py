@@ -18,6 +18,7 @@ from segadapt import train
 from segadapt.losses import Objective
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.signals import Stopped
+from segadapt.training import agreement
 from segadapt.training.loop import Training
 
 plain_train, plain_step, plain_build = NetSegmenter.train, Training._step, train.build_objective
@@ -57,6 +58,7 @@ class SamePoints:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    agreement.SECONDS = 0.0  # in each step
     if os.environ.get("BATCH_NORM_LEARNS") != "1":
         NetSegmenter.train = train_without_batch_norm
     Training._step, train.build_objective = step_with_signal, build_and_keep

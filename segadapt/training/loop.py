@@ -14,7 +14,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from segadapt.errors import UserError
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.signals import Asked, Stopped
 from segadapt.training import shards
+from segadapt.training.agreement import Agreement
 from segadapt.training.learner import AllLayers, Losses
 from segadapt.training.log import LOG_EVERY, Log
 from segadapt.training.optimizer import build_optimizer, set_rates
@@ -198,10 +198,10 @@ class Training:
         t = self.settings.train
         loader = steps_of(samples, t, self.world, first=self.step, workers=self.settings.data.workers,
                           is_pinned=self._device.type == "cuda")  # fmt: skip
+        agreement = Agreement(self.world, checkpoints, asked)
         for micro_batches in () if self._is_over else loader:
             step = self.step + 1
-            is_due = self.world.is_main and checkpoints.is_due(step)
-            signum, is_due = self.world.largest(np.array([asked.signum or 0, is_due])).tolist()
+            signum, is_due = agreement.at(step)
             is_validated = step % t.validate_every == 0 or step == t.iters
             is_logged = is_validated or step % LOG_EVERY == 0
             # read the loss (a CPU-GPU sync) once in a while, and before a broken model would be saved
