@@ -37,7 +37,7 @@ mask2former="$swin $one_rate train.optimizer.clip_norm=0.01"
 # name | seeds | overrides; the slowest first
 networks() {
   echo "mask2former-swin-t|0|$network=mask2former_swin_t_scratch train/losses=masks $mask2former"
-  echo "hrnet-w48|0|$network=hrnet_w48_scratch"
+  echo "hrnet-w48|$SEEDS|$network=hrnet_w48_scratch"
   echo "knet-swin-t|0|$network=knet_swin_t train/losses=knet $swin $one_rate"
   echo "deeplabv3-r50|$SEEDS|$network=deeplabv3_r50_scratch train/losses=auxiliary"
   echo "upernet-swin-t|0|$network=upernet_swin_t train/losses=auxiliary $swin"
