@@ -4,7 +4,6 @@ The loop is that of `train`; what differs stands in training/classification.py. 
 """
 
 import copy
-import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,7 +22,8 @@ from segadapt.protocol import peak_memory_gib, versions
 from segadapt.record import RunFolder, write_bytes, write_json
 from segadapt.signals import Stopped, noted_signals
 from segadapt.terminal import Terminal, open_terminal, percent
-from segadapt.training.begin import check_loop, gone_on_from, look, open_log, own_device, refuse_other_weights
+from segadapt.training.agreement import at_the_end
+from segadapt.training.begin import Times, check_loop, gone_on_from, look, open_log, own_device, refuse_other_weights
 from segadapt.training.classification import FAMILY, MOST, Accuracy, Classifier, SoftCrossEntropy, make_classifier
 from segadapt.training.classified_images import TrainingImages
 from segadapt.training.loop import Training
@@ -134,8 +134,9 @@ def _train(
     is_new: bool,
 ) -> dict[str, Any]:
     """The loop; then the kept weights and results.json. What is opened here is closed with the stack."""
-    t, began, (images, held_out) = settings.train, time.perf_counter(), both
+    t, (images, held_out) = settings.train, both
     checkpoints, state = gone_on_from(settings, origin, world, terminal, folder)
+    times = Times(state)
     main = own_device(settings, world)
     classifier = build(settings, images.classes, main, terminal.console)
     weights = {"weights_sha256": {"discriminative": fingerprint(classifier.net)}}
@@ -143,7 +144,6 @@ def _train(
         refuse_other_weights(folder, state, weights)
     else:
         world.of_main(_verify(settings, both, terminal) if world.is_main else None)  # the others wait for it
-    started = time.strftime("%Y-%m-%dT%H:%M:%S%z") if state is None else state["started"]
     said = {"is_new": is_new, "job_type": "pretrain", "score": ("top1", "top-1")}
     log = open_log(settings, world, terminal, folder, checkpoints.newest, state, stack, **said)
     training = Training(
@@ -160,12 +160,12 @@ def _train(
     asked = stack.enter_context(noted_signals())
     samples = TrainingImages(settings, images, count=t.iters * t.batch_size)
     whole_origin = {**origin, **weights}
-    training.fit(samples, checkpoints, asked, {"origin": {**whole_origin, "segadapt": __version__}, "started": started})
+    own = {**whole_origin, "segadapt": __version__}
+    training.fit(samples, checkpoints, asked, lambda: {"origin": own, **times.state_dict()})
     kept = training.kept_scores
     results = {
         "steps": training.step,
-        "started": started,
-        "seconds": round(time.perf_counter() - began, 1),
+        **times.state_dict(),
         "validation": {name: score for name, score in kept.items() if name != "step"},
         "validated_on": {"split": t.validation_split, "images": len(held_out.keys)},
         "kept": {"rule": t.keep, "step": kept["step"],
@@ -186,8 +186,8 @@ def _train(
         write_json(folder.path / "results.json", results)
         checkpoints.clear()
         log.summary({f"validation/{name}": score for name, score in results["validation"].items()})
-    if asked.signum is not None:
-        raise Stopped(asked.signum, f"{asked.signum.name} after the last step; {folder.path} is finished")
+    if (signum := at_the_end(world, asked)) is not None:
+        raise Stopped(signum, f"{signum.name} after the last step; {folder.path} is finished")
     return results | {"folder": str(folder.path)}
 
 

@@ -4,7 +4,6 @@ B images of a micro-batch   3 RGB   H W crop px   C classes
 """
 
 import copy
-import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -24,7 +23,8 @@ from segadapt.protocol import peak_memory_gib, rule_of, versions, without
 from segadapt.record import RunFolder, write_json
 from segadapt.signals import Stopped, noted_signals
 from segadapt.terminal import Terminal, open_terminal, percent
-from segadapt.training.begin import check_loop, gone_on_from, look, open_log, own_device, refuse_other_weights
+from segadapt.training.agreement import at_the_end
+from segadapt.training.begin import Times, check_loop, gone_on_from, look, open_log, own_device, refuse_other_weights
 from segadapt.training.images import Images, PixelScores, list_images, read_labels, shared_line
 from segadapt.training.loop import Training
 from segadapt.training.parallel import World, joined, refuse_parts
@@ -151,29 +151,28 @@ def _train(
     is_new: bool,
 ) -> dict[str, Any]:
     """The loop; then the kept weights and results.json. What is opened here is closed with the stack."""
-    t, began, classes = settings.train, time.perf_counter(), images.dataset.classes
+    t, classes = settings.train, images.dataset.classes
     checkpoints, state = gone_on_from(settings, images.origin, world, terminal, folder)
+    times = Times(state)
     segmenter, objective, origin = _built(settings, world, terminal, folder, images, state)
-    started = time.strftime("%Y-%m-%dT%H:%M:%S%z") if state is None else state["started"]
     said = {"is_new": is_new, "job_type": "train", "score": ("miou", "mIoU")}
     log = open_log(settings, world, terminal, folder, checkpoints.newest, state, stack, **said)
     whole = copy.deepcopy(segmenter) if world.has_parts else None
     training = Training(settings, segmenter, whole, objective, PixelScores(settings, images, world), world, log)
     if state is not None:
         training.load_state_dict(state["training"], checkpoints.path_of(checkpoints.newest))
-    more = {"origin": {**origin, "segadapt": __version__}, "started": started}
+    own = {**origin, "segadapt": __version__}
     samples = build_samples(settings, cached(images.dataset, settings), count=t.iters * t.batch_size)
     if world.is_main and state is None:
         write_preview(folder.path / "preview", samples, count=t.preview)
     asked = stack.enter_context(noted_signals())
-    training.fit(samples, checkpoints, asked, more)
+    training.fit(samples, checkpoints, asked, lambda: {"origin": own, **times.state_dict()})
     kept = training.kept_scores
     shared = f", {images.num_shared} of which were trained on" if images.num_shared else ""
     chosen_on = f"mIoU of {len(images.entries)} images of {t.validation_split}{shared}"
     results = {
         "steps": training.step,
-        "started": started,
-        "seconds": round(time.perf_counter() - began, 1),
+        **times.state_dict(),
         "validation": {name: kept[name] for name in ("miou", "macc", "aacc")},
         "rule": rule_of(settings),
         "loss_reduction": t.losses.reduction,
@@ -194,8 +193,8 @@ def _train(
         write_json(folder.path / "results.json", results)
         checkpoints.clear()
         log.summary({"validation/miou": kept["miou"]})
-    if asked.signum is not None:
-        raise Stopped(asked.signum, f"{asked.signum.name} after the last step; {folder.path} is finished")
+    if (signum := at_the_end(world, asked)) is not None:
+        raise Stopped(signum, f"{signum.name} after the last step; {folder.path} is finished")
     return results | {"folder": str(folder.path)}
 
 

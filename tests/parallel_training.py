@@ -1,12 +1,15 @@
 """A tiny training in one of several processes: torchrun --nproc-per-node N tests/parallel_training.py ROOT OVERRIDE ...
 
 BatchNorm stays in eval mode unless BATCH_NORM_LEARNS=1: on the CPU each process would have statistics of its own.
-STOP_AT=N: a signal comes within step N. What the losses hold at the end is left in ROOT/objective-RANK.pt.
+STOP_AT=N: a signal comes within step N, to all processes or to STOP_RANK alone; TOLD=SECONDS: see agreement.SECONDS.
+SLOW=SECONDS: what writing a file of a checkpoint takes at least. What the losses hold at the end is left in
+ROOT/objective-RANK.pt.
 """
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -14,7 +17,7 @@ from tiny_networks import MASK2FORMER, SWIN, TINY
 from training_runs import QUIET, training
 from transformers.models.mask2former import modeling_mask2former
 
-from segadapt import train
+from segadapt import checkpoint, train
 from segadapt.losses import Objective
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.signals import Stopped
@@ -22,6 +25,7 @@ from segadapt.training import agreement
 from segadapt.training.loop import Training
 
 plain_train, plain_step, plain_build = NetSegmenter.train, Training._step, train.build_objective
+plain_write_file = checkpoint._write_file
 built: list[Objective] = []
 
 
@@ -34,7 +38,8 @@ def train_without_batch_norm(self: NetSegmenter) -> NetSegmenter:
 
 
 def step_with_signal(self: Training, *given, **named) -> dict:
-    if self.step + 1 == int(os.environ.get("STOP_AT", "0")):
+    is_told = os.environ.get("STOP_RANK", str(self.world.rank)) == str(self.world.rank)
+    if is_told and self.step + 1 == int(os.environ.get("STOP_AT", "0")):
         os.kill(os.getpid(), signal.SIGTERM)
     return plain_step(self, *given, **named)
 
@@ -42,6 +47,11 @@ def step_with_signal(self: Training, *given, **named) -> dict:
 def build_and_keep(*given) -> Objective:
     built.append(plain_build(*given))
     return built[-1]
+
+
+def slow_write_file(*given) -> object:
+    time.sleep(float(os.environ.get("SLOW", "0")))
+    return plain_write_file(*given)
 
 
 class SamePoints:
@@ -58,7 +68,8 @@ class SamePoints:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    agreement.SECONDS = 0.0  # in each step
+    agreement.SECONDS = float(os.environ.get("TOLD", "0"))  # 0: in each step
+    checkpoint._write_file = slow_write_file
     if os.environ.get("BATCH_NORM_LEARNS") != "1":
         NetSegmenter.train = train_without_batch_norm
     Training._step, train.build_objective = step_with_signal, build_and_keep

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from segadapt.checkpoint import Checkpoints
 from segadapt.signals import Asked
-from segadapt.training.agreement import SECONDS, Agreement
-from segadapt.training.log import LOG_EVERY
+from segadapt.training.agreement import MOST_STEPS, SECONDS, Agreement
 from segadapt.training.parallel import World
 
 STEPS = 120
@@ -41,7 +40,8 @@ def agreed(*, a_step_s: list[float], images: int | None, signal_at: int | None) 
     def process(rank: int) -> None:
         asked, now = Asked(), [0.0]
         checkpoints = Checkpoints(Path("run"), seconds=None, images=images)
-        agreement = Agreement(Joined("ddp", rank=rank, size=2), checkpoints, asked, clock=lambda: now[0])
+        world = Joined("ddp", rank=rank, size=2)
+        agreement = Agreement(world, checkpoints, asked, validate_every=STEPS, clock=lambda: now[0])
         for step in range(1, STEPS + 1):
             if rank == 1 and step == signal_at:
                 asked.signum = signal.SIGTERM
@@ -72,29 +72,37 @@ def test_both_agree_on_the_same_steps_a_checkpoint_in_its_step_a_signal_in_a_sec
     stopped = first[-1][0] if first[-1][1] else None
     last = stopped or STEPS
     assert [step for step, _, is_due in first if is_due] == list(range(images or last + 1, last + 1, images or 1))
-    wait = max(1, min(LOG_EVERY, math.ceil(SECONDS / a_step_s[0])))
+    wait = max(1, min(MOST_STEPS, math.ceil(SECONDS / a_step_s[0])))
     if signal_at is not None and signal_at + wait <= STEPS:
         assert stopped is not None
         assert signal_at <= stopped <= signal_at + wait
 
 
-def test_they_wait_for_each_other_once_a_second(monkeypatch):
+@pytest.mark.parametrize(
+    ("a_step_s", "validate_every", "asks"),
+    [
+        (0.25, 100, [1, 2, 6, 10, 14, 18, 22]),  # once a second
+        (0.001, 100, [1, 2, 12, 22]),
+        (2.0, 100, list(range(1, 24))),
+        (0.25, 5, [1, 2, 5, 9, 10, 14, 15, 19, 20]),  # a step that validates may take long
+    ],
+)
+def test_when_they_wait_for_each_other(monkeypatch, a_step_s, validate_every, asks):
     asked_at = []
     monkeypatch.setattr(World, "largest", lambda self, values: (asked_at.append(step), values)[1])
-    now, asked = [0.0], Asked()
-    agreement = Agreement(
-        World("ddp", size=2), Checkpoints(Path("run"), seconds=None, images=None), asked, clock=lambda: now[0]
-    )
-    for step in range(1, 23):
+    now, asked, checkpoints = [0.0], Asked(), Checkpoints(Path("run"), seconds=None, images=None)
+    world = World("ddp", size=2)
+    agreement = Agreement(world, checkpoints, asked, validate_every=validate_every, clock=lambda: now[0])
+    for step in range(1, 24):
         assert agreement.at(step) == (0, False)
-        now[0] += 0.25
-    assert asked_at == [1, 2, 6, 10, 14, 18, 22]
+        now[0] += a_step_s
+    assert asked_at == asks
 
 
 @pytest.mark.parametrize("signal_at", [1, 5])
 def test_one_process_alone_hears_at_once(signal_at):
-    asked = Asked()
-    agreement = Agreement(World(), Checkpoints(Path("run"), seconds=None, images=None), asked, clock=lambda: 0.0)
+    asked, checkpoints = Asked(), Checkpoints(Path("run"), seconds=None, images=None)
+    agreement = Agreement(World(), checkpoints, asked, validate_every=STEPS, clock=lambda: 0.0)
     for step in range(1, signal_at):
         assert agreement.at(step) == (0, False)
     asked.signum = signal.SIGINT

@@ -1,5 +1,7 @@
 """K-Net: its stages against loops, its four outputs and their loss, its size, groups of its parameters, recipe."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,18 @@ def test_knet_is_upernet_and_three_stages():
     parts = parameters_of("knet_swin_l", 150)
     assert parts["stages"] == 3 * stage_parameters(512, 256, 2048)
     assert (sum(parts.values()) - parts["stages"]) / 1e6 == pytest.approx(234, abs=0.5)
+
+
+def test_the_stages_begin_as_xavier_has_it():
+    """And LayerNorm as one; transformers' own start would be a normal one of 0.02."""
+    for stage in made(hidden_size=64, update_size=32).net.stages:
+        for name, parameter in stage.named_parameters():
+            if parameter.ndim > 1:
+                bound = math.sqrt(6 / sum(parameter.shape[:2]))
+                assert 0.9 * bound < parameter.abs().max() <= bound, name
+                assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1), name
+            elif "norm" in name and name.endswith("weight"):
+                assert (parameter == 1).all(), name
 
 
 # --- arithmetic ---

@@ -86,6 +86,22 @@ def test_a_signal_stops_both_and_both_go_on(tmp_path, single, kind):
         torch.testing.assert_close(model[name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "rank"), [("ddp", 0), ("fsdp", 1)])
+def test_a_signal_to_one_process_alone_stops_both_once_the_checkpoint_is_whole(tmp_path, monkeypatch, kind, rank):
+    """torchrun ends the first process when the other has ended, and a second signal ends a write."""
+    own = (f"train.parallel={kind}", "train.iters=12")
+    for name, value in {"STOP_AT": "3", "STOP_RANK": str(rank), "TOLD": "1", "SLOW": "1.5"}.items():
+        monkeypatch.setenv(name, value)
+    assert finish(begin(tmp_path, *own, processes=2)) != 0
+    folder = tmp_path / "train" / "one"
+    (saved,) = folder.glob("checkpoints/*")
+    assert 3 < int(saved.name) < 12
+    assert not (folder / "results.json").exists()
+    monkeypatch.setenv("STOP_AT", "0")
+    assert finish(begin(tmp_path, *own, processes=2)) == 0
+    assert left_by(tmp_path)[1]["steps"] == 12
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     process = begin(tmp_path, "train.parallel=ddp", "train.batch_size=3", processes=2)
     _, said = process.communicate(timeout=300)

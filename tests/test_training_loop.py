@@ -22,6 +22,7 @@ from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.record import plain
 from segadapt.signals import Stopped
 from segadapt.training import images, loop, preparation
+from segadapt.training.begin import Times
 from segadapt.training.loop import Training
 
 OF_THE_CLOCK = ("seconds", "started", "peak_memory_gib", "folder")
@@ -298,7 +299,8 @@ def test_patience_goes_on_counting_after_an_interruption(tmp_path, monkeypatch):
     ("overrides", "said"),
     [
         (["train.patience=1"], r"train\.patience=1, but there are 1 validations"),
-        (["train.checkpoint_every=7"], r"train\.checkpoint_every=7 is above train\.iters=6"),
+        (["train.patience=5", "train.validate_every=1"], r"train\.patience=5, but there are 6 validations"),
+        (["train.checkpoint_every=6"], r"train\.checkpoint_every=6 with train\.iters=6: it would have no effect"),
         (["train.accumulate=4"], r"train\.batch_size=2: expected a multiple of 4, 1 processes x train\.accumulate=4"),
         (["train.parallel=ddp"], r"train\.parallel=ddp, but torchrun has not started this process"),
     ],
@@ -366,3 +368,9 @@ def test_the_terminal_speaks_to_scripts(tmp_path, capsys, mode):
         events = [json.loads(line) for line in lines]
         assert [event["event"] for event in events] == ["step", "step", "validation", "result"]
         assert events[-1]["folder"] == done["folder"]
+
+
+def test_seconds_are_those_of_all_starts():
+    earlier = {"started": "2026-01-01T00:00:00+0000", "seconds": 100.0}
+    assert Times(earlier).state_dict() == {"started": earlier["started"], "seconds": pytest.approx(100, abs=0.5)}
+    assert Times(None).state_dict()["seconds"] < 0.5

@@ -4,6 +4,7 @@ They wait for each other then. Told in every step, each step would take as long 
 that launches kernels is what a step waits for, processes are late by turns, and a second evens that out.
 """
 
+import signal
 import time
 from collections.abc import Callable
 
@@ -11,10 +12,10 @@ import numpy as np
 
 from segadapt.checkpoint import Checkpoints
 from segadapt.signals import Asked
-from segadapt.training.log import LOG_EVERY
 from segadapt.training.parallel import World
 
-SECONDS = 1.0  # from one time to the next, as nearly as whole steps allow, and at most LOG_EVERY of them
+SECONDS = 1.0  # from one time to the next, as nearly as whole steps allow
+MOST_STEPS = 10  # meanwhile: steps may become slower
 
 
 class Agreement:
@@ -22,13 +23,21 @@ class Agreement:
 
     Args:
         checkpoints: their clock and `newest` are those of the first process.
+        validate_every: steps; a step that validates, which may take long, is never without an agreement.
         clock: seconds.
     """
 
     def __init__(
-        self, world: World, checkpoints: Checkpoints, asked: Asked, *, clock: Callable[[], float] = time.perf_counter
+        self,
+        world: World,
+        checkpoints: Checkpoints,
+        asked: Asked,
+        *,
+        validate_every: int,
+        clock: Callable[[], float] = time.perf_counter,
     ):
         self._world, self._checkpoints, self._asked, self._clock = world, checkpoints, asked, clock
+        self._validate_every = validate_every
         self._next = self._last = 0  # steps
         self._since = clock()
 
@@ -50,5 +59,15 @@ class Agreement:
         if self._world.size == 1 or self._last == 0:
             return 1
         a_step_s = (self._clock() - self._since) / (step - self._last)
-        most = LOG_EVERY if a_step_s * LOG_EVERY <= SECONDS else int(SECONDS / a_step_s)
-        return int(max(1, min(most, self._checkpoints.due_in(step))))
+        most = MOST_STEPS if a_step_s * MOST_STEPS <= SECONDS else int(SECONDS / a_step_s)
+        to_validation = self._validate_every - step % self._validate_every
+        return int(max(1, min(most, to_validation, self._checkpoints.due_in(step))))
+
+
+def at_the_end(world: World, asked: Asked) -> signal.Signals | None:
+    """The signal that has come to a process of a training; all wait here for the first one, which saves.
+
+    Who ended before on a signal would have torchrun end the others, the first in the middle of its files.
+    """
+    signum = int(world.largest(np.array([asked.signum or 0]))[0])
+    return signal.Signals(signum) if signum else None

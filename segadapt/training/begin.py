@@ -28,17 +28,17 @@ def check_loop(settings: TrainConfig | PretrainConfig) -> None:
     t = settings.train
     check_schedule(t.schedule, iters=t.iters)
     validations = -(-t.iters // t.validate_every)
-    if t.patience >= validations:
+    if t.patience and t.patience >= validations - 1:
         raise UserError(f"train.patience={t.patience}, but there are {validations} validations (train.iters={t.iters}, "
-                        f"train.validate_every={t.validate_every}): it would have no effect. Validate more often, or "
-                        "set train.patience=0.")  # fmt: skip
+                        f"train.validate_every={t.validate_every}): only the last could end the training. Validate "
+                        "more often, or set train.patience=0.")  # fmt: skip
     lowest = t.optimizer.lr * min(1, t.optimizer.head_lr_factor)
     if t.schedule.decay in ("poly", "cosine") and t.schedule.min_lr > lowest:
         raise UserError(f"train.schedule.min_lr={t.schedule.min_lr} is above {lowest:g}, where a rate starts: it would "
                         "rise. Lower it, or raise train.optimizer.lr.")  # fmt: skip
-    if t.checkpoint_every is not None and t.checkpoint_every > t.iters:
-        raise UserError(f"train.checkpoint_every={t.checkpoint_every} is above train.iters={t.iters}: it would have no "
-                        "effect. Lower it, or set it to null.")  # fmt: skip
+    if t.checkpoint_every is not None and t.checkpoint_every >= t.iters:
+        raise UserError(f"train.checkpoint_every={t.checkpoint_every} with train.iters={t.iters}: it would have no "
+                        "effect, as the last step writes no checkpoint. Lower it, or set it to null.")  # fmt: skip
 
 
 def look(
@@ -84,6 +84,22 @@ def gone_on_from(
                         f"{checkpoints.newest}; expected one folder that all hosts share. Set logging.root to such a "
                         "folder.")  # fmt: skip
     return checkpoints, state
+
+
+class Times:
+    """When a training began, and the seconds of all its starts so far.
+
+    state: see gone_on_from.
+    """
+
+    def __init__(self, state: Any):
+        self.started = time.strftime("%Y-%m-%dT%H:%M:%S%z") if state is None else state["started"]
+        self._earlier_s, self._began = 0.0 if state is None else state["seconds"], time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint, and for results.json."""
+        seconds = self._earlier_s + time.perf_counter() - self._began
+        return {"started": self.started, "seconds": round(seconds, 1)}
 
 
 def own_device(settings: TrainConfig | PretrainConfig, world: World) -> torch.device:

@@ -7,7 +7,7 @@ labels: [B, H, W] of a segmenter, targets [B, C] of a classifier
 import math
 import signal
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -185,11 +185,13 @@ class Training:
 
     # --- the loop ---
 
-    def fit(self, samples: Samples, checkpoints: Checkpoints, asked: Asked, more: Mapping[str, Any]) -> None:
+    def fit(
+        self, samples: Samples, checkpoints: Checkpoints, asked: Asked, more: Callable[[], Mapping[str, Any]]
+    ) -> None:
         """Steps until the last one, or until patience is at its end.
 
         Args:
-            more: written beside the state into each checkpoint.
+            more: gives what is written beside the state into each checkpoint.
         Raises:
             UserError: the loss or its gradient is not finite when it is read, or the contrast loss does nothing (see
                 Objective.refuse_idle), before anything is validated or saved.
@@ -198,7 +200,7 @@ class Training:
         t = self.settings.train
         loader = steps_of(samples, t, self.world, first=self.step, workers=self.settings.data.workers,
                           is_pinned=self._device.type == "cuda")  # fmt: skip
-        agreement = Agreement(self.world, checkpoints, asked)
+        agreement = Agreement(self.world, checkpoints, asked, validate_every=t.validate_every)
         for micro_batches in () if self._is_over else loader:
             step = self.step + 1
             signum, is_due = agreement.at(step)
@@ -218,6 +220,7 @@ class Training:
             if self._is_over:
                 return
             if signum:
+                self.world.of_main(None)  # which still writes: see at_the_end
                 name = signal.Signals(signum).name
                 said = f"{name} after step {step} of {t.iters}; the same command goes on from there"
                 raise Stopped(signal.Signals(signum), said)
@@ -296,12 +299,12 @@ class Training:
             yield segmenter.eval()
             self.segmenter.train()
 
-    def _write(self, checkpoints: Checkpoints, more: Mapping[str, Any]) -> None:
+    def _write(self, checkpoints: Checkpoints, more: Callable[[], Mapping[str, Any]]) -> None:
         state, parts = self.state_dict(), None
         if self.world.has_parts:
             tensors = self.state.tensors()
             parts = Parts(shards.FOLDER, tensors, partial(shards.write, tensors=tensors, world=self.world))
         if self.log is not None:
-            checkpoints.write(self.step, {"training": state, **self.log.state_dict(), **more}, parts)
+            checkpoints.write(self.step, {"training": state, **self.log.state_dict(), **more()}, parts)
         elif parts is not None:
             shards.write(None, parts.tensors, self.world)

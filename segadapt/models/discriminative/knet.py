@@ -125,9 +125,14 @@ class Knet(SemanticUperNet):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
+        """Asked by transformers for each module that has parameters of its own, and for no other.
+
+        The stages begin as their authors have it, the rest as UPerNet of transformers, whose constructor asks as well.
+        """
         super()._init_weights(module)
-        if isinstance(module, Stage):  # as its authors have it; the rest of the net as UPerNet of transformers
-            for parameter in module.parameters():
+        stages = self._modules.get("stages")
+        if stages is not None and module in set(stages.modules()):
+            for parameter in module.parameters(recurse=False):
                 if parameter.ndim > 1:
                     initialization.xavier_uniform_(parameter)
 
