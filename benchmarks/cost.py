@@ -6,11 +6,15 @@ FLOPs: those of matrix products, attention among them, and convolutions, as torc
 A multiply and an add are two operations, where most papers count one: SegFormer-B0 at 512 px and 150 classes has 16.8
 here, there 8.4. Speed: the median over --images images, each waited for; bf16 autocast on a GPU, float32 on the CPU;
 logits at the network's own size, nothing compiled or recorded.
+FILE is added to where device, torch, size and --images are those of now, else begun anew; a network that it has is not
+measured again while its config.json, which decides its cost, is the same.
 
 B images, 1   3 RGB   H W image px
 """
 
 import argparse
+import hashlib
+import json
 import statistics
 import sys
 import time
@@ -63,6 +67,12 @@ def measured(folder: str, *, size_px: tuple[int, int], images: int, device: torc
     return {"parameters": count(segmenter.net), "gflops": operations, "images_per_second": 1 / seconds}
 
 
+def begun(file: Path, machine: dict[str, Any]) -> dict[str, Any]:
+    """What `file` has, if it was measured as `machine` says; else that, with no networks yet."""
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    return found if found == found | machine else machine | {"networks": {}}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="+", metavar="NAME=MODEL_FOLDER")
@@ -72,21 +82,19 @@ if __name__ == "__main__":
     given = parser.parse_args()
     main = set_up(RuntimeSettings("auto", "bf16", False, None, None, None, None))
     name_of_device = torch.cuda.get_device_name(main) if main.type == "cuda" else "CPU"
-    found: dict[str, Any] = {
-        "device": name_of_device,
-        "torch": torch.__version__,
-        "size_px": given.size,
-        "networks": {},
-    }
+    machine = {"device": name_of_device, "torch": str(torch.__version__), "size_px": given.size, "images": given.images}
+    found = begun(given.json, machine)
     failed = []
     for name, folder in (text.split("=", 1) for text in given.networks):
+        own = found["networks"].pop(name, {})  # nothing earlier is left of what fails now
         try:
-            own = measured(folder, size_px=tuple(given.size), images=given.images, device=main)
+            config = hashlib.sha256(Path(folder, "config.json").read_bytes()).hexdigest()
+            if own.get("config_sha256") != config:
+                own = measured(folder, size_px=tuple(given.size), images=given.images, device=main)
+            found["networks"][name] = own | {"config_sha256": config}
+            print(f"{name}: {own['gflops']:.1f} GFLOPs, {own['images_per_second']:.1f} images/s", flush=True)
         except Exception:  # the others are measured all the same
             traceback.print_exc()
             failed.append(name)
-            continue
-        found["networks"][name] = own
-        print(f"{name}: {own['gflops']:.1f} GFLOPs, {own['images_per_second']:.1f} images/s", flush=True)
         write_json(given.json, found)
     sys.exit(f"not measured: {', '.join(failed)}" if failed else 0)

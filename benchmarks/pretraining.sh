@@ -11,13 +11,14 @@ mkdir -p "$out"
 : "${DRAWN:=800}" "${PRETRAIN_ITERS:=3500}" "${PRETRAIN_BATCH:=32}" "${PRETRAIN_WORKERS:=0}" "${IMAGE_PX:=64}"
 : "${SEEDS:=0 1 2}" "${RATES:=3e-4x10 1e-3x3 3e-3x1}" "${ITERS:=200}" "${IMAGES:=100}" "${SIDE_PX:=120}" "${CROP_PX:=96}" "${BATCH:=8}"
 : "${PER_GPU:=1}" "${NET:=toytown_scratch}" "${EXTRA:=}"
-drawn=$out/drawn side=$((IMAGE_PX * 5 / 4)) short=$((IMAGE_PX * 9 / 8))
+side=$((IMAGE_PX * 5 / 4)) short=$((IMAGE_PX * 9 / 8))
+drawn=$out/drawn-$DRAWN-$side
 steps() { echo "train.iters=$1 train.schedule.warmup_iters=$2 train.validate_every=$3"; }
 job() { echo "$1 logging.root=$out experiment.name=$2 experiment.id=$3 ${*:4} model/discriminative=$NET $EXTRA"; }
 sweep() { python3 "$here"/sweep.py - --logs "$out/logs" --jobs-per-gpu "$1"; }
-if ! [ -e "$out/drawn.done" ]; then
+if ! [ -e "$drawn.done" ]; then
   python3 "$here"/image_folder.py "$drawn" --train "$DRAWN" --val 40 --side-px "$side"
-  touch "$out/drawn.done"
+  touch "$drawn.done"
 fi
 # too short for the strong changes of the recipe
 weak="train.transforms.mixing=0 train.transforms.erasing=0 train.transforms.randaugment.operations=0 train.transforms.area_low=0.3"

@@ -78,8 +78,10 @@ def run(folder: Path, test: Any) -> dict[str, Any]:
 
 
 def adapted(out: Path, name: str, methods: list[str]) -> dict[str, Any]:
-    """Of each method that has run on a network: mIoU of the tasks and their mean, seconds an image."""
-    found = {method: read(out / f"camvid-adapt-{name}-{method}" / "s0" / "results.json") for method in methods}
+    """Of each method that has run on a network: mIoU of the tasks and their mean, all of one training seed."""
+    folders = [out / f"camvid-adapt-{name}-{method}" for method in methods]
+    seed = min((path.parent.name for folder in folders for path in folder.glob("s*/results.json")), default="s0")
+    found = {method: read(folder / seed / "results.json") for method, folder in zip(methods, folders, strict=True)}
     return {
         method: {"mean": one["mean"]["miou"], "tasks": {task["task"]: task["miou"] for task in one["tasks"]}}
         for method, one in found.items()

@@ -4,13 +4,14 @@
 # Each run is trained on `training` and scored on all of `validation`; the test split is scored with its last weights.
 # Usage: CAMVID=... DINOV2=FILE TAESD3=FOLDER benchmarks/training.sh OUTPUT_FOLDER STAGE[,STAGE...]|all
 #   train, teacher  the rows, and the generative model of `adapt`: one pool of jobs
-#   test, adapt     clean test split of all runs, and methods on CamVid-C of each network's seed 0: one pool
+#   test, adapt     clean test split of all runs, and methods on CamVid-C of each network's first seed: one pool
 #   cost            FLOPs, and images per second of inference, one network after the other on one device
 #   table           Markdown, and all figures as JSON
 # A failed job or stage leaves "-" in the table, and an exit status of 1 at the end. What is finished is not run again.
 # Environment: ROWS (of networks and losses; without networks no teacher, adapt and cost), SEEDS (of rows with several),
-# ITERS (steps; DINOv2's a third more), TEACHER_ITERS, METHODS, LIMIT (images a task of adapt), IMAGES (of cost),
-# PER_GPU, WORKERS, ONLY (regular expression of jobs), and overrides: EXTRA_SEGMENTER, EXTRA_TEACHER, EXTRA (test, adapt)
+# ITERS (steps; DINOv2's a third more), TEACHER_ITERS, METHODS (source among them), LIMIT (images a task of adapt),
+# IMAGES (of cost), PER_GPU, WORKERS, ONLY (regular expression of jobs), and overrides: EXTRA_SEGMENTER, EXTRA_TEACHER,
+# EXTRA (test, adapt)
 set -euo pipefail
 shopt -s inherit_errexit
 trap 'exit 143' TERM # once the running jobs have saved where they are
@@ -55,6 +56,7 @@ losses() { # on SegFormer-B0
 }
 rows() { for kind in $ROWS; do "$kind"; done; }
 names() { "$1" | cut -d'|' -f1; }
+firsts() { networks | tr '|' ' ' | while read -r name seed _; do echo "$name $seed"; done; } # of several seeds
 each() { # each FUNCTION, for each run: name, seed, overrides
   rows | while IFS='|' read -r name seeds overrides; do
     for seed in $seeds; do "$1" "$name" "$seed" "$overrides"; done
@@ -78,9 +80,9 @@ test_job() {
 adapt_jobs() { # the slowest method first; the settings of camvid_c were searched on a SegFormer-B0
   tasks="data.corruptions=[gaussian_noise,fog,pixelate] data.severity=5 data.limit=$LIMIT"
   for method in $(printf '%s\n' $METHODS | tac); do
-    for name in $(names networks); do
+    firsts | while read -r name seed; do
       if [[ $method == bn && $name == mask2former* ]]; then continue; fi # it has no BatchNorm
-      job adapt "camvid-adapt-$name-$method" s0 experiment=camvid_c tta.method="$method" "$(model "$name" 0)" \
+      job adapt "camvid-adapt-$name-$method" "s$seed" experiment=camvid_c tta.method="$method" "$(model "$name" "$seed")" \
         model.generative.checkpoint="$out/camvid-teacher/s0/model" "$tasks" "$EXTRA"
     done
   done
@@ -90,7 +92,7 @@ sweep() {
     python3 "$here"/sweep.py - --logs "$out/logs" --jobs-per-gpu "$PER_GPU" --common "data.workers=$WORKERS" --keep-going
 }
 cost() {
-  names networks | sed "s|.*|&=$out/camvid-train-&/s0/model|" |
+  firsts | while read -r name seed; do echo "$name=$out/camvid-train-$name/s$seed/model"; done |
     xargs python3 "$here"/cost.py --size 360 480 --images "$IMAGES" --json "$out"/cost.json
 }
 table() {
@@ -99,12 +101,15 @@ table() {
     python3 "$here"/training.py "$out" $(names "$kind") --json "$out/$kind.json" $more | tee "$out/$kind.md"
   done
 }
-has() { [[ ,$stages, == *,$1,* || $stages == all ]]; }
+has() { [[ ,$stages, == *,$1,* || ,$stages, == *,all,* ]]; }
 for stage in ${stages//,/ }; do
   case $stage in train | teacher | test | adapt | cost | table | all) ;; *)
     echo "$stage: train, teacher, test, adapt, cost, table or all" >&2; exit 2 ;;
   esac
 done
+if ! printf '%s\n' $METHODS | grep -qx source; then
+  echo "METHODS=$METHODS: expected source among them: the gains of the others are over it" >&2; exit 2
+fi
 on_networks() { [[ $ROWS == *networks* ]] && has "$1"; }
 { if on_networks teacher; then teacher_job; fi; if has train; then each train_job; fi; } | sweep || status=1
 { if on_networks adapt; then adapt_jobs; fi; if has test; then each test_job; fi; } | sweep || status=1

@@ -49,7 +49,7 @@ def test_every_network_is_trained_tested_and_adapted(tmp_path):
     lines = (tmp_path / "jobs").read_text().splitlines()
     named = {f"{given['experiment.name']}/{given['experiment.id']}": line for line in lines for given in [pairs(line)]}
     trained = {name: settings_of(line) for name, line in named.items() if "-train-" in name}
-    assert len(trained) == 9 + 2  # a second seed of two networks
+    assert len(trained) == 9 + 3  # a second seed of three networks
     assert {(job.train.iters, job.train.schedule.warmup_iters) for job in trained.values()} == {(90, 9), (120, 12)}
     for name, job in trained.items():
         own = job.model.discriminative
@@ -74,6 +74,18 @@ def test_a_failed_stage_stops_no_other_and_is_told_at_the_end(tmp_path):
     assert run_script(tmp_path, "test,table", FAIL="yes") == 1
     assert (tmp_path / "others").is_file()
     assert run_script(tmp_path, "tests") == 2
+    assert run_script(tmp_path, "all", METHODS="bn tent") == 2  # gains over nothing
+
+
+def test_a_network_is_adapted_and_measured_from_the_first_seed_that_it_has(tmp_path):
+    assert run_script(tmp_path, "cost,all", ROWS="networks", SEEDS="1 2", METHODS="source") == 0
+    jobs, others = ((tmp_path / name).read_text() for name in ("jobs", "others"))
+    named = {(given["experiment.name"], given["experiment.id"]): given for given in map(pairs, jobs.splitlines())}
+    for name, seed in (("knet-swin-t", "s0"), ("deeplabv3-r50", "s1")):
+        model = f"{tmp_path}/out/camvid-train-{name}/{seed}/model"
+        assert (f"camvid-train-{name}", seed) in named
+        assert named[f"camvid-adapt-{name}-source", seed]["model.discriminative.checkpoint"] == model
+        assert f" {name}={model} " in others
 
 
 def write(path, value) -> None:
@@ -83,7 +95,7 @@ def write(path, value) -> None:
 
 def test_table_has_a_gain_for_each_method_and_a_dash_for_what_failed(script, tmp_path):
     training = script("training")
-    folder = tmp_path / "camvid-train-a" / "s0"
+    folder = tmp_path / "camvid-train-a" / "s1"
     scores = {"miou": 0.5, "macc": 0.6, "aacc": 0.7}
     write(folder / "results.json", {"steps": 2, "seconds": 31.4, "peak_memory_gib": [1.0], "validation": scores,
                                     "per_class": {"sky": 0.5}, "versions": {}})  # fmt: skip
@@ -94,7 +106,7 @@ def test_table_has_a_gain_for_each_method_and_a_dash_for_what_failed(script, tmp
     for method, values in (("source", (0.1, 0.3)), ("tent", (0.2, 0.25))):
         tasks = [{"task": name, "miou": miou} for name, miou in zip(("fog/5", "pixelate/5"), values, strict=True)]
         results = {"tasks": tasks, "mean": {"miou": sum(values) / 2}}
-        write(tmp_path / f"camvid-adapt-a-{method}/s0/results.json", results)
+        write(tmp_path / f"camvid-adapt-a-{method}/s1/results.json", results)
     cost = {"networks": {"a": {"parameters": 30_000, "gflops": 9.87, "images_per_second": 51.23}}}
     methods = ["source", "bn", "tent"]
     networks = {name: training.network(tmp_path, name, cost, methods) for name in ("a", "b")}
@@ -111,3 +123,15 @@ def test_a_segformer_has_twice_the_published_multiply_adds(script):
     segmenter = make_segmenter("segformer", sizes, 150)
     found = script("cost").gflops(segmenter, torch.zeros(1, 3, 512, 512))
     assert found == pytest.approx(2 * 8.4, rel=0.003)  # Xie et al. 2021, table 1
+
+
+def test_costs_are_added_only_to_those_of_the_same_machine_and_size(script, tmp_path):
+    begun, machine = script("cost").begun, {"device": "CPU", "size_px": [360, 480]}
+    assert begun(tmp_path / "cost.json", machine) == machine | {"networks": {}}
+    write(tmp_path / "cost.json", machine | {"networks": {"a": {"gflops": 1.5}}})
+    assert begun(tmp_path / "cost.json", machine)["networks"] == {"a": {"gflops": 1.5}}
+    assert begun(tmp_path / "cost.json", machine | {"device": "GPU"}) == {
+        "device": "GPU",
+        "size_px": [360, 480],
+        "networks": {},
+    }
