@@ -220,18 +220,18 @@ def _built(
     The labels are read by the first process, before the first step alone: a run that goes on has read them.
     """
     segmenter = build(settings, images.dataset.classes, own_device(settings, world), console=terminal.console)
+    _refuse_small_images(settings, segmenter)
     segmenter.net.config.loss_reduction = settings.train.losses.reduction  # saved with the weights, told with scores
     _refuse_single_images(settings, world, segmenter)
-    _refuse_small_images(settings, segmenter)
     refuse_parts(settings, world, segmenter.net)
     if world.kind == "pipeline":
         refuse_pipeline(settings, world, segmenter.net)
     weights = {"weights_sha256": {"discriminative": fingerprint(segmenter.net)}}
     if state is None:
+        if said := unread_line(settings, segmenter):
+            terminal.warnings.print(said, highlight=False, soft_wrap=True, markup=False)
         if images.num_shared:
             said = shared_line(settings, images)
-            terminal.warnings.print(said, highlight=False, soft_wrap=True, markup=False)
-        if said := unread_line(settings, segmenter):
             terminal.warnings.print(said, highlight=False, soft_wrap=True, markup=False)
         class_weights = world.of_main(read_labels(settings, images) if world.is_main else None)
     else:
