@@ -18,3 +18,8 @@ def did_you_mean(got: str, valid: Iterable[str]) -> str:
         return " There is none."
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     return f" Choose from: {shown}."
+
+
+def counted(count: int, one: str, more: str | None = None) -> str:
+    """1 validation, 2 validations; `more` where an s does not make the plural."""
+    return f"{count} {one if count == 1 else more or f'{one}s'}"

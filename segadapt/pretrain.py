@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from segadapt import __version__
 from segadapt.config_pretraining import PretrainConfig
 from segadapt.datasets.image_folder import ImageFolder, list_images
-from segadapt.errors import UserError
+from segadapt.errors import UserError, counted
 from segadapt.models.discriminative.backbone import start_from
 from segadapt.models.discriminative.keymaps import nvidia_names
 from segadapt.models.set_up import fingerprint
@@ -67,7 +67,11 @@ def check_pretraining(settings: PretrainConfig) -> None:
     check_loop(settings)
     for name in ("area", "aspect"):
         check_range("train.transforms", t.transforms, f"{name}_low", f"{name}_high")
-    check_range("train.transforms", t.transforms, "image_px", "validation_short_side_px")
+    if t.transforms.image_px > t.transforms.validation_short_side_px:
+        raise UserError(f"train.transforms.validation_short_side_px={t.transforms.validation_short_side_px}: expected "
+                        f"image_px={t.transforms.image_px} or more, as the centre is cut to that. Raise "
+                        f"train.transforms.validation_short_side_px to {t.transforms.image_px} or more, or lower "
+                        "image_px.")  # fmt: skip
     for name, value, neutral in (
         ("model.discriminative.family", chosen.family, FAMILY),
         ("model.discriminative.checkpoint", chosen.checkpoint, None),
@@ -86,9 +90,10 @@ def check_pairs(settings: PretrainConfig, world: World) -> None:
     """UserError: micro-batches of one image, which has no partner to be mixed with."""
     t = settings.train
     if t.transforms.mixing and t.batch_size == world.size * t.accumulate:
-        raise UserError(f"train.batch_size={t.batch_size} with {world.size} processes x train.accumulate="
-                        f"{t.accumulate} is one image a micro-batch, which cannot be mixed with another; expected 2 or "
-                        "more. Raise train.batch_size, or set train.transforms.mixing=0.")  # fmt: skip
+        who = counted(world.size, "process", "processes")
+        raise UserError(f"train.batch_size={t.batch_size} with {who} x train.accumulate={t.accumulate} is one image a "
+                        "micro-batch, which cannot be mixed with another; expected 2 or more. Raise train.batch_size, "
+                        "or set train.transforms.mixing=0.")  # fmt: skip
 
 
 def build(settings: PretrainConfig, classes: tuple[str, ...], main: torch.device, console: Console) -> Classifier:

@@ -41,8 +41,9 @@ def run(settings: ResultsConfig) -> None:
         raise UserError(f"against={settings.against} is not a method.{did_you_mean(settings.against, METHODS)}")
     plot = None if settings.plot is None else Path(settings.plot).expanduser()
     if plot is not None and (settings.table != "subsets" or plot.suffix not in subsets.KINDS):
+        cure = "Set table=subsets" if settings.table != "subsets" else "Correct the name"
         raise UserError(f"plot={plot} with table={settings.table}: expected a file {' or '.join(subsets.KINDS)} with "
-                        "table=subsets. Correct the name, or leave it out.")  # fmt: skip
+                        f"table=subsets. {cure}, or leave it out.")  # fmt: skip
     folders = run_folders(settings.runs, trained=settings.table == "subsets")
     if settings.table == "subsets":
         curves = subsets.build(folders)

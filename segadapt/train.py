@@ -12,8 +12,8 @@ from rich.console import Console
 
 from segadapt import __version__
 from segadapt.config_training import TrainConfig
-from segadapt.errors import UserError
-from segadapt.losses import ClassWeights, Objective, check_losses
+from segadapt.errors import UserError, counted
+from segadapt.losses import ClassWeights, Objective, check_losses, losses_on
 from segadapt.models.build import build_segmenter, refuse_unexpected_weights
 from segadapt.models.discriminative.backbone import start_from
 from segadapt.models.discriminative.load import make_segmenter
@@ -21,6 +21,7 @@ from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.set_up import fingerprint
 from segadapt.protocol import peak_memory_gib, rule_of, versions, without
 from segadapt.record import RunFolder, write_json
+from segadapt.rules import loaded_px
 from segadapt.signals import Stopped, noted_signals
 from segadapt.terminal import Terminal, open_terminal, percent
 from segadapt.training.agreement import at_the_end
@@ -32,6 +33,7 @@ from segadapt.training.pipeline import refuse_pipeline
 from segadapt.training.preparation import cached, check_settings
 from segadapt.training.preview import write_preview
 from segadapt.training.samples import build_samples
+from segadapt.training.sizes import targets_of
 
 
 def run(settings: TrainConfig, *, console: Console | None = None) -> dict[str, Any]:
@@ -58,7 +60,8 @@ def run(settings: TrainConfig, *, console: Console | None = None) -> dict[str, A
     if kept["rule"] == "both":
         said += f"; {folder}/model_last: step {last['step']}, {percent(last['miou'])} %"
     if results["steps"] < t.iters:
-        said += f"; ended at step {results['steps']} of {t.iters}, {t.patience} validations without a better mIoU"
+        stale = counted(t.patience, "validation")
+        said += f"; ended at step {results['steps']} of {t.iters}, {stale} without a better mIoU"
     said += f"; {results['rule']}; loss reduction {results['loss_reduction']}"
     terminal.console.print(said, highlight=False, soft_wrap=True, markup=False)
     terminal.result(said)
@@ -128,6 +131,17 @@ def build_objective(settings: TrainConfig, segmenter: NetSegmenter, class_weight
         seed=settings.experiment.seed,
         num_queries=None if seen.queries is None else seen.queries.class_LBQn[-1].shape[1],
     ).to(device)
+
+
+def unread_line(settings: TrainConfig, segmenter: NetSegmenter) -> str | None:
+    """That outputs which the network has for its own loss are read by none that is on; None: all are."""
+    family, config, on = segmenter.family, segmenter.net.config, losses_on(settings.train.losses)
+    has = {"masks": family.has_queries, "stages": family.has_stages, "auxiliary": family.has_auxiliary(config)}
+    unread = [name for name in has if has[name] and name not in on]
+    if not unread:
+        return None
+    own = "knet" if family.has_stages else unread[0]
+    return f"{config.model_type}: its own loss is train/losses={own}; now {', '.join(on)} alone"
 
 
 def _run(settings: TrainConfig, world: World, terminal: Terminal) -> dict[str, Any]:
@@ -206,6 +220,7 @@ def _built(
     The labels are read by the first process, before the first step alone: a run that goes on has read them.
     """
     segmenter = build(settings, images.dataset.classes, own_device(settings, world), console=terminal.console)
+    _refuse_small_images(settings, segmenter)
     segmenter.net.config.loss_reduction = settings.train.losses.reduction  # saved with the weights, told with scores
     _refuse_single_images(settings, world, segmenter)
     refuse_parts(settings, world, segmenter.net)
@@ -213,6 +228,8 @@ def _built(
         refuse_pipeline(settings, world, segmenter.net)
     weights = {"weights_sha256": {"discriminative": fingerprint(segmenter.net)}}
     if state is None:
+        if said := unread_line(settings, segmenter):
+            terminal.warnings.print(said, highlight=False, soft_wrap=True, markup=False)
         if images.num_shared:
             said = shared_line(settings, images)
             terminal.warnings.print(said, highlight=False, soft_wrap=True, markup=False)
@@ -235,8 +252,21 @@ def _refuse_single_images(settings: TrainConfig, world: World, segmenter: NetSeg
     is_single = t.batch_size == world.parts * t.accumulate and (world.parts == 1 or not is_on_gpu)  # else SyncBatchNorm
     if is_single and segmenter.family.pools_images(segmenter.net):
         chosen = segmenter.net.config.model_type
-        who = f"{world.size} processes" + (f" / {world.together} on the same images" if world.together > 1 else "")
+        who = counted(world.size, "process", "processes")
+        who += f" / {world.together} on the same images" if world.together > 1 else ""
         raise UserError(f"train.batch_size={t.batch_size} with {who} x train.accumulate="
                         f"{t.accumulate} is one image a micro-batch; {chosen} pools whole images, and BatchNorm has "
                         "no statistics of a single one: expected 2 or more. Raise train.batch_size, or lower "
                         "train.accumulate or the number of processes.")  # fmt: skip
+
+
+def _refuse_small_images(settings: TrainConfig, segmenter: NetSegmenter) -> None:
+    """UserError: crops, or images of the validation, with a side that the network's convolutions do not take."""
+    t, config = settings.train.transforms, segmenter.net.config
+    least_px, narrow = segmenter.family.least_px(config), (t.crop_width_px or t.crop_px) < t.crop_px
+    crop = "sizes_px" if t.sizes_px else "crop_width_px" if narrow else "crop_px"
+    sides = {f"train.transforms.{crop}": min(map(min, targets_of(t))), "data.short_side_px": loaded_px(settings)}
+    for name, side_px in sides.items():
+        if side_px is not None and side_px < least_px:
+            raise UserError(f"{name}: images of {side_px} px are too small for {config.model_type}; expected "
+                            f"{least_px} px or more on each side. Raise it.")  # fmt: skip

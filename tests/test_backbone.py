@@ -1,6 +1,7 @@
 """Pretrained encoders into made segmenters: every weight in its place, every fault one line."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     Dinov2Config,
     Dinov2Model,
+    PreTrainedConfig,
     SegformerConfig,
     SegformerForImageClassification,
     SegformerForSemanticSegmentation,
@@ -20,7 +22,7 @@ from segadapt.config_training import TrainConfig
 from segadapt.errors import UserError
 from segadapt.models.discriminative.backbone import load_backbone
 from segadapt.models.discriminative.families import FAMILIES
-from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.discriminative.load import load_segmenter, make_segmenter
 from segadapt.models.set_up import fingerprint
 from segadapt.parse import from_overrides
 
@@ -154,8 +156,10 @@ def test_every_key_of_a_file_counts(edit, said, official, tmp_path):
 
 
 def test_a_folder_of_another_size_or_kind_is_refused(folder, tmp_path):
-    with pytest.raises(UserError, match=r"has shape .*Choose the config of these weights"):
+    with pytest.raises(UserError, match=r"has hidden_sizes .*has \[16, 16, 40, 64\]; .*another model/discriminative"):
         put(made(config=CONFIG | {"hidden_sizes": [16, 16, 40, 64]}), folder)
+    with pytest.raises(UserError, match=r": [^;]* has shape [^;]*; [^;]*; and \d+ more\..*Choose the config of these"):
+        put(made(config=CONFIG | {"hidden_sizes": [16, 16, 40, 64]}), folder / "model.safetensors")
     Dinov2Model(Dinov2Config(**VIT)).save_pretrained(tmp_path / "vit")
     with pytest.raises(UserError, match="model_type 'dinov2'; expected segformer"):
         put(made(), tmp_path / "vit")
@@ -165,6 +169,27 @@ def test_a_folder_of_another_size_or_kind_is_refused(folder, tmp_path):
         put(made(), tmp_path / "gone.safetensors")
     with pytest.raises(UserError, match="revision=main beside the file"):
         put(made(), tmp_path / "gone.safetensors", revision="main")
+
+
+def test_a_classifier_is_no_checkpoint(folder):
+    with pytest.raises(UserError, match=r"is a classifier of whole images; .* model\.discriminative\.backbone="):
+        load_segmenter(str(folder), num_classes=11, device="cpu")
+
+
+def test_a_hub_that_gives_nothing_leaves_random_weights(monkeypatch):
+    """But not under a frozen encoder."""
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", Mock(side_effect=OSError("no connection")))
+    with pytest.raises(UserError, match=r"could not be fetched .*, or backbone=null for random weights\.$"):
+        put(made(), "owner/mit")
+    frozen = make_segmenter("segadapt_dinov2", {"backbone_config": {"model_type": "dinov2", **VIT}}, 5)
+    with pytest.raises(UserError, match=r"to a copy of it\.$"):
+        put(frozen, "owner/dinov2")
+
+
+def test_an_error_without_words_is_not_quoted(tmp_path):
+    (tmp_path / "junk.pth").write_bytes(b"\x80\x02h\x07.")
+    with pytest.raises(UserError, match=r"no file of torch\. Fetch it again"):
+        put(made(), tmp_path / "junk.pth", allow_pickle=True)
 
 
 def test_what_no_shape_tells_is_compared(folder, tmp_path):

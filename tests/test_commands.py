@@ -117,6 +117,11 @@ BEHIND = {
         "data.workers=0",
         "runtime=cpu",
     ],
+    "segadapt pretrain data.data_root=things": [
+        "train.iters=2",
+        "train.schedule.warmup_iters=1",
+        "train.validate_every=1",
+    ],
     "segadapt adapt --config-dir configs experiment=mine --multirun": ["data.corruptions=[fog]", "data.limit=1"],
 }
 LEAVES = {  # file that a verb writes last
@@ -256,7 +261,7 @@ def run_elsewhere(command: Command, words: list[str], world: Path) -> int:
     small = {"IMAGES": "1", "CORRUPTIONS": "[fog]", "ASKED": "1", "SIGMAS": "[0.25]", "LEAST_MIOU": "0"}
     environment = {name: value.replace("/data/", f"{world}/data/") for name, value in command.variables.items()} | small
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    words = [str(ROOT / word) if word.startswith("examples/") else word for word in words]
+    words = [str(ROOT / word) if word.startswith(("examples/", "benchmarks/")) else word for word in words]
     return subprocess.run(
         words, env=os.environ | environment | {"PATH": path, "PYTHONPATH": str(ROOT)}, check=False
     ).returncode

@@ -206,7 +206,7 @@ def test_deeplabv3_refuses_single_images_before_anything_is_made(tmp_path, more,
     for a cure."""
     settings = training(tmp_path, "model.discriminative.family=segadapt_deeplabv3", f"train.batch_size={given}", *more)
     settings.model.discriminative.config = TINY["segadapt_deeplabv3"]
-    said = rf"^train\.batch_size={given} with 1 processes x train\.accumulate={given} is one image .*segadapt_deeplabv3"
+    said = rf"^train\.batch_size={given} with 1 process x train\.accumulate={given} is one image .*segadapt_deeplabv3"
     with pytest.raises(UserError, match=rf"{said}[^\n]*number of processes\.$"):
         train.run(settings)
     assert not any(tmp_path.iterdir())

@@ -204,13 +204,13 @@ def test_it_starts_from_an_official_file_too(tmp_path, whole):
 
 
 REFUSED = {
-    r"train\.batch_size=1 with 1 processes x train\.accumulate=1 is one image a micro-batch, which cannot be mixed ": [
+    r"train\.batch_size=1 with 1 process x train\.accumulate=1 is one image a micro-batch, which cannot be mixed ": [
         "train.batch_size=1"
     ],
     r"train\.transforms\.area_low=0\.9 is above train\.transforms\.area_high=0\.5": [
         "train.transforms.area_low=0.9", "train.transforms.area_high=0.5"
     ],
-    r"train\.transforms\.image_px=64 is above train\.transforms\.validation_short_side_px=32": [
+    r"train\.transforms\.validation_short_side_px=32: .*px to 64 or more, or lower image_px\.$": [
         "train.transforms.image_px=64"
     ],
     r"model\.discriminative\.checkpoint=x: `pretrain` trains the encoder of a segformer [^\n]*\. Set it to null\.$": [

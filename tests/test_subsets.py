@@ -124,6 +124,16 @@ def test_runs_of_other_verbs_are_no_points(tmp_path):
         built(tmp_path / "runs")
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("plot=curve.svg", r"plot=curve\.svg with table=\w+: .* Set table=subsets"),
+     ("table=subsets plot=curve.pdf", r"plot=curve\.pdf with table=subsets: .* Correct the name")],
+)  # fmt: skip
+def test_a_plot_needs_its_table_and_a_kind_of_picture(given, said):
+    with pytest.raises(UserError, match=said):
+        run(from_overrides("results", ["runs=[x]", *given.split()], ResultsConfig))
+
+
 def test_a_sweep_over_subsets_leaves_a_folder_each_and_one_curve(segadapt, tmp_path):
     rng = np.random.default_rng(0)
     for split, count in (("train", 4), ("val", 2)):

@@ -50,13 +50,18 @@ class ClassWeights(NamedTuple):
         )
 
 
+def losses_on(losses: LossesSettings) -> list[str]:
+    """Names of the losses with a weight."""
+    return [name for name in (*LOSSES, "auxiliary", "stages", "masks", "contrast") if getattr(losses, name).weight]
+
+
 def check_losses(losses: LossesSettings, *, iters: int) -> None:
     """UserError: a setting that nothing would read, a term that would never count, or two that contradict.
 
     Args:
         iters: optimizer steps of the training.
     """
-    on = [name for name in (*LOSSES, "auxiliary", "stages", "masks", "contrast") if getattr(losses, name).weight]
+    on = losses_on(losses)
     if not on:
         raise UserError(f"{HERE}: every weight is 0, so nothing would be learned. Set {HERE}.cross_entropy.weight=1.")
     recipe = losses.class_weights.recipe

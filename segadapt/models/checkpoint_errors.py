@@ -39,7 +39,7 @@ def local_folder(checkpoint: str, setting: str) -> Path | None:
 
 
 @contextmanager
-def explain_checkpoint_errors(kind: str, checkpoint: str, setting: str) -> Iterator[None]:
+def explain_checkpoint_errors(kind: str, checkpoint: str, setting: str, *, without: str = "") -> Iterator[None]:
     """Turn what the loading libraries raise for a missing, gated or damaged checkpoint into one UserError line.
 
     Only the library's own loading calls belong inside, so that none of our bugs is dressed up as the user's.
@@ -48,6 +48,7 @@ def explain_checkpoint_errors(kind: str, checkpoint: str, setting: str) -> Itera
         kind: the model in words, "generative model".
         checkpoint: hub id or folder, as the user wrote it.
         setting: the setting that holds it, "model.generative.checkpoint".
+        without: how to do without it, ", or ..."; said where the hub does not give it.
     Raises:
         UserError: in place of one of LOADING; the original is its cause.
     """
@@ -57,10 +58,10 @@ def explain_checkpoint_errors(kind: str, checkpoint: str, setting: str) -> Itera
     except UserError:
         raise
     except LOADING as error:
-        raise UserError(f"{setting}={checkpoint}: {_diagnosis(kind, checkpoint, setting, error)}") from error
+        raise UserError(f"{setting}={checkpoint}: {_diagnosis(kind, checkpoint, setting, error, without)}") from error
 
 
-def _diagnosis(kind: str, checkpoint: str, setting: str, error: Exception) -> str:
+def _diagnosis(kind: str, checkpoint: str, setting: str, error: Exception, without: str) -> str:
     said = " ".join(str(error).split())[:200] or type(error).__name__
     if local_folder(checkpoint, setting) is not None:
         return (
@@ -68,7 +69,7 @@ def _diagnosis(kind: str, checkpoint: str, setting: str, error: Exception) -> st
             f"Download it again (hf download ID --local-dir FOLDER), or point {setting} to a complete folder."
         )
     page = f"https://huggingface.co/{checkpoint}"
-    elsewhere = f"or set {setting}=/path/to/folder to a copy of it"
+    elsewhere = f"or set {setting}=/path/to/folder to a copy of it{without}"
     # transformers wraps the hub's errors in OSError: the reason is further down the chain
     reasons = tuple(_chain(error))
     if any(isinstance(reason, GatedRepoError) for reason in reasons):

@@ -19,7 +19,9 @@ from segadapt.models.discriminative.state_file import is_file, read_state
 SETTING = "model.discriminative.backbone"
 # modules of classifiers and of whole segmenters, which no encoder has; a head is always made anew
 HEADS = ("head.", "classifier.", "decode_head.", "auxiliary_head.")
-NO_SHAPE_TELLS = ("num_attention_heads", "strides", "layer_norm_eps", "hidden_act", "window_size")  # of an encoder
+# of an encoder's config: what tells its size, then what no shape of a weight tells
+SIZES = ("hidden_sizes", "embed_dim", "hidden_size", "depths")
+NO_SHAPE_TELLS = ("num_attention_heads", "strides", "layer_norm_eps", "hidden_act", "window_size")
 
 
 def start_from(
@@ -67,7 +69,8 @@ def load_backbone(segmenter: NetSegmenter, backbone: str, *, revision: str | Non
     if faults:
         raise UserError(
             f"{SETTING}={backbone}: the weights do not fit the encoder that model.discriminative.config describes: "
-            f"{listed(faults)}. Expected every key once, in its shape. Choose the config of these weights."
+            f"{listed(faults, most=2)}. Expected every key once, in its shape. Choose the config of these weights, "
+            "such as another model/discriminative of the family."
         )
     encoder.load_state_dict(state)
     left_out = f"; left out, as a head is made anew: {', '.join(dropped)}" if dropped else ""
@@ -86,7 +89,9 @@ def _read_folder(
         raise UserError(f"{SETTING}={backbone}: {segmenter.net.config.model_type} takes a file of ImageNet weights; "
                         "expected *.safetensors, *.pth or *.pt. Give the file.")  # fmt: skip
     source, where = open_folder(backbone, SETTING, revision=revision, allow_pickle=allow_pickle)
-    with explain_checkpoint_errors("backbone", backbone, SETTING):
+    is_needed = segmenter.family.encoder in segmenter.family.frozen(segmenter.net.config)
+    without = "" if is_needed else ", or backbone=null for random weights"
+    with explain_checkpoint_errors("backbone", backbone, SETTING, without=without):
         found, _ = PreTrainedConfig.get_config_dict(source, **where)
         _check_config(backbone, found, encoder)
         safe = None if allow_pickle else True
@@ -128,15 +133,16 @@ def _faults(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list
 
 
 def _check_config(backbone: str, found: dict[str, Any], encoder: Any) -> None:
-    """UserError: an encoder of another kind, or other in what no shape of a weight tells."""
+    """UserError: an encoder of another kind or size, or other in what no shape of a weight tells."""
     kind = encoder.config_class  # not that of encoder.config, which may be a subclass of ours
     if found.get("model_type") != kind.model_type:
         raise UserError(f"{SETTING}={backbone}: config.json has model_type {found.get('model_type')!r}; expected "
                         f"{kind.model_type}. Give weights of that architecture.")  # fmt: skip
     theirs = kind.from_dict(found)
-    for name in NO_SHAPE_TELLS:
+    for name in (*SIZES, *NO_SHAPE_TELLS):
         values = (getattr(config, name, None) for config in (theirs, encoder.config))
         one, other = (list(value) if isinstance(value, tuple) else value for value in values)  # JSON has no tuples
         if one != other:
+            cure = f"Set {name} there" + (", or choose another model/discriminative" if name in SIZES else "")
             raise UserError(f"{SETTING}={backbone}: its config.json has {name} {one}, model.discriminative.config has "
-                            f"{other}; expected the same. Set {name} there.")  # fmt: skip
+                            f"{other}; expected the same. {cure}.")  # fmt: skip

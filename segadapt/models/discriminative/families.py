@@ -3,9 +3,11 @@
 # B images  3 RGB  H W image px  C dataset classes  h w logits  D feature channels  y x features
 """
 
+import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -54,9 +56,11 @@ class Family:
     frozen: Callable[[Any], tuple[str, ...]] = lambda _: ()  # of a config: modules that training leaves as they are
     has_auxiliary: Callable[[Any], bool] = lambda _: False  # of a config: train mode gives Outputs.auxiliary_BChw
     has_stages: bool = False  # in train mode it gives Outputs.stages_BChw
+    has_queries: bool = False  # it gives Outputs.queries
     auxiliary_head: str | None = None  # a module that nothing but the auxiliary loss reads
     # of a net: a BatchNorm sees one vector an image, of which a single image has no statistics
     pools_images: Callable[[Any], bool] = lambda _: False
+    least_px: Callable[[Any], int] = lambda _: 1  # of a config: the shortest side that its convolutions take
 
 
 def segformer_outputs(net: Any, pixels_B3HW: Tensor) -> Outputs:
@@ -89,6 +93,18 @@ def segformer_tops(net: Any) -> re.Pattern[str]:
     """`stages.3`, in older versions of transformers `block.3`; and the head."""
     last = len(net.config.depths) - 1
     return re.compile(rf"decode_head\.|(.*\.)?(stages|patch_embeddings|block|layer_norm)\.{last}\.")
+
+
+def segformer_least_px(config: Any) -> int:
+    """Each stage's map covers one kernel of its reduction: 29 px of all published sizes, at stride 4 by 8."""
+    strides = accumulate(config.strides, operator.mul)
+    return max(stride * (ratio - 1) + 1 for stride, ratio in zip(strides, config.sr_ratios, strict=True))
+
+
+def pyramid_least_px(config: Any) -> int:
+    """Of Mask2Former, UPerNet and K-Net: a ConvNeXt halves its map three times and, unlike the others, never pads."""
+    own = config.backbone_config
+    return 8 * own.patch_size if own.model_type in ("convnext", "convnextv2") else 1
 
 
 def dinov2_tops(net: Any) -> re.Pattern[str]:
@@ -127,6 +143,7 @@ FAMILIES: dict[str, Family] = {
         segformer_outputs,
         "segformer",
         lambda _: encoder_names,
+        least_px=segformer_least_px,
     ),
     "segadapt_segformer_mmseg": Family(
         MmsegSegformerConfig,
@@ -136,6 +153,7 @@ FAMILIES: dict[str, Family] = {
         mmseg_outputs,
         "segformer",
         lambda _: encoder_names,
+        least_px=segformer_least_px,
     ),
     "segadapt_dinov2": Family(
         Dinov2SegmenterConfig,
@@ -155,6 +173,8 @@ FAMILIES: dict[str, Family] = {
         "model.pixel_level_module.encoder",
         frozen=lambda config: unread_norm(config, "model.pixel_level_module.encoder"),
         bare_faults=MAP_FAULTS,
+        has_queries=True,
+        least_px=pyramid_least_px,
     ),
     "upernet": Family(
         UperNetConfig,
@@ -168,6 +188,7 @@ FAMILIES: dict[str, Family] = {
         frozen=upernet.frozen,
         has_auxiliary=upernet.has_auxiliary,
         pools_images=upernet.pools_images,
+        least_px=pyramid_least_px,
         auxiliary_head="auxiliary_head",
     ),
     "segadapt_knet": Family(
@@ -182,6 +203,7 @@ FAMILIES: dict[str, Family] = {
         frozen=upernet.frozen,
         has_auxiliary=upernet.has_auxiliary,
         pools_images=upernet.pools_images,
+        least_px=pyramid_least_px,
         has_stages=True,
         auxiliary_head="auxiliary_head",
     ),

@@ -82,6 +82,11 @@ def _read_folder(
                 f"{SETTING}={checkpoint}: config.json has model_type {found.get('model_type')!r}; expected "
                 f"one of {', '.join(FAMILIES)}. Give the folder or id of one of these, with a segmentation head."
             )
+        if "ForImageClassification" in str(found.get("architectures")):
+            raise UserError(
+                f"{SETTING}={checkpoint} is a classifier of whole images; expected a segmenter. Train one on its "
+                f"encoder, by model.discriminative.backbone={checkpoint} and checkpoint=null."
+            )
         family = FAMILIES[found["model_type"]]
         if not isinstance(found.get("id2label") or {}, Mapping):
             raise UserError(f"{SETTING}={checkpoint}: config.json: id2label={found['id2label']!r}: expected numbers "
@@ -234,9 +239,9 @@ def check_torch_reads_pickles_safely(version: str) -> None:
         )
 
 
-def listed(faults: Sequence[str]) -> str:
-    """At most eight, and how many more there are."""
-    return "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+def listed(faults: Sequence[str], *, most: int = 8) -> str:
+    """At most so many, and how many more there are."""
+    return "; ".join(faults[:most]) + (f"; and {len(faults) - most} more" if len(faults) > most else "")
 
 
 def read_weights(kind: Any, source: str | None, **options: Any) -> tuple[Any, list[str]]:

@@ -73,5 +73,6 @@ def _read_pickle(path: Path, given: str) -> Any:
                 f"{given} holds {refused[1]}, and not only tensors and plain values; torch's weights-only reader "
                 f"refuses it, as it could run code. If you trust its author, save its `state_dict` as *.safetensors."
             ) from error
-        said = " ".join(str(error).split())[:100] or type(error).__name__
-        raise UserError(f"{given} is damaged, incomplete or no file of torch ({said}). Fetch it again.") from error
+        words = " ".join(str(error).split())[:100]
+        said = f" ({words})" if re.search("[A-Za-z]", words) else ""  # of some there is a number alone
+        raise UserError(f"{given} is damaged, incomplete or no file of torch{said}. Fetch it again.") from error
