@@ -1,6 +1,9 @@
 """Layouts of processes that cannot be are refused in one line; how slices and stages are planned."""
 
+from contextlib import nullcontext
+
 import pytest
+from tiny_networks import TINY
 from torch import nn
 from training_runs import QUIET, training
 
@@ -84,6 +87,16 @@ def test_other_networks_than_segformer_are_refused(tmp_path, kind):
     net, world = make_segmenter("segadapt_hrnet", config, 3, seed=0, device="cpu").net, World(kind, size=2, together=2)
     with pytest.raises(UserError, match=rf"^train\.parallel={kind}: segadapt_hrnet .* expected one of segformer, "):
         (refuse_pipeline if kind == "pipeline" else refuse_parts)(training(tmp_path), world, net)
+
+
+def test_a_network_that_no_layout_helps_is_refused_before_its_batches_are(tmp_path, monkeypatch):
+    """Micro-batches of one image, of which DeepLabV3's BatchNorm has no statistics: more of them would not help."""
+    family, batches = "segadapt_deeplabv3", ("train.batch_size=2", "train.accumulate=2")
+    settings = training(tmp_path, f"model.discriminative.family={family}", *batches)
+    settings.model.discriminative.config = TINY[family]
+    monkeypatch.setattr(train, "joined", lambda _: nullcontext(World("pipeline")))
+    with pytest.raises(UserError, match=rf"^train\.parallel=pipeline: {family} is not divided into stages"):
+        train.run(settings, console=QUIET)
 
 
 def test_attention_is_sliced_where_its_heads_divide_and_every_mix_ffn_is(segformer):
