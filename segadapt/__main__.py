@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -58,6 +59,7 @@ GATHERED: dict[str, tuple[str, Callable[[str], bool]]] = {
     "results": ("runs", lambda text: "=" not in text),
     "report": ("runs", lambda text: "=" not in text),
 }
+FIRST_S = 10  # a process's time to end, after which torchrun ends the others
 USAGE = "usage: segadapt VERB [key=value ...]   (segadapt VERB --help; --cfg job; --multirun; --config-dir DIR)\n"
 
 
@@ -94,7 +96,15 @@ def options_first(arguments: list[str]) -> list[str]:
     return options + overrides
 
 
+def _is_first() -> bool:
+    """This process is the first of those of torchrun, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _refuse(verb: str, error: UserError) -> NoReturn:
+    """Mostly all processes find the same, and the first one says it; what another alone has found it says later."""
+    if not _is_first():
+        time.sleep(FIRST_S)
     sys.stderr.write(f"segadapt {verb}: {error}\n")
     sys.exit(2)
 
@@ -116,7 +126,8 @@ def main() -> None:
     except UserError as error:
         _refuse(verb, error)
     except KeyboardInterrupt:
-        sys.stderr.write(f"segadapt {verb}: interrupted; give the same command again\n")
+        if _is_first():
+            sys.stderr.write(f"segadapt {verb}: interrupted; give the same command again\n")
         sys.exit(130)
 
 
@@ -137,14 +148,16 @@ def _start(verb: str, arguments: list[str]) -> None:
         except UserError as error:
             _refuse(verb, error)  # here: Hydra would put a line of its own in front
         except Stopped as stopped:
-            sys.stderr.write(f"segadapt {verb}: {stopped}\n")
+            if _is_first():
+                sys.stderr.write(f"segadapt {verb}: {stopped}\n")
             sys.exit(128 + stopped.signum)
         except (HydraException, OmegaConfBaseException, RecursionError) as error:
             raise RuntimeError("a run must not raise Hydra's errors") from error  # not the user's mistake
         except (OSError, RuntimeError, SafetensorError) as error:
             if (line := fault_of(error)) is None:
                 raise
-            _refuse(verb, UserError(line))
+            sys.stderr.write(f"segadapt {verb}: {line}\n")  # of this process's device or host: at once
+            sys.exit(2)
 
     try:
         with explained(schema, arguments):

@@ -190,7 +190,7 @@ class TrainSettings(LoopSettings):
         "after the other (experimental); none: one process",
         choices=("none", "ddp", "fsdp", "tp", "2d", "pipeline"),
     )
-    tensor_parallel: int = setting("parallel=2d: processes that share the slices of one shard", low=1)
+    tensor_parallel: int | None = setting("parallel=2d: processes that share the slices of one shard; null: 2", low=1)
     transforms: TransformSettings = setting("from an image of the data set to a batch")
     preview: int = setting("training crops drawn into the run folder before the first step; 0: none", low=0)
     losses: LossesSettings = setting("what is minimised: a weighted sum")

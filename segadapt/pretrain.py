@@ -148,7 +148,7 @@ def _train(
     if state is not None:
         refuse_other_weights(folder, state, weights)
     else:
-        world.of_main(_verify(settings, both, terminal) if world.is_main else None)  # the others wait for it
+        world.by_main(lambda: _verify(settings, both, terminal))  # the others wait for it
     said = {"is_new": is_new, "job_type": "pretrain", "score": ("top1", "top-1")}
     log = open_log(settings, world, terminal, folder, checkpoints.newest, state, stack, **said)
     training = Training(

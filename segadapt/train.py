@@ -222,10 +222,10 @@ def _built(
     segmenter = build(settings, images.dataset.classes, own_device(settings, world), console=terminal.console)
     _refuse_small_images(settings, segmenter)
     segmenter.net.config.loss_reduction = settings.train.losses.reduction  # saved with the weights, told with scores
-    _refuse_single_images(settings, world, segmenter)
     refuse_parts(settings, world, segmenter.net)
     if world.kind == "pipeline":
         refuse_pipeline(settings, world, segmenter.net)
+    _refuse_single_images(settings, world, segmenter)
     weights = {"weights_sha256": {"discriminative": fingerprint(segmenter.net)}}
     if state is None:
         if said := unread_line(settings, segmenter):
@@ -233,7 +233,7 @@ def _built(
         if images.num_shared:
             said = shared_line(settings, images)
             terminal.warnings.print(said, highlight=False, soft_wrap=True, markup=False)
-        class_weights = world.of_main(read_labels(settings, images) if world.is_main else None)
+        class_weights = world.by_main(lambda: read_labels(settings, images))
     else:
         refuse_other_weights(folder, state, weights)
         class_weights = ClassWeights.read(state["origin"]["class_weights"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from segadapt import __main__ as command
 from segadapt.__main__ import VERBS, options_first
 from segadapt.datasets.toytown import CLASSES
 
@@ -189,3 +190,15 @@ def test_output_folder_that_cannot_be_written_is_one_line(tmp_path, segadapt):
     status, _, stderr = segadapt("demo", f"logging.root={tmp_path / 'file'}", "data.limit=1", "data.corruptions=[fog]")
     assert (status, stderr.count("\n")) == (2, 1)
     assert "cannot be written (Not a directory). Choose a folder of your own." in stderr
+
+
+@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [command.FIRST_S])])
+def test_a_refusal_is_left_to_the_first_process_of_torchrun(monkeypatch, capsys, rank, waits):
+    waited = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "argv", ["segadapt", "trian"])
+    monkeypatch.setattr(command.time, "sleep", waited.append)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        command.main()
+    assert waited == waits
+    assert capsys.readouterr().err == "segadapt trian: trian is not a verb. Did you mean train?\n"

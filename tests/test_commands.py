@@ -43,6 +43,10 @@ NOT_RUN = {
     "--local-dir weights/segformer-b5-finetuned-ade-640-640": NO_NETWORK,
     "torchrun --nproc-per-node 4 -m segadapt train data=ade20k data.data_root=/data/ade20k "
     "data.cache=false train.parallel=ddp": PROCESSES,
+    "torchrun --nproc-per-node 2 -m segadapt train data=ade20k data.data_root=/data/ade20k data.cache=false "
+    "train.parallel=pipeline train.accumulate=2": LAYOUTS,
+    "torchrun --nproc-per-node 2 -m segadapt train runtime=cpu data.count=200 train.iters=300 "
+    "train.schedule.warmup_iters=20 train.validate_every=100 train.parallel=ddp experiment.name=two": PROCESSES,
     "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m segadapt train "
     "data=ade20k data.data_root=/data/ade20k logging.root=/shared/outputs experiment.id=b5 train.parallel=2d "
     "train.tensor_parallel=4": LAYOUTS,

@@ -1,6 +1,9 @@
 """Layouts of processes that cannot be are refused in one line; how slices and stages are planned."""
 
+from contextlib import nullcontext
+
 import pytest
+from tiny_networks import TINY
 from torch import nn
 from training_runs import QUIET, training
 
@@ -28,7 +31,10 @@ def segformer() -> nn.Module:
          r"train\.batch_size=3: expected a multiple of 2, 4 processes / 2 on the same images x train\.accumulate=1"),
         (["train.parallel=tp", "train.batch_size=3", "train.accumulate=2"], 2,
          r"train\.batch_size=3: expected a multiple of 2, .* Use 4\."),
-        (["train.parallel=fsdp", "runtime.compile=true"], 2, r"runtime\.compile=true with train\.parallel=fsdp"),
+        (["train.parallel=2d"], 3, r"train\.tensor_parallel=2 with 3 processes"),
+        (["train.parallel=ddp", "train.tensor_parallel=4"], 2, r"train\.tensor_parallel=4 with train\.parallel=ddp: it "
+         r"would have no effect\. Set it to null, or train\.parallel=2d\."),
+        ([], 2, r"train\.parallel=none under torchrun with 2 processes.*ddp, fsdp, tp, 2d or pipeline, or start one"),
     ],
     ids=str,
 )  # fmt: skip
@@ -40,14 +46,22 @@ def test_processes_that_cannot_share_a_batch_are_refused(tmp_path, monkeypatch, 
     assert not any(tmp_path.iterdir())
 
 
+def test_what_torchrun_cannot_help_is_refused_before_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match=r"^runtime\.compile=true with train\.parallel=fsdp[^\n]*$"):
+        train.run(training(tmp_path, "train.parallel=fsdp", "runtime.compile=true"), console=QUIET)
+
+
 @pytest.mark.parametrize(
     ("overrides", "kind", "together", "said"),
     [
-        ([], "tp", 3, r"train\.parallel=tp over slices of 3 processes: expected a divisor of 32"),
+        ([], "tp", 3, r"train\.parallel=tp over slices of 3 processes: expected a divisor of 32, which divides the "
+         r"channels of every Mix-FFN\. Start as many processes as one of 2, 4, 8, 16, 32\."),
+        ([], "2d", 3, r"train\.parallel=2d over .* Set train\.tensor_parallel to one of 2, 4, 8, 16, 32\."),
         (["train/losses=contrast"], "2d", 2, r"train\.losses\.contrast\.weight=0\.1 with train\.parallel=2d"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_slices_that_cannot_be_are_refused(tmp_path, segformer, overrides, kind, together, said):
     with pytest.raises(UserError, match=rf"^{said}[^\n]*$"):
         refuse_parts(training(tmp_path, *overrides), World(kind, size=together, together=together), segformer)
@@ -61,7 +75,7 @@ def test_slices_that_cannot_be_are_refused(tmp_path, segformer, overrides, kind,
         (["train.accumulate=2", "train.transforms.size_mode=max"], 2, r"train\.transforms\.size_mode=max with"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_pipelines_that_cannot_be_are_refused(tmp_path, segformer, overrides, size, said):
     with pytest.raises(UserError, match=rf"^{said}[^\n]*$"):
         refuse_pipeline(training(tmp_path, *overrides), World("pipeline", size=size, together=size), segformer)
@@ -73,6 +87,16 @@ def test_other_networks_than_segformer_are_refused(tmp_path, kind):
     net, world = make_segmenter("segadapt_hrnet", config, 3, seed=0, device="cpu").net, World(kind, size=2, together=2)
     with pytest.raises(UserError, match=rf"^train\.parallel={kind}: segadapt_hrnet .* expected one of segformer, "):
         (refuse_pipeline if kind == "pipeline" else refuse_parts)(training(tmp_path), world, net)
+
+
+def test_a_network_that_no_layout_helps_is_refused_before_its_batches_are(tmp_path, monkeypatch):
+    """Micro-batches of one image, of which DeepLabV3's BatchNorm has no statistics: more of them would not help."""
+    family, batches = "segadapt_deeplabv3", ("train.batch_size=2", "train.accumulate=2")
+    settings = training(tmp_path, f"model.discriminative.family={family}", *batches)
+    settings.model.discriminative.config = TINY[family]
+    monkeypatch.setattr(train, "joined", lambda _: nullcontext(World("pipeline")))
+    with pytest.raises(UserError, match=rf"^train\.parallel=pipeline: {family} is not divided into stages"):
+        train.run(settings, console=QUIET)
 
 
 def test_attention_is_sliced_where_its_heads_divide_and_every_mix_ffn_is(segformer):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_runs import TINY, TINY_SEGFORMER
 
 HERE = Path(__file__).parent
 OWN = ("experiment.id=one", "train.batch_size=4", "train.optimizer.lr=0.01", "train.schedule.decay=constant",
@@ -107,3 +108,21 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     _, said = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "train.batch_size=3: expected a multiple of 2, 2 processes x train.accumulate=1. Use 4." in said
+
+
+def test_what_the_first_process_alone_finds_is_said_once_and_by_no_traceback(tmp_path):
+    """A run folder that is there has another setting."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "segadapt",
+               "train", *TINY, TINY_SEGFORMER, *OWN, f"logging.root={tmp_path}", "train.transforms.crop_px=48",
+               "train.schedule.warmup_iters=0", "train.parallel=ddp"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    said = []
+    for iters in (3, 4):
+        done = subprocess.run([*command, f"train.iters={iters}"], env=environment, capture_output=True, text=True)
+        said.append((done.returncode, done.stderr))
+    (status, _), (refused, line) = said
+    assert status == 0, said
+    assert refused == 1
+    assert line.count("segadapt train: ") == 1
+    assert "train.iters" in line
+    assert line.count("Traceback (") == 1, "that of torchrun alone"

@@ -281,7 +281,10 @@ pretrain.run(pretraining(sys.argv[1], *sys.argv[2:]), console=QUIET)
         spread = [f"train.parallel={kind}"] if processes > 1 else []
         command = [sys.executable, *(torchrun if spread else []), str(tmp_path / "run.py"), str(root), *own, *spread]
         path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, timeout=300)
+        own_env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=own_env, timeout=300, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "Warning" not in done.stderr
         folder = root / "pretrain" / "one"
         found.append((load_file(folder / OFFICIAL), json.loads((folder / "results.json").read_text())))
     (one, its), (two, theirs) = found

@@ -49,7 +49,7 @@ def look(
     One that is there is locked until the stack ends. The first process looks, and the others begin once it is its own.
     The results are of these settings and images; the network that they began with is not built again.
     """
-    folder, is_new, results = world.of_main(_look(settings, origin, stack) if world.is_main else None)
+    folder, is_new, results = world.by_main(lambda: _look(settings, origin, stack))
     if results is not None:
         terminal.console.print(f"{folder.path} is finished; experiment.restart=true would start anew",
                                highlight=False, soft_wrap=True)  # fmt: skip
@@ -72,17 +72,20 @@ def gone_on_from(
 ) -> tuple[Checkpoints, Any]:
     """The run's checkpoints, and the state that it goes on from; None: from the first step.
 
-    UserError: see earlier_state; the first process found a checkpoint that this one does not see.
+    UserError: see earlier_state; the first process found a checkpoint that another does not see.
     """
     every = settings.train.checkpoint_every
     checkpoints = Checkpoints(folder.path, seconds=settings.runtime.checkpoint_seconds, images=every)
     state = None
     if not settings.experiment.restart:
         state = earlier_state(checkpoints, folder, settings, origin, terminal.console, unit="step")
-    if (found := world.of_main(checkpoints.newest)) != checkpoints.newest:
-        raise UserError(f"logging.root: the first process goes on from step {found}, this one from "
-                        f"{checkpoints.newest}; expected one folder that all hosts share. Set logging.root to such a "
-                        "folder.")  # fmt: skip
+    first, *others = world.every(checkpoints.newest)
+    for rank, found in enumerate(others, start=1):
+        if found != first:
+            raise UserError(
+                f"logging.root: the first process goes on from step {first}, process {rank} from {found}; "
+                "expected one folder that all hosts share. Set logging.root to such a folder."
+            )
     return checkpoints, state
 
 
@@ -138,10 +141,10 @@ def open_log(
         job_type: of the W&B run.
         score: see Log.
     """
+    if is_new:
+        world.by_main(lambda: _make_folder(settings, folder, stack))
     if not world.is_main:
         return None
-    if is_new:
-        _make_folder(settings, folder, stack)
     t = settings.train
     folder.start_over(asdict(settings), keep=state is not None)
     terminal.console.print(f"run folder {folder.path}", highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from segadapt.config_pretraining import PretrainConfig
 from segadapt.config_training import TrainConfig, TrainSettings
 from segadapt.errors import UserError
+from segadapt.signals import Stopped
 from segadapt.training.sharded import is_sliced, local
 from segadapt.training.tensor_parallel import refuse_slices, sliced
 
@@ -98,6 +99,19 @@ class World:
             dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
         return held[0]
 
+    def by_main(self, work: Callable[[], Any]) -> Any:
+        """What comes of a work that the first process does alone, for all. UserError: in all, if it raises one."""
+        done, refusal = None, None
+        if self.is_main:
+            try:
+                done = work()
+            except UserError as error:
+                refusal = error
+        done, refusal = self.of_main((done, refusal))
+        if refusal is not None:
+            raise refusal
+        return done
+
     def every(self, value: Any) -> list[Any]:
         """What the processes have, in their order, for all."""
         held = [value] * self.size
@@ -119,19 +133,24 @@ def joined(settings: TrainConfig | PretrainConfig) -> Iterator[World]:
     UserError: settings and torchrun do not say the same, or the batch cannot be divided.
     """
     kind, size = settings.train.parallel, int(os.environ.get("WORLD_SIZE", "1"))
-    if kind == "none" and size > 1:
-        raise UserError(f"train.parallel=none under torchrun with {size} processes: each would train alone. Set "
-                        "train.parallel=ddp or fsdp, or start one process.")  # fmt: skip
-    if kind != "none" and "RANK" not in os.environ:
-        raise UserError(f"train.parallel={kind}, but torchrun has not started this process. Run torchrun "
-                        "--nproc-per-node GPUS -m segadapt ..., or set train.parallel=none.")  # fmt: skip
+    together = size if kind in ("tp", "pipeline") else 1
+    choices = "ddp or fsdp"
+    if isinstance(settings.train, TrainSettings):
+        choices, sharing = "ddp, fsdp, tp, 2d or pipeline", settings.train.tensor_parallel
+        if sharing is not None and kind != "2d":
+            raise UserError(f"train.tensor_parallel={sharing} with train.parallel={kind}: it would have no effect. Set "
+                            "it to null, or train.parallel=2d.")  # fmt: skip
+        if kind == "2d":
+            together = sharing or 2
     if settings.runtime.compile and kind not in ("none", "ddp"):
         raise UserError(f"runtime.compile=true with train.parallel={kind}: a net in parts is not compiled. Set "
                         "runtime.compile=null, or train.parallel=ddp.")  # fmt: skip
-    together = size if kind in ("tp", "pipeline") else 1
-    if kind == "2d":
-        assert isinstance(settings.train, TrainSettings), "pretraining has no such choice"
-        together = settings.train.tensor_parallel
+    if kind == "none" and size > 1:
+        raise UserError(f"train.parallel=none under torchrun with {size} processes: each would train alone. Set "
+                        f"train.parallel to {choices}, or start one process.")  # fmt: skip
+    if kind != "none" and "RANK" not in os.environ:
+        raise UserError(f"train.parallel={kind}, but torchrun has not started this process. Run torchrun "
+                        "--nproc-per-node GPUS -m segadapt ..., or set train.parallel=none.")  # fmt: skip
     _refuse_division(settings, size, together)
     if kind == "none":
         yield World()
@@ -139,20 +158,29 @@ def joined(settings: TrainConfig | PretrainConfig) -> Iterator[World]:
     is_on_gpu = settings.runtime.device != "cpu" and torch.cuda.is_available()
     local_rank = int(os.environ["LOCAL_RANK"])
     if is_on_gpu:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"torchrun --nproc-per-node: process {local_rank} of this host, but "
-                            f"{torch.cuda.device_count()} GPUs are visible. Start one process for each.")  # fmt: skip
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)), torch.cuda.device_count()
+        if here > gpus:  # in all processes of the host, so that the first one says it
+            raise UserError(f"torchrun --nproc-per-node={here}, but {gpus} GPUs are visible on this host. Start one "
+                            "process for each.")  # fmt: skip
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if is_on_gpu else "gloo", timeout=PATIENCE)
+    sizes = {"fsdp": {"dp": size}, "tp": {"tp": size}, "2d": {"dp": size // together, "tp": together}}.get(kind)
+    mesh = None
+    if sizes is not None:
+        mesh = init_device_mesh("cuda" if is_on_gpu else "cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    world = World(kind, int(os.environ["RANK"]), size, local_rank, together, mesh)
+    stays_joined = False
     try:
-        sizes = {"fsdp": {"dp": size}, "tp": {"tp": size}, "2d": {"dp": size // together, "tp": together}}.get(kind)
-        mesh = None
-        if sizes is not None:
-            device = "cuda" if is_on_gpu else "cpu"
-            mesh = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        yield World(kind, int(os.environ["RANK"]), size, local_rank, together, mesh)
+        yield world
+    except UserError:
+        stays_joined = not world.is_main  # else the first may fail at its end before this one has said why
+        raise
+    except Stopped:
+        world.of_main(None)  # torchrun ends the first, which alone says it, when another has ended
+        raise
     finally:
-        dist.destroy_process_group()
+        if not stays_joined:
+            dist.destroy_process_group()
 
 
 def _refuse_division(settings: TrainConfig | PretrainConfig, size: int, together: int) -> None:
@@ -213,6 +241,8 @@ def spread(module: nn.Module, net: nn.Module, world: World) -> nn.Module:
     if world.mesh is not None and "tp" in dimensions:
         sliced(net, world.mesh["tp"])
     if world.mesh is not None and "dp" in dimensions:
+        # a map of one pixel is a view, and nobody writes into it
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         mesh, names = world.mesh["dp"], set(getattr(net, "_no_split_modules", None) or ())
         for block in [block for block in net.modules() if type(block).__name__ in names]:
             fully_shard(block, mesh=mesh)

@@ -46,9 +46,10 @@ def refuse_slices(net: Any, kind: str, size: int) -> None:
                         "Set train.parallel=ddp or fsdp.")  # fmt: skip
     most = gcd(*(mlp.fc1.out_features for _, _, mlp in _blocks(net)))
     if most % size:
+        divisors = ", ".join(str(number) for number in range(2, most + 1) if most % number == 0)
+        cure = "Set train.tensor_parallel to one" if kind == "2d" else "Start as many processes as one"
         raise UserError(f"train.parallel={kind} over slices of {size} processes: expected a divisor of {most}, which "
-                        "divides the channels of every Mix-FFN. Start as many, or set train.tensor_parallel to "
-                        "one.")  # fmt: skip
+                        f"divides the channels of every Mix-FFN. {cure} of {divisors}.")  # fmt: skip
 
 
 def _blocks(net: Any) -> list[tuple[str, Any, Any]]:
