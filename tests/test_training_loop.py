@@ -298,7 +298,7 @@ def test_patience_goes_on_counting_after_an_interruption(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["train.patience=1"], r"train\.patience=1, but there are 1 validations"),
+        (["train.patience=1"], r"train\.patience=1, but there is 1 validation "),
         (["train.patience=5", "train.validate_every=1"], r"train\.patience=5, but there are 6 validations"),
         (["train.transforms.crop_px=28"], r"train\.transforms\.crop_px: images of 28 px .* segformer; expected 29 px"),
         (["train.transforms.crop_width_px=16"], r"train\.transforms\.crop_width_px: images of 16 px are too small"),
@@ -307,7 +307,7 @@ def test_patience_goes_on_counting_after_an_interruption(tmp_path, monkeypatch):
             r"data\.short_side_px: images of 16 px are too small for segformer; expected 29 px",
         ),
         (["train.checkpoint_every=6"], r"train\.checkpoint_every=6 with train\.iters=6: it would have no effect"),
-        (["train.accumulate=4"], r"train\.batch_size=2: expected a multiple of 4, 1 processes x train\.accumulate=4"),
+        (["train.accumulate=4"], r"train\.batch_size=2: expected a multiple of 4, 1 process x train\.accumulate=4"),
         (["train.parallel=ddp"], r"train\.parallel=ddp, but torchrun has not started this process"),
     ],
     ids=str,

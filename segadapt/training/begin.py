@@ -11,7 +11,7 @@ from segadapt import __version__
 from segadapt.checkpoint import Checkpoints
 from segadapt.config_pretraining import PretrainConfig
 from segadapt.config_training import TrainConfig
-from segadapt.errors import UserError
+from segadapt.errors import UserError, counted
 from segadapt.models.set_up import set_up
 from segadapt.record import RunFolder, refuse_changes
 from segadapt.resume import ANEW, earlier_state, finished_results
@@ -29,9 +29,10 @@ def check_loop(settings: TrainConfig | PretrainConfig) -> None:
     check_schedule(t.schedule, iters=t.iters)
     validations = -(-t.iters // t.validate_every)
     if t.patience and t.patience >= validations - 1:
-        raise UserError(f"train.patience={t.patience}, but there are {validations} validations (train.iters={t.iters}, "
-                        f"train.validate_every={t.validate_every}): only the last could end the training. Validate "
-                        "more often, or set train.patience=0.")  # fmt: skip
+        there = f"there {'is' if validations == 1 else 'are'} {counted(validations, 'validation')}"
+        raise UserError(f"train.patience={t.patience}, but {there} (train.iters={t.iters}, train.validate_every="
+                        f"{t.validate_every}): only the last could end the training. Validate more often, or set "
+                        "train.patience=0.")  # fmt: skip
     lowest = t.optimizer.lr * min(1, t.optimizer.head_lr_factor)
     if t.schedule.decay in ("poly", "cosine") and t.schedule.min_lr > lowest:
         raise UserError(f"train.schedule.min_lr={t.schedule.min_lr} is above {lowest:g}, where a rate starts: it would "

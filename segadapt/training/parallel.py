@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from segadapt.config_pretraining import PretrainConfig
 from segadapt.config_training import TrainConfig, TrainSettings
-from segadapt.errors import UserError
+from segadapt.errors import UserError, counted
 from segadapt.signals import Stopped
 from segadapt.training.sharded import is_sliced, local
 from segadapt.training.tensor_parallel import refuse_slices, sliced
@@ -192,7 +192,7 @@ def _refuse_division(settings: TrainConfig | PretrainConfig, size: int, together
     parts = size // together
     whole = parts * t.accumulate
     if t.batch_size % whole:
-        who = f"{size} processes" if together == 1 else f"{size} processes / {together} on the same images"
+        who = counted(size, "process", "processes") + ("" if together == 1 else f" / {together} on the same images")
         raise UserError(f"train.batch_size={t.batch_size}: expected a multiple of {whole}, {who} x train.accumulate="
                         f"{t.accumulate}. Use {-(-t.batch_size // whole) * whole}.")  # fmt: skip
 
