@@ -65,9 +65,6 @@ class Agreement:
 
 
 def at_the_end(world: World, asked: Asked) -> signal.Signals | None:
-    """The signal that has come to a process of a training; all wait here for the first one, which saves.
-
-    Who ended before on a signal would have torchrun end the others, the first in the middle of its files.
-    """
+    """The signal that has come to a process of a training; all wait here for the first one, which saves."""
     signum = int(world.largest(np.array([asked.signum or 0]))[0])
     return signal.Signals(signum) if signum else None

@@ -15,6 +15,7 @@ from segadapt.datasets.decode import read_image
 from segadapt.datasets.image_folder import ImageFolder
 from segadapt.errors import UserError
 from segadapt.seeds import numpy_generator
+from segadapt.training.order import Permutations
 from segadapt.training.pretrain_transforms import centred, draw_shares, soft_targets, transform
 
 
@@ -56,18 +57,14 @@ class TrainingImages(torch.utils.data.Dataset):
     def __init__(self, settings: PretrainConfig, folder: ImageFolder, *, count: int):
         self.folder, self.count, self.transforms = folder, count, settings.train.transforms
         self.seed, self.max_pixels = settings.experiment.seed, settings.data.max_pixels
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._permutations = Permutations(len(folder.keys), seed=self.seed)
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, item: int) -> ClassifiedImage | UserError:
         """A UserError is given back and not raised: torch would wrap it in a worker's traceback."""
-        epoch, place = divmod(item, len(self.folder.keys))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = numpy_generator(self.seed, "epoch", epoch).permutation(len(self.folder.keys))
-        key = self.folder.keys[int(self._order[place])]
+        key = self.folder.keys[self._permutations.at(item)]
         try:
             image_HW3 = read_image(self.folder.path / key, max_pixels=self.max_pixels)
         except UserError as error:

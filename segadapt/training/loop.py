@@ -220,7 +220,6 @@ class Training:
             if self._is_over:
                 return
             if signum:
-                self.world.of_main(None)  # which still writes: see at_the_end
                 name = signal.Signals(signum).name
                 said = f"{name} after step {step} of {t.iters}; the same command goes on from there"
                 raise Stopped(signal.Signals(signum), said)

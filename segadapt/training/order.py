@@ -11,27 +11,38 @@ from segadapt.seeds import numpy_generator
 from segadapt.stream import ahead
 
 
+class Permutations:
+    """Endless: one permutation of 0 .. count - 1 an epoch, from (seed, epoch) alone. The last one is kept."""
+
+    def __init__(self, count: int, *, seed: int):
+        self._count, self._seed = count, seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def at(self, index: int) -> int:
+        """Item `index`, from 0."""
+        epoch, place = divmod(index, self._count)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, numpy_generator(self._seed, "epoch", epoch).permutation(self._count)
+        return int(self._order[place])
+
+
 class Order:
-    """Item i to a key: one permutation of the images an epoch, from (seed, epoch); or any class, and an image with it.
+    """Item i to a key: of endless permutations of the images; or any class, and an image with it.
 
     Args:
         places: see places_of_classes; None: not balanced.
     """
 
     def __init__(self, dataset: Dataset, *, seed: int, places: Mapping[int, np.ndarray] | None):
-        self.keys, self.seed, self.places = dataset.keys(Task(0)), seed, places
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self.keys, self.places = dataset.keys(Task(0)), places
+        self._permutations = Permutations(len(self.keys), seed=seed)
 
     def choose(self, index: int, rng: np.random.Generator) -> tuple[str, int | None]:
         """Key of item `index`, and the class that its crop has to show; None: any place. rng: the item's own."""
         if self.places is not None:
             shows = list(self.places)[rng.integers(len(self.places))]
             return self.keys[int(rng.choice(self.places[shows]))], shows
-        epoch, place = divmod(index, len(self.keys))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = numpy_generator(self.seed, "epoch", epoch).permutation(len(self.keys))
-        return self.keys[int(self._order[place])], None
+        return self.keys[self._permutations.at(index)], None
 
 
 def places_of_classes(dataset: Dataset, *, workers: int) -> dict[int, np.ndarray]:

@@ -176,7 +176,7 @@ def joined(settings: TrainConfig | PretrainConfig) -> Iterator[World]:
         stays_joined = not world.is_main  # else the first may fail at its end before this one has said why
         raise
     except Stopped:
-        world.of_main(None)  # torchrun ends the first, which alone says it, when another has ended
+        world.of_main(None)  # torchrun ends the first, which writes and alone says it, when another has ended
         raise
     finally:
         if not stays_joined:

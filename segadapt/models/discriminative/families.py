@@ -6,7 +6,7 @@
 import operator
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -134,6 +134,22 @@ def unread_norm(config: Any, encoder: str) -> tuple[str, ...]:
 # of the encoders of transformers that give maps: a norm for each of these, and of a ConvNeXt no last one
 MAP_FAULTS = r"hidden_states_norms\..* is missing|(convnext\.)?layernorm\.(weight|bias) is unexpected"
 
+UPERNET = Family(
+    UperNetConfig,
+    upernet.SemanticUperNet,
+    ("decode_head", "auxiliary_head"),
+    pyramid_tops,
+    upernet.outputs,
+    "backbone",
+    lambda _: upernet.encoder_names,
+    bare_faults=upernet.OF_BARE_ENCODERS,
+    frozen=upernet.frozen,
+    has_auxiliary=upernet.has_auxiliary,
+    pools_images=upernet.pools_images,
+    least_px=pyramid_least_px,
+    auxiliary_head="auxiliary_head",
+)
+
 FAMILIES: dict[str, Family] = {
     "segformer": Family(
         SegformerConfig,
@@ -176,36 +192,9 @@ FAMILIES: dict[str, Family] = {
         has_queries=True,
         least_px=pyramid_least_px,
     ),
-    "upernet": Family(
-        UperNetConfig,
-        upernet.SemanticUperNet,
-        ("decode_head", "auxiliary_head"),
-        pyramid_tops,
-        upernet.outputs,
-        "backbone",
-        lambda _: upernet.encoder_names,
-        bare_faults=upernet.OF_BARE_ENCODERS,
-        frozen=upernet.frozen,
-        has_auxiliary=upernet.has_auxiliary,
-        pools_images=upernet.pools_images,
-        least_px=pyramid_least_px,
-        auxiliary_head="auxiliary_head",
-    ),
-    "segadapt_knet": Family(
-        knet.KnetConfig,
-        knet.Knet,
-        knet.HEADS,
-        pyramid_tops,
-        knet.outputs,
-        "backbone",
-        lambda _: upernet.encoder_names,
-        bare_faults=upernet.OF_BARE_ENCODERS,
-        frozen=upernet.frozen,
-        has_auxiliary=upernet.has_auxiliary,
-        pools_images=upernet.pools_images,
-        least_px=pyramid_least_px,
-        has_stages=True,
-        auxiliary_head="auxiliary_head",
+    "upernet": UPERNET,
+    "segadapt_knet": replace(
+        UPERNET, config=knet.KnetConfig, net=knet.Knet, heads=knet.HEADS, outputs=knet.outputs, has_stages=True
     ),
     "segadapt_deeplabv3": Family(
         DeepLabV3Config,
