@@ -33,7 +33,12 @@ def begin(root: Path, *overrides: str, processes: int, batch_norm_learns: bool =
 
 
 def finish(process: subprocess.Popen) -> int:
-    _, said = process.communicate(timeout=300)
+    try:
+        _, said = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its processes
+        process.communicate(timeout=60)
+        raise
     print(said[-3000:])
     return process.returncode
 
@@ -101,6 +106,35 @@ def test_a_signal_to_one_process_alone_stops_both_once_the_checkpoint_is_whole(t
     monkeypatch.setenv("STOP_AT", "0")
     assert finish(begin(tmp_path, *own, processes=2)) == 0
     assert left_by(tmp_path)[1]["steps"] == 12
+
+
+def test_ddp_that_a_traceback_holds_ends_after_the_processes_have_parted(tmp_path):
+    """Torch's own order of things hangs for ever in the first few times, see `joined`."""
+    script = """
+import sys, torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from segadapt.signals import Stopped
+from segadapt.training.parallel import joined
+from training_runs import training
+
+def stop():
+    with joined(training(sys.argv[1], "train.parallel=ddp")):
+        net = DistributedDataParallel(torch.nn.Linear(2, 2))
+        dist.broadcast(torch.zeros(3), src=0)
+        raise Stopped(15, "")
+
+sys.setswitchinterval(5)
+for _ in range(30):
+    try:
+        stop()
+    except Stopped:
+        pass
+assert not dist.is_initialized()
+"""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0",
+             "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}  # fmt: skip
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=os.environ | alone, timeout=120, check=True)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):

@@ -31,6 +31,7 @@ from segadapt.training.sharded import is_sliced, local
 from segadapt.training.tensor_parallel import refuse_slices, sliced
 
 PATIENCE = timedelta(hours=2)  # with the first process, which alone looks at all files
+_kept: dict[str, Any] = {}  # "group": of the newest `joined`, so that DDP is never the last to hold it
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,9 @@ class World:
 def joined(settings: TrainConfig | PretrainConfig) -> Iterator[World]:
     """The processes that torchrun has started, at work together inside.
 
+    Their group outlives this. A traceback may hold DDP longer, and if DDP freed the group it would wait for gloo's
+    threads with the GIL held, and they for the GIL, to free what was sent last: for ever.
+
     UserError: settings and torchrun do not say the same, or the batch cannot be divided.
     """
     kind, size = settings.train.parallel, int(os.environ.get("WORLD_SIZE", "1"))
@@ -164,6 +168,7 @@ def joined(settings: TrainConfig | PretrainConfig) -> Iterator[World]:
                             "process for each.")  # fmt: skip
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if is_on_gpu else "gloo", timeout=PATIENCE)
+    _kept["group"] = dist.group.WORLD
     sizes = {"fsdp": {"dp": size}, "tp": {"tp": size}, "2d": {"dp": size // together, "tp": together}}.get(kind)
     mesh = None
     if sizes is not None:
