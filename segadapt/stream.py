@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -112,6 +112,31 @@ def ahead(function: Callable[[Item], Result], items: Sequence[Item], *, workers:
     )
 
 
+class Samples(Protocol):
+    """A map-style data set of items that `collate` puts together to a batch. Items may raise UserErrors."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, item: int, /) -> Any: ...
+
+    def collate(self, _: Any, /) -> Any:
+        """A batch of what `__getitem__` gave."""
+        ...
+
+
+def batches(samples: Samples, stretches: Sequence[range], *, workers: int, is_pinned: bool = False) -> Iterator[Any]:
+    """The stretches of items as batches, in order, read by `workers` processes. UserError: an item's first one."""
+    return raising(
+        Loader(
+            _Results(samples.__getitem__, range(len(samples))),
+            batch_sampler=stretches,
+            workers=workers,
+            collate_fn=partial(_first_error_or, samples.collate),
+            pin_memory=is_pinned,
+        )
+    )
+
+
 class Loader(DataLoader):
     """torch's, with as many processes as data.workers says, each of one thread.
 
@@ -157,8 +182,13 @@ class _Results(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Any:
         try:
             return self.function(self.items[index])
-        except UserError as error:  # raised again by `ahead`: torch would wrap it in a worker's traceback
+        except UserError as error:  # to be raised again, see `raising`
             return error
+
+
+def _first_error_or(collate: Callable[[Sequence[Any]], Any], results: Sequence[Any]) -> Any:
+    error = next((result for result in results if isinstance(result, UserError)), None)
+    return collate(results) if error is None else error
 
 
 def _as_it_is(result: Any) -> Any:

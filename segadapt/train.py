@@ -13,7 +13,7 @@ from rich.console import Console
 from segadapt import __version__
 from segadapt.config_training import TrainConfig
 from segadapt.errors import UserError, counted
-from segadapt.losses import ClassWeights, Objective, check_losses, losses_on
+from segadapt.losses import ClassWeights, Objective, check_losses, losses_on, reduction_of
 from segadapt.models.build import build_segmenter, refuse_unexpected_weights
 from segadapt.models.discriminative.backbone import start_from
 from segadapt.models.discriminative.load import make_segmenter
@@ -189,7 +189,7 @@ def _train(
         **times.state_dict(),
         "validation": {name: kept[name] for name in ("miou", "macc", "aacc")},
         "rule": rule_of(settings),
-        "loss_reduction": t.losses.reduction,
+        "loss_reduction": reduction_of(t.losses),
         "validated_on": {"split": t.validation_split, "images": len(images.entries), "trained_on": images.num_shared},
         "kept": {"rule": t.keep, "step": kept["step"], "chosen_on": "nothing" if t.keep == "last" else chosen_on},
         "last": without(training.last, ["iou"]),
@@ -221,7 +221,7 @@ def _built(
     """
     segmenter = build(settings, images.dataset.classes, own_device(settings, world), console=terminal.console)
     _refuse_small_images(settings, segmenter)
-    segmenter.net.config.loss_reduction = settings.train.losses.reduction  # saved with the weights, told with scores
+    segmenter.net.config.loss_reduction = reduction_of(settings.train.losses)  # saved; told with scores
     refuse_parts(settings, world, segmenter.net)
     if world.kind == "pipeline":
         refuse_pipeline(settings, world, segmenter.net)

@@ -10,6 +10,7 @@ from tiny_networks import MASK2FORMER, SWIN, TINY
 
 from segadapt import train
 from segadapt.config_training import TrainConfig
+from segadapt.errors import UserError
 from segadapt.models.discriminative.families import FAMILIES
 from segadapt.models.discriminative.load import make_segmenter
 from segadapt.models.discriminative.segmenter import NetSegmenter
@@ -49,5 +50,10 @@ def test_the_least_side_of_a_family_passes_and_one_px_less_does_not(family, conf
     segmenter = make_segmenter(family, config, 3)
     least_px = segmenter.family.least_px(segmenter.net.config)
     assert segmenter.logits(torch.zeros(1, 3, least_px, 64)).shape[:2] == (1, 3)
+    less_13HW = torch.zeros(1, 3, least_px - 1, 64)
     with pytest.raises(RuntimeError, match="Kernel size"):
-        segmenter.logits(torch.zeros(1, 3, least_px - 1, 64))
+        segmenter.net(pixel_values=less_13HW)
+    said = rf"an image of {least_px - 1} x 64 px is too small for {family}; expected {least_px} px or more"
+    for ask in (segmenter.logits, segmenter.outputs):
+        with pytest.raises(UserError, match=said):
+            ask(less_13HW)

@@ -273,8 +273,9 @@ def test_a_training_that_was_cut_goes_on_to_the_same_bits_and_is_read(tmp_path, 
     (line,) = [line for line in lines_of(one) if "terms" in line]
     assert set(line["terms"]) == {"masks_class", "masks_bce", "masks_dice"}
     assert line["loss"] == pytest.approx(sum(line["weights"][name] * line["terms"][name] for name in line["terms"]))
-    classes = json.loads(Path(one, "results.json").read_text())["per_class"]
-    saved = load_segmenter(str(Path(one, "model")), num_classes=len(classes), device="cpu")
+    results = json.loads(Path(one, "results.json").read_text())
+    saved = load_segmenter(str(Path(one, "model")), num_classes=len(results["per_class"]), device="cpu")
+    assert (results["loss_reduction"], saved.net.config.loss_reduction) == ("none", "none")
     assert torch.equal(saved.net.class_predictor.weight, states[0]["class_predictor.weight"])
 
 

@@ -18,9 +18,9 @@ from segadapt.config_training import TrainConfig
 from segadapt.datasets import Dataset, Sample, Task
 from segadapt.datasets.toytown import ToyTown
 from segadapt.errors import UserError
+from segadapt.stream import batches
 from segadapt.training.preparation import labelled_split
-from segadapt.training.samples import TrainingSamples, batches, build_samples
-from segadapt.training.sizes import TrainingCrop
+from segadapt.training.samples import TrainingSamples, build_samples
 
 SMALL = ("data.short_side_px=64", "train.transforms.crop_px=48", "train.batch_size=2", "data.workers=0")
 MIXED = (*SMALL, "train/transforms/broad=wide", "train.transforms.photometric=true",
@@ -46,12 +46,6 @@ def read_all(samples: TrainingSamples, size: int, *, workers: int = 0, first: in
     return [batch.to("cpu") for batch in batches(samples, stretches, workers=workers)]
 
 
-def crop_of(samples: TrainingSamples, index: int) -> TrainingCrop:
-    crop = samples[index]
-    assert isinstance(crop, TrainingCrop)
-    return crop
-
-
 def assert_equal_batches(one, other) -> None:
     one, other = list(one), list(other)
     assert len(one) == len(other) > 0
@@ -61,12 +55,12 @@ def assert_equal_batches(one, other) -> None:
 
 
 def test_an_item_depends_on_seed_and_place_alone():
-    forwards = [crop_of(samples_of(), index) for index in range(7)]
+    forwards = [samples_of()[index] for index in range(7)]
     stream = samples_of()
     for index in reversed(range(7)):
-        assert np.array_equal(crop_of(stream, index).image_hw3, forwards[index].image_hw3)
-        assert np.array_equal(crop_of(stream, index).label_hw, forwards[index].label_hw)
-    other = crop_of(samples_of(*MIXED, "experiment.seed=1"), 0)
+        assert np.array_equal(stream[index].image_hw3, forwards[index].image_hw3)
+        assert np.array_equal(stream[index].label_hw, forwards[index].label_hw)
+    other = samples_of(*MIXED, "experiment.seed=1")[0]
     assert not np.array_equal(other.image_hw3, forwards[0].image_hw3)
     assert len({crop.image_hw3.tobytes() for crop in forwards}) == 7
 
@@ -102,7 +96,7 @@ def test_every_image_comes_once_an_epoch_in_an_order_that_changes():
 
     samples = samples_of(*SMALL, dataset=Noted(split="training", count=5), count=20)
     for index in range(20):
-        crop_of(samples, index)
+        samples[index]
     epochs = [drawn[start : start + 5] for start in range(0, 20, 5)]
     assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
@@ -132,7 +126,7 @@ def test_balanced_samples_show_every_class_as_often(ratio):
     shown = {}
     for balanced in ("true", "false"):
         samples = samples_of(*overrides, f"train.transforms.balanced={balanced}", dataset=Signs(), count=300)
-        labels = [crop_of(samples, index).label_hw for index in range(300)]
+        labels = [samples[index].label_hw for index in range(300)]
         shown[balanced] = Counter(int(index) for label_hw in labels for index in np.unique(label_hw))
     assert shown["true"][2] == pytest.approx(100, abs=32)  # nothing but its own draw shows it, and then always
     assert shown["true"][1] >= 70

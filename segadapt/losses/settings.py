@@ -55,6 +55,11 @@ def losses_on(losses: LossesSettings) -> list[str]:
     return [name for name in (*LOSSES, "auxiliary", "stages", "masks", "contrast") if getattr(losses, name).weight]
 
 
+def reduction_of(losses: LossesSettings) -> str:
+    """`reduction`, or "none" where no loss that is on reads it."""
+    return losses.reduction if set(REDUCED) & set(losses_on(losses)) else "none"
+
+
 def check_losses(losses: LossesSettings, *, iters: int) -> None:
     """UserError: a setting that nothing would read, a term that would never count, or two that contradict.
 

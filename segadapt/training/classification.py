@@ -17,9 +17,9 @@ from segadapt.losses.objective import Terms
 from segadapt.models.discriminative.load import config_of
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.precision import autocast
+from segadapt.stream import batches
 from segadapt.training.classified_images import ValidationImages
 from segadapt.training.parallel import World
-from segadapt.training.samples import batches
 
 FAMILY = "segformer"
 MOST = 5  # classes of top-5 accuracy

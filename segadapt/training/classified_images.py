@@ -13,7 +13,6 @@ from torch import Tensor
 from segadapt.config_pretraining import PretrainConfig
 from segadapt.datasets.decode import read_image
 from segadapt.datasets.image_folder import ImageFolder
-from segadapt.errors import UserError
 from segadapt.seeds import numpy_generator
 from segadapt.training.order import Permutations
 from segadapt.training.pretrain_transforms import centred, draw_shares, soft_targets, transform
@@ -48,7 +47,7 @@ class LabelledBatch(NamedTuple):
     label_B: Tensor  # int64
 
 
-class TrainingImages(torch.utils.data.Dataset):
+class TrainingImages:
     """The first `count` items of an endless stream of permutations; item i depends on (seed, i) alone.
 
     What a micro-batch draws, how it is mixed, depends on (seed, its first item); its pairs are neighbours in it.
@@ -62,30 +61,24 @@ class TrainingImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, item: int) -> ClassifiedImage | UserError:
-        """A UserError is given back and not raised: torch would wrap it in a worker's traceback."""
+    def __getitem__(self, item: int) -> ClassifiedImage:
+        """UserError: a file that cannot be read."""
         key = self.folder.keys[self._permutations.at(item)]
-        try:
-            image_HW3 = read_image(self.folder.path / key, max_pixels=self.max_pixels)
-        except UserError as error:
-            return error
+        image_HW3 = read_image(self.folder.path / key, max_pixels=self.max_pixels)
         image_ss3 = transform(image_HW3, numpy_generator(self.seed, "crop", item), self.transforms)
         return ClassifiedImage(item, image_ss3, self.folder.label_of(key))
 
-    def collate(self, images: Sequence[ClassifiedImage | UserError]) -> MixedBatch | UserError:
-        """A micro-batch; or the first error."""
-        whole = [image for image in images if isinstance(image, ClassifiedImage)]
-        if len(whole) < len(images):
-            return next(image for image in images if isinstance(image, UserError))
+    def collate(self, images: Sequence[ClassifiedImage]) -> MixedBatch:
+        """A micro-batch."""
         t = self.transforms
-        own_ss = draw_shares(numpy_generator(self.seed, "mixing", whole[0].item), t.image_px, t)
-        label_B = np.array([image.label for image in whole])
+        own_ss = draw_shares(numpy_generator(self.seed, "mixing", images[0].item), t.image_px, t)
+        label_B = np.array([image.label for image in images])
         num_classes = len(self.folder.classes)
         target_BC = soft_targets(label_B, own_ss, num_classes=num_classes, smoothing=t.label_smoothing)
-        return MixedBatch(_stacked(whole), torch.from_numpy(target_BC), torch.from_numpy(own_ss))
+        return MixedBatch(_stacked(images), torch.from_numpy(target_BC), torch.from_numpy(own_ss))
 
 
-class ValidationImages(torch.utils.data.Dataset):
+class ValidationImages:
     """Each image of a folder once, its centre alone."""
 
     def __init__(self, settings: PretrainConfig, folder: ImageFolder):
@@ -94,21 +87,15 @@ class ValidationImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.folder.keys)
 
-    def __getitem__(self, item: int) -> ClassifiedImage | UserError:
+    def __getitem__(self, item: int) -> ClassifiedImage:
         """See TrainingImages."""
         key = self.folder.keys[item]
-        try:
-            image_HW3 = read_image(self.folder.path / key, max_pixels=self.max_pixels)
-        except UserError as error:
-            return error
+        image_HW3 = read_image(self.folder.path / key, max_pixels=self.max_pixels)
         return ClassifiedImage(item, centred(image_HW3, self.transforms), self.folder.label_of(key))
 
-    def collate(self, images: Sequence[ClassifiedImage | UserError]) -> LabelledBatch | UserError:
-        """A batch; or the first error."""
-        whole = [image for image in images if isinstance(image, ClassifiedImage)]
-        if len(whole) < len(images):
-            return next(image for image in images if isinstance(image, UserError))
-        return LabelledBatch(_stacked(whole), torch.tensor([image.label for image in whole]))
+    def collate(self, images: Sequence[ClassifiedImage]) -> LabelledBatch:
+        """A batch."""
+        return LabelledBatch(_stacked(images), torch.tensor([image.label for image in images]))
 
 
 def _stacked(images: Sequence[ClassifiedImage]) -> Tensor:

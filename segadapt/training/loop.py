@@ -24,6 +24,7 @@ from segadapt.config_training import TrainConfig
 from segadapt.errors import UserError
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.signals import Asked, Stopped
+from segadapt.stream import Samples, batches
 from segadapt.training import shards
 from segadapt.training.agreement import Agreement
 from segadapt.training.learner import AllLayers, Losses
@@ -31,7 +32,6 @@ from segadapt.training.log import LOG_EVERY, Log
 from segadapt.training.optimizer import build_optimizer, set_rates
 from segadapt.training.parallel import World, agree, clip
 from segadapt.training.pipeline import Pipeline
-from segadapt.training.samples import Samples, batches
 from segadapt.training.state import TrainingState
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from segadapt.pictures import overlay, write_panels
-from segadapt.training.samples import TrainingSamples, batches
+from segadapt.stream import batches
+from segadapt.training.samples import TrainingSamples
 
 
 def write_preview(folder: Path, samples: TrainingSamples, *, count: int) -> None:
     """{folder}/00000.png ...: `count` crops in the order of training, with their padding; right under their labels.
 
-    UserError: see samples.batches.
+    UserError: see stream.batches.
     """
     dataset = samples.dataset
     stretches = [range(item, item + samples.batch_size) for item in range(0, count, samples.batch_size)]

@@ -3,38 +3,23 @@
 B images of a batch   H W px of a batch   h w crop px   3 RGB
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, cast
-
-import torch
+from collections.abc import Sequence
+from typing import Any
 
 from segadapt.config_training import TrainConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.errors import UserError
 from segadapt.seeds import numpy_generator
-from segadapt.stream import Loader, raising
 from segadapt.training import sizes
 from segadapt.training.order import Order, places_of_classes
 from segadapt.training.sizes import Batch, TrainingCrop
 from segadapt.training.transforms import transform
 
 
-class Samples(Protocol):
-    """A map-style data set of items that `collate` puts together to a batch; errors are values of both."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, item: int) -> Any: ...
-
-    def collate(self, _: Any, /) -> Any:
-        """A batch of what `__getitem__` gave; or the first error."""
-        ...
-
-
-class TrainingSamples(torch.utils.data.Dataset):
+class TrainingSamples:
     """The first `count` items of an endless stream; item i depends on (seed, i) alone, whatever the workers.
 
-    A loader needs `collate`; `batches` gives what it loads. What a whole batch draws (size_mode=multi) depends on
+    What a whole batch draws (size_mode=multi) depends on
     (seed, i // train.batch_size) of its first item i alone, so that parts of one optimizer step have one size.
     """
 
@@ -46,27 +31,20 @@ class TrainingSamples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, item: int) -> TrainingCrop | UserError:
-        """A UserError is given back and not raised: torch would wrap it in a worker's traceback."""
+    def __getitem__(self, item: int) -> TrainingCrop:
+        """UserError: a file that cannot be read."""
         rng = numpy_generator(self.seed, "crop", item)
         key, shows = self.order.choose(item, rng)
-        try:
-            sample = self.dataset.load(Task(0), key)
-        except UserError as error:
-            return error
+        sample = self.dataset.load(Task(0), key)
         assert sample.label_HW is not None, "training needs labels; the verbs check it first"
         image_hw3, label_hw = transform(
             sample.image_HW3, sample.label_HW, rng, self.transforms, short_side_px=self.short_side_px, shows=shows
         )
         return TrainingCrop(item, image_hw3, label_hw)
 
-    def collate(self, crops: Sequence[TrainingCrop | UserError]) -> Batch | UserError:
-        """All of one size; or the first error."""
-        for crop in crops:
-            if isinstance(crop, UserError):
-                return crop
-        whole = [crop for crop in crops if isinstance(crop, TrainingCrop)]
-        return sizes.collate(whole, self.transforms, seed=self.seed, batch=whole[0].item // self.batch_size)
+    def collate(self, crops: Sequence[TrainingCrop]) -> Batch:
+        """All of one size."""
+        return sizes.collate(crops, self.transforms, seed=self.seed, batch=crops[0].item // self.batch_size)
 
 
 def build_samples(settings: TrainConfig, dataset: Dataset, *, count: int) -> TrainingSamples:
@@ -81,22 +59,6 @@ def build_samples(settings: TrainConfig, dataset: Dataset, *, count: int) -> Tra
     balanced, seed = settings.train.transforms.balanced, settings.experiment.seed
     places = places_of_classes(dataset, workers=settings.data.workers) if balanced else None
     return TrainingSamples(settings, dataset, Order(dataset, seed=seed, places=places), count=count)
-
-
-def batches(samples: Samples, stretches: Sequence[range], *, workers: int, is_pinned: bool = False) -> Iterator[Any]:
-    """The stretches of items as batches, in order, read by `workers` processes.
-
-    UserError: a broken file, as it was raised.
-    """
-    return raising(
-        Loader(
-            cast(torch.utils.data.Dataset, samples),
-            batch_sampler=stretches,
-            workers=workers,
-            collate_fn=samples.collate,
-            pin_memory=is_pinned,
-        )
-    )
 
 
 def check_transforms(settings: TrainConfig) -> None:

@@ -32,6 +32,7 @@ class NetSegmenter:
         if channel_order is not None:
             net.config.channel_order = channel_order
         self.net, self.family = net, FAMILIES[net.config.model_type]
+        self._least_px = self.family.least_px(net.config)
         self.short_side_px: int | None = None  # of its own input; None: as loaded
         mean = _of_colours(net, "image_mean", IMAGENET_MEAN)
         std = _of_colours(net, "image_std", IMAGENET_STD)
@@ -65,7 +66,12 @@ class NetSegmenter:
         return self
 
     def normalised(self, image_B3HW: Tensor) -> Tensor:
-        """What the net takes, of an image in 0..1."""
+        """What the net takes, of an image in 0..1. UserError: its convolutions do not take one as small."""
+        height, width = image_B3HW.shape[-2:]
+        if min(height, width) < self._least_px:
+            raise UserError(f"an image of {height} x {width} px is too small for {self.net.config.model_type}; "
+                            f"expected {self._least_px} px or more on each side. Raise data.short_side_px, or what "
+                            "else makes images as small.")  # fmt: skip
         mean_311, std_311 = self._mean_std_2311.to(image_B3HW)
         pixels_B3HW = (image_B3HW - mean_311) / std_311
         return pixels_B3HW.flip(1) if self._is_bgr else pixels_B3HW
