@@ -285,6 +285,15 @@ def test_two_step_gradient_of_sar(build, build_segmenter):
     assert len(weights) < len(method.segmenter.norm_parameters())
 
 
+@pytest.mark.parametrize("name", ["sar", "deyo"])
+def test_the_top_norms_stay_as_they_are(build, name):
+    moving = build(name).moving
+    norms = set(build("tent").moving)
+    stay = {one for one in norms if one.startswith(("decode_head.", "segformer.stages.3."))}
+    assert set(moving) == norms - stay
+    assert 0 < len(stay) < len(norms)
+
+
 def test_sar_goes_back_when_its_average_falls(build):
     method = build("sar", "tta.options.margin=1", "tta.options.reset_below=100", *SGD)
     before = {name: parameter.detach().clone() for name, parameter in method.moving.items()}

@@ -1,14 +1,17 @@
 """DeYO: entropy minimisation on samples whose prediction rests on shape."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from segadapt.config import setting
-from segadapt.methods.learner import Learner
+from segadapt.methods.learner import Learner, below_top
 from segadapt.methods.pixels import entropy, mean_where, most_entropy
+from segadapt.models.discriminative import Segmenter
 from segadapt.seeds import torch_generator
 
 CELL_PX = 4  # of SegFormer's logits
@@ -24,7 +27,10 @@ class Deyo(Learner):
     Per pixel: H, PLPD, both filters and the weight; the shuffled image's predictions are put back to where the patches
     come from, so that a pixel is compared with itself among other neighbours.
 
-    Published: margin 0.5, weight_margin 0.4, PLPD 0.2, 4 x 4 patches, SGD 2.5e-4 momentum 0.9.
+    The top layers stay as they are, see `below_top`.
+
+    Published: margin 0.5, weight_margin 0.4, PLPD 0.2, 4 x 4 patches; SGD momentum 0.9, rate 1e-3 / 64 for batches of one
+    (ViT).
     """
 
     @dataclass
@@ -33,6 +39,10 @@ class Deyo(Learner):
         weight_margin: float = setting("an entropy of this times ln C has weight 1", low=0, high=1)
         plpd: float = setting("kept: the decision's probability falls by more than this", low=-1, high=1)
         patches: int = setting("of each side", low=1)
+
+    @staticmethod
+    def choose(segmenter: Segmenter, options: Any) -> Mapping[str, nn.Parameter]:
+        return below_top(segmenter)
 
     @torch.no_grad()
     def shuffled(self, image_3HW: Tensor, *, task: str, key: str) -> Tensor:

@@ -18,6 +18,15 @@ from segadapt.models.source import NO_NORMS, Prediction, Source, segmenting
 from segadapt.models.updates import Updates
 
 
+def below_top(segmenter: Segmenter) -> dict[str, nn.Parameter]:
+    """Norm parameters but those of the last encoder stage and of the head.
+
+    As SAR and DeYO leave the last blocks and the final norm of ViT, and layer4 of ResNet.
+    """
+    top = segmenter.top_norm_parameters()
+    return {name: parameter for name, parameter in segmenter.norm_parameters().items() if name not in top}
+
+
 class Learner(Source):
     """Ground of the methods that need no teacher. One of them defines `loss`, and where it must the rest.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from segadapt.config import setting
-from segadapt.methods.learner import Learner
+from segadapt.methods.learner import Learner, below_top
 from segadapt.methods.pixels import entropy, mean_where, most_entropy
 from segadapt.models.discriminative import Segmenter
 from segadapt.models.source import Prediction
@@ -24,8 +24,8 @@ class Sar(Learner):
 
     Per pixel: S and both means. Reliable pixels are mostly inner ones of almost no entropy, so that 0.2 nats, meant for
     1,000 classes and whole images, is soon passed: on ToyTown-C most images end at the source. `reset_below=0` shows
-    what the rest of the method does. The top layers stay as they are: norms of the last encoder stage and of the head,
-    as the paper leaves the last blocks and the final norm of ViT.
+    what the rest of the method does. The authors' code averages the loss of 2 there, over the pixels kept twice, which
+    is lower. The top layers stay as they are, see `below_top`.
 
     Published: margin 0.4, rho 0.05, reset below 0.2, average 0.9; SGD momentum 0.9, rate 1e-3 / 64 for batches of one.
     """
@@ -40,8 +40,7 @@ class Sar(Learner):
 
     @staticmethod
     def choose(segmenter: Segmenter, options: Any) -> Mapping[str, nn.Parameter]:
-        top = segmenter.top_norm_parameters() if options.skip_top else {}
-        return {name: p for name, p in segmenter.norm_parameters().items() if name not in top}
+        return below_top(segmenter) if options.skip_top else segmenter.norm_parameters()
 
     def initial_state(self) -> dict[str, Any]:
         return {"average": None}
