@@ -71,13 +71,18 @@ class Adapter:
             task: names the stretch of the stream.
         Raises:
             UserError: no such image; too little memory for it; numbers that are not finite under tta.non_finite=stop.
+                The next image then begins as if this one had not been.
         """
         image_3HW, size_px = _prepared(image, self.settings.data.short_side_px)
         key = str(self.count) if key is None else key
         with explain_out_of_memory(self.method, f"{key} of {task}"):
             if self.settings.tta.episodic:
                 self.method.reset()
-            prediction = self.method.step(image_3HW, task=task, key=key)
+            try:
+                prediction = self.method.step(image_3HW, task=task, key=key)
+            except BaseException:
+                self.method.forget()
+                raise
             react(self.settings.tta.non_finite, self.method, prediction, what=f"{key} of {task}")
         self.count += 1
         return Labelled(predict_at_label_size(prediction.logits_Chw, size_px).cpu().numpy(), prediction)

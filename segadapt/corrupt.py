@@ -8,8 +8,12 @@
 import hashlib
 import io
 import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import signal
+import threading
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -105,8 +109,8 @@ def write_set(
 
     sha256_of = _earlier_images(output)
     work = _Work(dataset, tuple(tasks), output, settings)
-    with progress_bar(shown=progress) as bar:
-        for hashes in bar.track(_run(work, keys, workers=workers), total=len(keys), description="corrupting images"):
+    with progress_bar(shown=progress) as bar, closing(_run(work, keys, workers=workers)) as written:
+        for hashes in bar.track(written, total=len(keys), description="corrupting images"):
             sha256_of |= hashes
     manifest = {"settings": identity, "count": len(sha256_of), "sha256": dict(sorted(sha256_of.items()))}
     path = output / "manifest.json"
@@ -119,16 +123,37 @@ def image_path(task: Task, key: str, image_format: str) -> str:
     return f"{task.corruption}/{task.severity}/{key}.{image_format}"
 
 
-def _run(work: _Work, keys: list[str], *, workers: int) -> Iterator[dict[str, str]]:
+def _run(work: _Work, keys: list[str], *, workers: int) -> Generator[dict[str, str]]:
     """Yield the hashes of one key after the other, in order."""
     if workers == 1:
         yield from (_write_key(work, key) for key in keys)
         return
     context = multiprocessing.get_context("spawn")  # fork would copy the threads of torch and OpenCV in mid-air
     chunk = min(16, 1 + len(keys) // (4 * workers))  # keys sent at a time, along with one copy of the data set
-    # the processes share the cores already, so one OpenCV thread each; the images do not depend on it
-    with ProcessPoolExecutor(workers, context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin)
+    try:
         yield from pool.map(partial(_write_key, work), keys, chunksize=chunk)
+    except BaseException:  # at once: files are there whole or not at all
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _begin() -> None:
+    """Of a writing process."""
+    cv2.setNumThreads(1)  # the processes share the cores already, and the images do not depend on it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process's to answer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _write_key(work: _Work, key: str) -> dict[str, str]:

@@ -3,9 +3,11 @@
 3 RGB   H W image px after the shared resize   H0 W0 image px on disk
 """
 
+import atexit
 import hashlib
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -137,6 +139,9 @@ def batches(samples: Samples, stretches: Sequence[range], *, workers: int, is_pi
     )
 
 
+_reading: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators of loaders that have processes
+
+
 class Loader(DataLoader):
     """torch's, with as many processes as data.workers says, each of one thread.
 
@@ -147,8 +152,22 @@ class Loader(DataLoader):
     def __init__(self, dataset: torch.utils.data.Dataset, *arguments: Any, workers: int, **more: Any):
         super().__init__(dataset, *arguments, num_workers=workers, worker_init_fn=one_thread_each, **more)
 
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        if self.num_workers:
+            _reading.add(iterator)
+        return iterator
+
     def check_worker_number_rationality(self) -> None:
         """No warning."""
+
+
+@atexit.register
+def _end_workers() -> None:
+    """An error's traceback may hold an iterator to the end; multiprocessing, whose turn is later, would send its
+    processes SIGTERM, which they ignore, and wait for them for ever."""
+    for iterator in list(_reading):
+        iterator._shutdown_workers()
 
 
 def raising(results: Iterable[Result | UserError]) -> Iterator[Result]:

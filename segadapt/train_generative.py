@@ -19,9 +19,9 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from rich.console import Console
 from torch import nn
 
-from segadapt import metrics
+from segadapt import metrics, stream
 from segadapt.config_training import TrainGenerativeConfig, TrainGenerativeSettings
-from segadapt.datasets import Dataset
+from segadapt.datasets import Dataset, Task
 from segadapt.errors import UserError, did_you_mean
 from segadapt.models.generative.build import build_embeddings, check_shapes
 from segadapt.models.generative.lora import add_lora, lora_parameters, merge_lora
@@ -120,6 +120,9 @@ def run(settings: TrainGenerativeConfig) -> dict[str, Any]:
     check_model(settings)
     t, console, main = settings.train, Console(), set_up(settings.runtime)
     dataset, held_out = labelled_split(settings, settings.data.split), labelled_split(settings, t.validation_split)
+    for each in (dataset, held_out):
+        entries = [stream.Entry(Task(0), key) for key in each.keys(Task(0))]
+        stream.verify(each, entries, workers=settings.data.workers)
     if t.prompts_per_window > len(dataset.classes):
         raise UserError(f"train.prompts_per_window={t.prompts_per_window}, but the data set has {len(dataset.classes)} "
                         "classes. Use at most that many.")  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from segadapt import config, wandb_mirror
 from segadapt.__main__ import main
+from segadapt.models import set_up
 from segadapt.models.combined import Combined
 from segadapt.models.discriminative.load import make_segmenter
 from segadapt.models.discriminative.segmenter import NetSegmenter
@@ -71,6 +72,7 @@ SETTINGS = (
 def one_thread():
     """Models this small are slower on several threads, and one thread always sums in one order."""
     torch.set_num_threads(1)
+    set_up.DEFAULT_THREADS = 1  # each run sets them anew
 
 
 @pytest.fixture(scope="session", autouse=True)

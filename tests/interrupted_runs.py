@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -83,6 +84,7 @@ def in_a_fork(settings: Any, before: Callable[[], None] = lambda: None) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     status = 1
     try:
+        signal.alarm(120)  # a child that hangs ends too
         cv2.setNumThreads(0)
         before()
         adapt.run(settings, console=QUIET)

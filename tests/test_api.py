@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -117,6 +118,43 @@ def test_what_is_no_image_is_refused_before_the_step(net, image, said):
         adapter.step(image)
     assert_equal(weights(adapter), before)
     assert adapter.count == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "failing"), [("tent", 1), ("roid", 1), ("sar", 2), ("cotta", 1), ("memo", 2), ("generative", 3)]
+)
+def test_an_image_that_an_error_broke_off_leaves_no_trace(
+    method, failing, net, photo, monkeypatch, build_segmenter, build_teacher
+):
+    """It fails once its gradients are there: at the end of that backward."""
+    adapters = []
+    for _ in range(2):
+        if method == "generative":
+            given = {"segmenter": build_segmenter(), "teacher": build_teacher(), "classes": conftest.CLASSES}
+            own = [*conftest.SETTINGS, "tta.optimizer.lr=1e-3"]
+        else:
+            given = {"segmenter": copy.deepcopy(net), "classes": NAMES}
+            options = {"sar": ["tta.options.margin=1", "tta.options.reset_below=0", "tta.options.skip_top=false"]}
+            own = [*TENT[1:], *options.get(method, [])]
+        adapters.append(segadapt.load([f"tta.method={method}", *own], **given))
+    one, other = adapters
+    real, calls = torch.Tensor.backward, []
+
+    def backward(self, *given, **named):
+        real(self, *given, **named)
+        calls.append(1)
+        if len(calls) == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", backward)
+        with pytest.raises(UserError):
+            one.step(photo(1), key="1")
+    assert_equal(weights(one), weights(other))
+    results = [adapter.step(photo(2), key="2").prediction for adapter in adapters]
+    assert results[0].grad_norm == results[1].grad_norm
+    assert results[0].is_updated
+    assert_equal(weights(one), weights(other))
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.has_teacher])

@@ -1,7 +1,5 @@
 """The memory of the contrast loss: what rows it takes, where they go, which are read; against plain Python lists."""
 
-import socket
-
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -125,8 +123,8 @@ def test_rows_are_written_after_the_step_and_once():
     assert not memory.regions.rows_CMD.requires_grad
 
 
-def _rank(rank: int, port: int, folder) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=2)
+def _rank(rank: int, folder) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     memory = memory_of(pixels_per_image=4 + 3 * rank)
     for step in range(2):
         label_Byx = (bands(8 - 2 * rank - step) + rank)[:, ::4, ::4]
@@ -138,10 +136,7 @@ def _rank(rank: int, port: int, folder) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_hold_equal_rings_in_the_order_of_ranks(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, (port, tmp_path), nprocs=2)
+    mp.spawn(_rank, (tmp_path,), nprocs=2)
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert one.keys() == two.keys()
     assert all(torch.equal(value, two[name]) for name, value in one.items())

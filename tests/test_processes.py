@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,53 @@ def test_a_task_after_a_reset_equals_the_task_alone_in_a_fresh_process(tmp_path)
         tmp_path / "continual", "data.corruptions=[gaussian_noise,snow]", "tta.continual=true", hash_seed="1"
     )
     assert records(continual, "snow/5") != records(alone, "snow/5")
+
+
+def test_an_error_ends_the_reading_processes_too(tmp_path):
+    """Its traceback holds what reads ahead."""
+    script = """
+import time
+from segadapt import stream
+
+def slowly(item):
+    time.sleep(0.01)
+    return item
+
+def read():
+    ahead = stream.ahead(slowly, list(range(10000)), workers=2)
+    for item in ahead:
+        if item == 20:
+            raise RuntimeError("a bug")
+
+read()
+"""
+    (tmp_path / "script.py").write_text(script)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          timeout=60)  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.endswith("RuntimeError: a bug\n")
+
+
+@pytest.mark.parametrize(
+    ("signums", "status"), [([signal.SIGINT] * 2, 130), ([signal.SIGTERM], -15), ([signal.SIGKILL], -9)]
+)
+def test_the_writing_processes_end_with_the_first(tmp_path, signums, status):
+    """SIGINT comes to all, as Ctrl-C does, and again at once; the others to the first process alone."""
+    command = [sys.executable, "-m", "segadapt", "corrupt", "data=toytown_c", "data.workers=2", "data.limit=400",
+               f"corrupt.output={tmp_path}"]  # fmt: skip
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.rglob("*.png")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    for signum in signums:
+        (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
+        time.sleep(0.002)
+    process.communicate(timeout=30)  # all that have its standard error have ended
+    assert process.returncode == status
+    written = [path.read_bytes() for path in tmp_path.rglob("*.png")]
+    assert 0 < len(written) < 400 * 15
+    assert all(content.endswith(b"IEND\xaeB`\x82") for content in written)
 
 
 def test_two_processes_write_the_same_bytes(tmp_path):

@@ -17,6 +17,7 @@ from segadapt.errors import UserError
 from segadapt.models.discriminative import keymaps
 from segadapt.models.discriminative.load import load_segmenter, make_segmenter
 from segadapt.models.set_up import fingerprint
+from segadapt.record import RunFolder
 from segadapt.training.optimizer import parameter_groups
 
 CONFIG = {"depths": list(DEPTHS), "hidden_sizes": list(WIDTHS), "decoder_hidden_size": HEAD_WIDTH}
@@ -102,6 +103,18 @@ def test_layer_norm_eps_is_that_of_each_code_base(nvidia, mmseg, write):
         norms = [m for m in load(write(state)).net.modules() if isinstance(m, nn.LayerNorm)]
         assert len(norms) == 4 * 2 + sum(DEPTHS) * 2 + sum(DEPTHS[:3])
         assert {norm.eps for norm in norms} == {eps}
+
+
+def test_what_a_killed_process_leaves_of_a_model_is_known_to_the_next_start(nvidia, write, tmp_path, monkeypatch):
+    first, drafts = load(write(nvidia)), []
+    monkeypatch.setattr(first.net, "save_pretrained", lambda draft: drafts.append(Path(draft)))
+    first.save(tmp_path / "run" / "model")
+    (draft,) = drafts
+    run = RunFolder.open(tmp_path, "run", run_id="one", settings={})
+    (run.path / draft.name).mkdir()
+    (run.path / draft.name / "model.safetensors").write_bytes(b"half")
+    with run.locked():
+        assert not list(run.path.glob(".model*"))
 
 
 @pytest.mark.parametrize("layout", ["nvidia", "mmseg"])

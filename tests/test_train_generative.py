@@ -208,6 +208,31 @@ def test_latents_are_standard_after_shift_and_scale(tmp_path):
     assert latents.std().item() == pytest.approx(1, abs=1e-5)
 
 
+class Broken(ToyTown):
+    """No image of it can be read."""
+
+    def load(self, task, key):
+        raise UserError(f"{key} is damaged. Copy it again.")
+
+    def verify(self, task, key, *, label):
+        self.load(task, key)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_cannot_be_read_is_one_line_in_any_process(tmp_path, workers):
+    settings = generative_training(tmp_path, f"data.workers={workers}")
+    batches = train_autoencoder.batches(Broken(split="training", count=4), settings, iters=3, purpose="autoencoder")
+    with pytest.raises(UserError, match=r"^\S+ is damaged\. Copy it again\.$"):
+        next(batches)
+
+
+def test_damaged_files_are_found_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_generative, "labelled_split", lambda *_: Broken(split="training", count=4))
+    with pytest.raises(UserError, match=r"is damaged\. Copy it again\.$"):
+        train_generative.run(generative_training(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_broken_autoencoder_is_not_kept(tmp_path):
     with pytest.raises(UserError, match=r"^train\.autoencoder_lr=1e\+30: the loss of the autoencoder is (nan|inf) .*"):
         train_generative.run(generative_training(tmp_path, "train.autoencoder_lr=1e30"))

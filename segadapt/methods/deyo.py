@@ -29,8 +29,8 @@ class Deyo(Learner):
 
     The top layers stay as they are, see `below_top`.
 
-    Published: margin 0.5, weight_margin 0.4, PLPD 0.2, 4 x 4 patches; SGD momentum 0.9, rate 1e-3 / 64 for batches of one
-    (ViT).
+    Published: margin 0.5, weight_margin 0.4, PLPD 0.2, 4 x 4 patches; SGD momentum 0.9, rate 1e-3 / 64 for batches of
+    one (ViT).
     """
 
     @dataclass

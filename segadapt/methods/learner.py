@@ -87,13 +87,16 @@ class Learner(Source):
 
     def step(self, image_3HW: Tensor, *, task: str, key: str) -> Prediction:
         """Predict one image, then learn from it; where a number is not finite, the image leaves no trace."""
-        image_3HW, before = self.fit(image_3HW), dict(self.state)
-        logits_BChw = self.logits(image_3HW)
-        scored_Chw = logits_BChw[0].detach()
-        loss = self.loss(logits_BChw, image_3HW, task=task, key=key)
-        prediction = self.learn(loss, scored_Chw, task=task, key=key)
-        if not (prediction.is_finite and prediction.is_step_finite):
-            self.state = before
+        image_3HW, before, is_used = self.fit(image_3HW), dict(self.state), False
+        try:
+            logits_BChw = self.logits(image_3HW)
+            scored_Chw = logits_BChw[0].detach()
+            loss = self.loss(logits_BChw, image_3HW, task=task, key=key)
+            prediction = self.learn(loss, scored_Chw, task=task, key=key)
+            is_used = prediction.is_finite and prediction.is_step_finite
+        finally:
+            if not is_used:
+                self.state = before
         return prediction
 
     def learn(self, loss: Tensor, scored_Chw: Tensor, *, task: str, key: str) -> Prediction:

@@ -56,13 +56,15 @@ class Sar(Learner):
         del logits_BChw, H_Bhw  # no graph of a forward may be alive when the next is recorded
         kept = {name: parameter.detach().clone() for name, parameter in self.moving.items()}
         self._climb()
-        H_Bhw = entropy(self.logits(image_3HW))
-        self.second = mean_where(H_Bhw.detach(), is_reliable_Bhw)
-        loss = mean_where(H_Bhw, is_reliable_Bhw & (H_Bhw.detach() < limit))
-        loss.backward()
-        with torch.no_grad():
-            for name, parameter in self.moving.items():
-                parameter.copy_(kept[name])
+        try:
+            H_Bhw = entropy(self.logits(image_3HW))
+            self.second = mean_where(H_Bhw.detach(), is_reliable_Bhw)
+            loss = mean_where(H_Bhw, is_reliable_Bhw & (H_Bhw.detach() < limit))
+            loss.backward()
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.moving.items():
+                    parameter.copy_(kept[name])
         return self.update(loss.detach(), scored_Chw, task=task, key=key)
 
     @torch.no_grad()

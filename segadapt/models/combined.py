@@ -133,6 +133,12 @@ class Combined(Source):
         if self._updates.flush():
             self.parallel.spread()
 
+    def forget(self) -> None:
+        """See Source; of all copies."""
+        super().forget()
+        for transformer in self.parallel.transformers:
+            transformer.zero_grad(set_to_none=True)
+
     def state_dict(self) -> dict[str, Any]:
         """See Source: both models' parameters that move, and the optimizer."""
         return {"parameters": dict(self.parameters()), "updates": self._updates.state_dict()}

@@ -123,6 +123,11 @@ class Source:
     def flush(self) -> None:
         """What still waits for an update; for the end of a task."""
 
+    def forget(self) -> None:
+        """Drop the gradients of an image that an error broke off: the next one's would be added to them."""
+        for parameter in self.parameters().values():
+            parameter.grad = None
+
     def state_dict(self) -> dict[str, Any]:
         """All that the next image depends on beside the source weights: what `checkpoint.encode` takes, not copied."""
         return {}

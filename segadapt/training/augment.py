@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from segadapt.config_training import BroadSettings
 from segadapt.datasets import Dataset, Task
@@ -67,11 +68,13 @@ def light_of(settings: BroadSettings) -> Light:
     return partial(broad, settings=settings) if settings.probability > 0 else keep_light
 
 
-class Crops(torch.utils.data.Dataset):
+class Crops:
     """An endless stream of training crops cut to `count`; item i depends on (seed, i) alone, whatever the workers.
 
-    Items: image_3ss float32 in 0..1 and label_ss int64, for torch's default collation.
+    Items: image_3ss float32 in 0..1 and label_ss int64.
     """
+
+    collate = staticmethod(default_collate)
 
     def __init__(
         self,

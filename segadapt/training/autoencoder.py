@@ -55,9 +55,9 @@ def batches(
         first=first * t.batch_size,
         places=places_of_classes(dataset, workers=settings.data.workers) if t.balanced and not plain else None,
     )
-    loader = stream.Loader(crops, t.batch_size, workers=settings.data.workers)
+    stretches = [range(item, item + t.batch_size) for item in range(0, len(crops), t.batch_size)]
     main = torch.device(devices_of(settings.runtime)[0])
-    for image_B3ss, label_Bss in loader:
+    for image_B3ss, label_Bss in stream.batches(crops, stretches, workers=settings.data.workers):
         yield 2 * image_B3ss.to(main, non_blocking=True) - 1, label_Bss.to(main, non_blocking=True)
 
 

@@ -123,7 +123,9 @@ class NetSegmenter:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as draft:
+        # a name that the next start knows as one that a killed process left
+        prefix, suffix = f".{folder.name}.", f".{os.getpid()}.tmp"
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix, suffix=suffix) as draft:
             self.net.save_pretrained(draft)
             (folder / "config.json").unlink(missing_ok=True)
             for path in sorted(Path(draft).iterdir(), key=lambda path: path.name == "config.json"):
