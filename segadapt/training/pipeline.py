@@ -91,7 +91,9 @@ class Part(nn.Module):
             if self._is_last:
                 for stage, map_BDyx in zip(stages, given, strict=False):
                     stage.map_BDyx = map_BDyx
-                outputs = self._segmenter.outputs(given[0].new_zeros(1, 3, 1, 1))  # an image that Received overlooks
+                least_px = self._segmenter.family.least_px(self._segmenter.net.config)
+                image_13ss = given[0].new_zeros(1, 3, least_px, least_px)  # which Received overlooks
+                outputs = self._segmenter.outputs(image_13ss)
                 return outputs.logits_BChw.contiguous(), outputs.features_BDyx.contiguous()
             is_first = self._own.start == 0
             maps = [] if is_first else [map_BDyx.view_as(map_BDyx) for map_BDyx in given]
