@@ -12,10 +12,10 @@ import os
 import signal
 import threading
 from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import cv2
@@ -29,11 +29,15 @@ from segadapt.corruptions import check_corruption, corrupt
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.errors import UserError, did_you_mean
+from segadapt.signals import STOPPING, Asked, Stopped, noted_signals
 from segadapt.untrusted import check_inside, read_json
 from segadapt.written_set import WRITE_ANEW, as_json, check_key, claim, progress_bar, write_whole
 
 FORMATS = {"png": "PNG", "jpg": "JPEG"}  # file suffix -> Pillow's name
 CLEAN = Task(0)
+LOOK_S = 0.2  # from one look for a signal to the next
+
+_is_over: Event | None = None  # of a writing process
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ def write_set(
         Path of the manifest.
     Raises:
         UserError: bad argument; a key that would leave the output folder; a set that was started with other settings.
+        Stopped: SIGINT or SIGTERM came; what is written is whole, and the same call goes on.
     """
     output = Path(output)
     _check_arguments(tasks, image_format=image_format, quality=quality, workers=workers, limit=limit)
@@ -109,7 +114,11 @@ def write_set(
 
     sha256_of = _earlier_images(output)
     work = _Work(dataset, tuple(tasks), output, settings)
-    with progress_bar(shown=progress) as bar, closing(_run(work, keys, workers=workers)) as written:
+    with (
+        progress_bar(shown=progress) as bar,
+        noted_signals() as asked,
+        closing(_run(work, keys, asked, workers=workers)) as written,
+    ):
         for hashes in bar.track(written, total=len(keys), description="corrupting images"):
             sha256_of |= hashes
     manifest = {"settings": identity, "count": len(sha256_of), "sha256": dict(sorted(sha256_of.items()))}
@@ -123,29 +132,41 @@ def image_path(task: Task, key: str, image_format: str) -> str:
     return f"{task.corruption}/{task.severity}/{key}.{image_format}"
 
 
-def _run(work: _Work, keys: list[str], *, workers: int) -> Generator[dict[str, str]]:
-    """Yield the hashes of one key after the other, in order."""
+def _run(work: _Work, keys: list[str], asked: Asked, *, workers: int) -> Generator[dict[str, str]]:
+    """Yield the hashes of one key after the other, in order. Stopped: a signal came."""
     if workers == 1:
-        yield from (_write_key(work, key) for key in keys)
+        for key in keys:
+            _stop_if(asked)
+            yield _write_key(work, key)
         return
     context = multiprocessing.get_context("spawn")  # fork would copy the threads of torch and OpenCV in mid-air
-    chunk = min(16, 1 + len(keys) // (4 * workers))  # keys sent at a time, along with one copy of the data set
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin)
+    size = min(16, 1 + len(keys) // (4 * workers))  # keys sent at a time, along with one copy of the data set
+    is_over = context.Event()
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(is_over,))
     try:
-        yield from pool.map(partial(_write_key, work), keys, chunksize=chunk)
-    except BaseException:  # at once: files are there whole or not at all
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
+        futures = [pool.submit(_write_keys, work, keys[first : first + size]) for first in range(0, len(keys), size)]
+        for future in futures:
+            while not wait([future], timeout=LOOK_S).done:
+                _stop_if(asked)
+            _stop_if(asked)
+            yield from future.result()
+    finally:
+        is_over.set()
+        pool.shutdown(cancel_futures=True)
 
 
-def _begin() -> None:
-    """Of a writing process."""
+def _stop_if(asked: Asked) -> None:
+    if asked.signum is not None:
+        raise Stopped(asked.signum, f"{asked.signum.name}; the same command goes on with the images that are missing")
+
+
+def _begin(is_over: Event) -> None:
+    """Of a writing process: it ends with the first one, and does not mind signals that come to all."""
+    global _is_over
+    _is_over = is_over
     cv2.setNumThreads(1)  # the processes share the cores already, and the images do not depend on it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process's to answer
+    for signum in STOPPING:
+        signal.signal(signum, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -154,6 +175,17 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def _write_keys(work: _Work, keys: list[str]) -> list[dict[str, str]]:
+    """See _write_key; in a writing process. Broken off, before the next key, where nobody waits for it."""
+    assert _is_over is not None
+    found = []
+    for key in keys:
+        if _is_over.is_set():
+            break
+        found.append(_write_key(work, key))
+    return found
 
 
 def _write_key(work: _Work, key: str) -> dict[str, str]:

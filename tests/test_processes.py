@@ -65,17 +65,26 @@ read()
     assert done.stderr.endswith("RuntimeError: a bug\n")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_the_writing_processes_end_with_the_first(tmp_path, signum):
+@pytest.mark.parametrize(
+    ("signums", "status"), [([signal.SIGINT] * 2, 130), ([signal.SIGTERM], 143), ([signal.SIGKILL], -9)]
+)
+def test_the_writing_processes_end_with_the_first(tmp_path, signums, status):
+    """SIGINT comes to all, as Ctrl-C does, and again at once; the others to the first process alone."""
     command = [sys.executable, "-m", "segadapt", "corrupt", "data=toytown_c", "data.workers=2", "data.limit=400",
                f"corrupt.output={tmp_path}"]  # fmt: skip
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     while not list(tmp_path.rglob("*.png")):
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signum)
-    process.communicate(timeout=60)  # all that have its standard error have ended
-    assert process.returncode == -signum
+    for signum in signums:
+        (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
+        time.sleep(0.002)
+    _, said = process.communicate(timeout=30)  # all that have its standard error have ended
+    assert process.returncode == status
+    name = signums[0].name
+    lines = [f"segadapt corrupt: {name}; the same command goes on with the images that are missing"]
+    assert [line for line in said.decode().splitlines() if "segadapt corrupt" in line] == lines[: status > 0]
+    assert "Traceback" not in said.decode()
     written = [path.read_bytes() for path in tmp_path.rglob("*.png")]
     assert 0 < len(written) < 400 * 15
     assert all(content.endswith(b"IEND\xaeB`\x82") for content in written)

@@ -19,8 +19,8 @@ from segadapt.training.transforms import transform
 class TrainingSamples:
     """The first `count` items of an endless stream; item i depends on (seed, i) alone, whatever the workers.
 
-    What a whole batch draws (size_mode=multi) depends on
-    (seed, i // train.batch_size) of its first item i alone, so that parts of one optimizer step have one size.
+    What a whole batch draws (size_mode=multi) depends on (seed, i // train.batch_size) of its first item i alone, so
+    that parts of one optimizer step have one size.
     """
 
     def __init__(self, settings: TrainConfig, dataset: Dataset, order: Order, *, count: int):
