@@ -29,7 +29,7 @@ from segadapt.corruptions import check_corruption, corrupt
 from segadapt.datasets import Dataset, Task
 from segadapt.datasets.build import build_dataset, build_tasks
 from segadapt.errors import UserError, did_you_mean
-from segadapt.signals import STOPPING, Asked, Stopped, noted_signals
+from segadapt.signals import Asked, Stopped, noted_signals
 from segadapt.untrusted import check_inside, read_json
 from segadapt.written_set import WRITE_ANEW, as_json, check_key, claim, progress_bar, write_whole
 
@@ -144,7 +144,12 @@ def _run(work: _Work, keys: list[str], asked: Asked, *, workers: int) -> Generat
     is_over = context.Event()
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(is_over,))
     try:
-        futures = [pool.submit(_write_keys, work, keys[first : first + size]) for first in range(0, len(keys), size)]
+        own = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is this process's to answer
+        try:
+            firsts = range(0, len(keys), size)
+            futures = [pool.submit(_write_keys, work, keys[first : first + size]) for first in firsts]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, own)
         for future in futures:
             while not wait([future], timeout=LOOK_S).done:
                 _stop_if(asked)
@@ -161,12 +166,10 @@ def _stop_if(asked: Asked) -> None:
 
 
 def _begin(is_over: Event) -> None:
-    """Of a writing process: it ends with the first one, and does not mind signals that come to all."""
+    """Of a writing process: it ends with the first one."""
     global _is_over
     _is_over = is_over
     cv2.setNumThreads(1)  # the processes share the cores already, and the images do not depend on it
-    for signum in STOPPING:
-        signal.signal(signum, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
