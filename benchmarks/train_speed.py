@@ -55,8 +55,8 @@ def bare_speed(settings: TrainConfig) -> float:
     main, dataset = set_up(settings.runtime), labelled_split(settings, settings.data.split)
     segmenter = train.build(settings, dataset.classes, main)
     objective = train.build_objective(settings, segmenter, ClassWeights(None, None))
-    precision, is_compiled = settings.runtime.precision, bool(settings.runtime.compile)
-    learner = Learner(segmenter, objective, precision=precision, is_compiled=is_compiled)
+    outputs = torch.compile(segmenter.outputs) if settings.runtime.compile else None
+    learner = Learner(segmenter, objective, precision=settings.runtime.precision, outputs=outputs)
     segmenter.train()
     first = next(loop.steps_of(samples_of(settings, dataset), settings.train, World(), first=0, workers=0))
     image_B3HW, label_BHW = first[0].to(main)

@@ -54,6 +54,7 @@ FREE = (
     "train.preview",
     "train.parallel",
     "train.tensor_parallel",
+    "train.recorded",
     "evaluate.per_class",
     "evaluate.confusion_picture",
     "evaluate.submission",

@@ -32,6 +32,7 @@ from segadapt.training.parallel import World, joined, refuse_parts
 from segadapt.training.pipeline import refuse_pipeline
 from segadapt.training.preparation import cached, check_settings
 from segadapt.training.preview import write_preview
+from segadapt.training.recorded import refuse_recorded
 from segadapt.training.samples import build_samples
 from segadapt.training.sizes import targets_of
 
@@ -222,6 +223,7 @@ def _built(
     segmenter = build(settings, images.dataset.classes, own_device(settings, world), console=terminal.console)
     _refuse_small_images(settings, segmenter)
     segmenter.net.config.loss_reduction = reduction_of(settings.train.losses)  # saved; told with scores
+    refuse_recorded(settings, segmenter.net.device)
     refuse_parts(settings, world, segmenter.net)
     if world.kind == "pipeline":
         refuse_pipeline(settings, world, segmenter.net)

@@ -25,3 +25,19 @@ class Again:
                     old.copy_(new)
 
         return result, replay
+
+
+class Captured(Again):
+    """What it records has not run, as on a GPU: the net's statistics and the generator are as they were."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self._net = net
+
+    def record(self, work):
+        kept = [(buffer, buffer.clone()) for buffer in self._net.buffers()]
+        with torch.random.fork_rng(devices=[]):
+            recorded = super().record(work)
+        for buffer, before in kept:
+            buffer.data.copy_(before)  # unseen by autograd
+        return recorded

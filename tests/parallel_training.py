@@ -2,8 +2,8 @@
 
 BatchNorm stays in eval mode unless BATCH_NORM_LEARNS=1: on the CPU each process would have statistics of its own.
 STOP_AT=N: a signal comes within step N, to all processes or to STOP_RANK alone; TOLD=SECONDS: see agreement.SECONDS.
-SLOW=SECONDS: what writing a file of a checkpoint takes at least. What the losses hold at the end is left in
-ROOT/objective-RANK.pt.
+SLOW=SECONDS: what writing a file of a checkpoint takes at least. RECORDED=1: train.recorded works on the CPU. What the
+losses hold at the end is left in ROOT/objective-RANK.pt.
 """
 
 import os
@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from again import Captured
 from tiny_networks import MASK2FORMER, SWIN, TINY
 from training_runs import QUIET, training
 from transformers.models.mask2former import modeling_mask2former
@@ -21,7 +22,7 @@ from segadapt import checkpoint, train
 from segadapt.losses import Objective
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.signals import Stopped
-from segadapt.training import agreement
+from segadapt.training import agreement, learner
 from segadapt.training.loop import Training
 
 plain_train, plain_step, plain_build = NetSegmenter.train, Training._step, train.build_objective
@@ -73,6 +74,8 @@ if __name__ == "__main__":
     if os.environ.get("BATCH_NORM_LEARNS") != "1":
         NetSegmenter.train = train_without_batch_norm
     Training._step, train.build_objective = step_with_signal, build_and_keep
+    if os.environ.get("RECORDED") == "1":
+        learner.memory_of, train.refuse_recorded = Captured, lambda *_: None
     root = Path(sys.argv[1])
     settings = training(root, *sys.argv[2:])
     if settings.model.discriminative.family == "segadapt_deeplabv3":

@@ -75,6 +75,14 @@ def test_two_processes_train_as_one_does(tmp_path, single, kind, accumulate):
     assert left_by(tmp_path)[1]["processes"] == 2
 
 
+def test_two_processes_train_as_one_does_by_replays(tmp_path, single, monkeypatch):
+    """train.recorded averages gradients itself, as DDP's hooks do not see them."""
+    monkeypatch.setenv("RECORDED", "1")
+    own = ("train.parallel=ddp", "train.recorded=true", "train.accumulate=2")
+    assert finish(begin(tmp_path, *own, processes=2)) == 0
+    assert_alike(tmp_path, single)
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_signal_stops_both_and_both_go_on(tmp_path, single, kind):
     own = (f"train.parallel={kind}", "train.checkpoint_every=1", "train.validate_every=1")

@@ -3,7 +3,7 @@
 B images of a micro-batch   3 RGB   H W crop px   M micro-batches   T terms of the objective
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,19 +14,31 @@ from segadapt.config_training import TrainConfig
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.precision import autocast
 from segadapt.seeds import derive
-from segadapt.training.parallel import World, spread, synchronised
+from segadapt.training.parallel import World, average, spread, synchronised
+from segadapt.training.recorded import RecordedOutputs, memory_of
 from segadapt.training.sharded import whole
 
 Losses = list[dict[str, Tensor]]  # of each micro-batch: the sum, under "loss", and its terms
 
 
 class Learner(nn.Module):
-    """Images and labels to the loss: one module, as DDP and FSDP see what goes in, comes out, and moves."""
+    """Images and labels to the loss: one module, as DDP and FSDP see what goes in, comes out, and moves.
 
-    def __init__(self, segmenter: NetSegmenter, objective: nn.Module, *, precision: str, is_compiled: bool):
+    Args:
+        outputs: those of the segmenter, compiled or recorded; None: as they are.
+    """
+
+    def __init__(
+        self,
+        segmenter: NetSegmenter,
+        objective: nn.Module,
+        *,
+        precision: str,
+        outputs: Callable[[Tensor], Any] | None = None,
+    ):
         super().__init__()
         self.net, self.objective, self._precision = segmenter.net, objective, precision
-        self._outputs = torch.compile(segmenter.outputs) if is_compiled else segmenter.outputs
+        self._outputs = outputs or segmenter.outputs
 
     def forward(
         self, image_B3HW: Tensor, label_BHW: Tensor, step: int, shares_T: Tensor | None = None
@@ -43,9 +55,18 @@ class AllLayers:
 
     def __init__(self, settings: TrainConfig | PretrainConfig, segmenter: NetSegmenter, objective: Any, world: World):
         self._seed, self._net, self._world = settings.experiment.seed, segmenter.net, world
-        precision, is_compiled = settings.runtime.precision, bool(settings.runtime.compile)
-        learner = Learner(segmenter, objective, precision=precision, is_compiled=is_compiled)
-        self._learner = spread(learner, segmenter.net, world)
+        precision, outputs = settings.runtime.precision, None
+        self._recorded: RecordedOutputs | None = None
+        if isinstance(settings, TrainConfig) and settings.train.recorded:
+            outputs = self._recorded = RecordedOutputs(
+                segmenter, memory_of(segmenter.net), precision=precision,
+                has_features=bool(settings.train.losses.contrast.weight),
+            )  # fmt: skip
+        elif settings.runtime.compile:
+            outputs = torch.compile(segmenter.outputs)
+        self._objective = objective
+        learner = Learner(segmenter, objective, precision=precision, outputs=outputs)
+        self._learner = spread(learner, segmenter.net, world, is_recorded=self._recorded is not None)
 
     def backward(
         self, micro_batches: Sequence[tuple[Tensor, Tensor]], shares_MT: Tensor | None, step: int
@@ -68,6 +89,10 @@ class AllLayers:
                 total, values, weights = self._learner(image_B3HW, label_BHW, step, shares_T)
                 (total * self._world.parts).backward()  # the processes' gradients are averaged
             found.append({"loss": total.detach(), **values})
+        if self._recorded is not None and self._world.parts > 1:
+            own = [parameter.grad for parameter in self._objective.parameters() if parameter.grad is not None]
+            for gradient in (self._recorded.gradient, *own):
+                average(gradient, self._world)
         return found, weights
 
     def told(self, rates: Mapping[str, float], found: Losses, weights: dict[str, float]) -> Any:

@@ -215,7 +215,7 @@ def refuse_parts(settings: TrainConfig, world: World, net: nn.Module) -> None:
                         "or train.losses.contrast.weight=0.")  # fmt: skip
 
 
-def spread(module: nn.Module, net: nn.Module, world: World) -> nn.Module:
+def spread(module: nn.Module, net: nn.Module, world: World, *, is_recorded: bool = False) -> nn.Module:
     """The module as all processes train it together: their gradients are averaged.
 
     DDP takes each parameter for used, but for nets that say has_unread_weights; buffers stay each process's own, as the
@@ -224,13 +224,14 @@ def spread(module: nn.Module, net: nn.Module, world: World) -> nn.Module:
 
     Args:
         module: what is called; it holds the net.
+        is_recorded: copies stay as they are, and `average` makes their gradients one.
     """
     device = next(net.parameters()).device
     dimensions = world.mesh.mesh_dim_names or () if world.mesh is not None else ()
     if world.parts > 1 and device.type == "cuda":
         group = world.mesh["dp"].get_group() if world.mesh is not None else None
         nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
-    if world.kind == "ddp":
+    if world.kind == "ddp" and not is_recorded:
         # of a side of length 1 any stride is right
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         known = inspect.signature(DistributedDataParallel).parameters
@@ -263,6 +264,13 @@ def synchronised(module: nn.Module, *, last: bool) -> Iterator[None]:
     is_copy = isinstance(module, DistributedDataParallel) and not last
     with cast(DistributedDataParallel, module).no_sync() if is_copy else nullcontext():
         yield
+
+
+@torch.no_grad()
+def average(tensor: Tensor, world: World) -> None:
+    """Make the tensors of all processes that train copies one, in place: their mean."""
+    dist.all_reduce(tensor)
+    tensor.div_(world.parts)
 
 
 @torch.no_grad()

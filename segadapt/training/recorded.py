@@ -1,0 +1,114 @@
+"""A segmenter's forward and backward as CUDA graphs: for nets whose kernels take the CPU longer to launch than the GPU.
+
+B images of a micro-batch   3 RGB   H W crop px
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segadapt.config_training import TrainConfig
+from segadapt.errors import UserError
+from segadapt.models.discriminative import Outputs
+from segadapt.models.discriminative.segmenter import NetSegmenter
+from segadapt.models.recording import Graphs, Memory, Piece, Recorder
+
+
+def refuse_recorded(settings: TrainConfig, device: torch.device) -> None:
+    """UserError: train.recorded with settings, or on a device, that CUDA graphs are not made for."""
+    t = settings.train
+    if not t.recorded:
+        return
+    if settings.runtime.compile:
+        raise UserError("train.recorded=true with runtime.compile=true: expected one of them. Set "
+                        "runtime.compile=null, or train.recorded=false.")  # fmt: skip
+    if t.parallel not in ("none", "ddp"):
+        raise UserError(f"train.recorded=true with train.parallel={t.parallel}: a net in parts is not recorded. Set "
+                        "train.recorded=false, or train.parallel=ddp.")  # fmt: skip
+    if t.transforms.size_mode != "fixed":
+        raise UserError(f"train.recorded=true with train.transforms.size_mode={t.transforms.size_mode}: each size of a "
+                        "batch would be recorded. Set train.recorded=false, or size_mode=fixed.")  # fmt: skip
+    if t.losses.masks.weight:
+        raise UserError(f"train.recorded=true with train.losses.masks.weight={t.losses.masks.weight}: queries are not "
+                        "recorded. Set train.recorded=false.")  # fmt: skip
+    if settings.model.discriminative.gradient_checkpointing:
+        raise UserError("train.recorded=true with model.discriminative.gradient_checkpointing=true: expected one of "
+                        "them. Set one to false.")  # fmt: skip
+    if device.type != "cuda":
+        raise UserError(f"train.recorded=true on {device.type}: CUDA graphs need a GPU. Set train.recorded=false.")
+
+
+def memory_of(net: nn.Module) -> Memory:
+    """Where the work of a net on a GPU is recorded."""
+    return Graphs(next(net.parameters()).device).memory()
+
+
+class Undone:
+    """A memory whose warm-up leaves no trace in BatchNorm's statistics, nor in what dropout draws.
+
+    A capture runs nothing that could.
+    """
+
+    def __init__(self, memory: Memory, net: nn.Module):
+        self._net, self._warm_up, self.record = net, memory.warm_up, memory.record
+
+    def warm_up(self, work: Callable[[], Any]) -> None:
+        """See Memory."""
+        buffers = list(self._net.buffers())
+        kept = [buffer.clone() for buffer in buffers]
+        device = next(self._net.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            self._warm_up(work)
+        with torch.no_grad():
+            for buffer, before in zip(buffers, kept, strict=True):
+                buffer.copy_(before)
+
+
+class RecordedOutputs:
+    """`segmenter.outputs`, in the precision, recorded with the first batch of a size.
+
+    Hooks that wait for gradients of the parameters, as DDP's, are not called.
+
+    Args:
+        has_features: gradients flow back through them too.
+
+    Attributes:
+        gradient: that of all parameters that move, float32 [all their elements], of which each .grad is a part. So
+            processes average it in one message.
+    """
+
+    def __init__(self, segmenter: NetSegmenter, memory: Memory, *, precision: str, has_features: bool):
+        def forward(image_B3HW: Tensor) -> tuple[Tensor | None, ...]:
+            # without a cache: a cast that the warm-up left there would not be recorded, and weights would stay as
+            # they were
+            with torch.autocast(
+                image_B3HW.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
+            ):
+                found = segmenter.outputs(image_B3HW)
+            features_BDyx = found.features_BDyx if has_features else found.features_BDyx.detach()
+            return found.logits_BChw, found.auxiliary_BChw, features_BDyx, *found.stages_BChw
+
+        moving = [parameter for parameter in segmenter.parameters().values() if parameter.requires_grad]
+        sizes = [parameter.numel() for parameter in moving]
+        self.gradient = torch.zeros(sum(sizes), device=segmenter.net.device)
+        parts = zip(self.gradient.split(sizes), moving, strict=True)
+        grads = [part.as_strided(parameter.shape, parameter.stride()) for part, parameter in parts]
+        self._name = type(segmenter.net).__name__
+        self._run = Recorder([Piece(forward, moving, moving, grads)], Undone(memory, segmenter.net))
+
+    def __call__(self, image_B3HW: Tensor) -> Outputs:
+        """See `NetSegmenter.outputs`. UserError: the net waits for the GPU, which it cannot do while recorded."""
+        try:
+            logits_BChw, auxiliary_BChw, features_BDyx, *stages_BChw = self._run(image_B3HW)
+        except RuntimeError as error:
+            if "captur" not in str(error):
+                raise
+            said = str(error).strip().splitlines()[0]
+            raise UserError(f"train.recorded=true: {self._name} cannot be a CUDA graph ({said}). Set "
+                            "train.recorded=false.") from error  # fmt: skip
+        assert logits_BChw is not None
+        assert features_BDyx is not None
+        given = tuple(stage_BChw for stage_BChw in stages_BChw if stage_BChw is not None)
+        return Outputs(logits_BChw, auxiliary_BChw, features_BDyx, given)
