@@ -14,8 +14,8 @@ from segadapt.config_training import TrainConfig
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.precision import autocast
 from segadapt.seeds import derive
-from segadapt.training.parallel import World, average, spread, synchronised
-from segadapt.training.recorded import RecordedOutputs, memory_of
+from segadapt.training.parallel import World, spread, synchronised
+from segadapt.training.recorded import RecordedOutputs, average, memory_of
 from segadapt.training.sharded import whole
 
 Losses = list[dict[str, Tensor]]  # of each micro-batch: the sum, under "loss", and its terms

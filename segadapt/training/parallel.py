@@ -224,7 +224,7 @@ def spread(module: nn.Module, net: nn.Module, world: World, *, is_recorded: bool
 
     Args:
         module: what is called; it holds the net.
-        is_recorded: copies stay as they are, and `average` makes their gradients one.
+        is_recorded: copies stay as they are, and `recorded.average` makes their gradients one.
     """
     device = next(net.parameters()).device
     dimensions = world.mesh.mesh_dim_names or () if world.mesh is not None else ()
@@ -264,13 +264,6 @@ def synchronised(module: nn.Module, *, last: bool) -> Iterator[None]:
     is_copy = isinstance(module, DistributedDataParallel) and not last
     with cast(DistributedDataParallel, module).no_sync() if is_copy else nullcontext():
         yield
-
-
-@torch.no_grad()
-def average(tensor: Tensor, world: World) -> None:
-    """Make the tensors of all processes that train copies one, in place: their mean."""
-    dist.all_reduce(tensor)
-    tensor.div_(world.parts)
 
 
 @torch.no_grad()

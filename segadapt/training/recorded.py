@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from segadapt.config_training import TrainConfig
@@ -14,6 +15,7 @@ from segadapt.errors import UserError
 from segadapt.models.discriminative import Outputs
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.recording import Graphs, Memory, Piece, Recorder
+from segadapt.training.parallel import World
 
 
 def refuse_recorded(settings: TrainConfig, device: torch.device) -> None:
@@ -112,3 +114,10 @@ class RecordedOutputs:
         assert features_BDyx is not None
         given = tuple(stage_BChw for stage_BChw in stages_BChw if stage_BChw is not None)
         return Outputs(logits_BChw, auxiliary_BChw, features_BDyx, given)
+
+
+@torch.no_grad()
+def average(tensor: Tensor, world: World) -> None:
+    """Make the tensors of all processes that train copies one, in place: their mean."""
+    dist.all_reduce(tensor)
+    tensor.div_(world.parts)
