@@ -20,9 +20,19 @@ def single(tmp_path_factory):
     return left_by(root)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp", "2d"])
-def test_two_gpus_train_as_one_does(tmp_path, single, kind):
-    assert finish(begin(tmp_path, *ON_GPU, f"train.parallel={kind}", processes=2, batch_norm_learns=True)) == 0
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["train.parallel=ddp"],
+        ["train.parallel=ddp", "train.recorded=true"],
+        ["train.parallel=fsdp"],
+        ["train.parallel=tp"],
+        ["train.parallel=2d"],
+    ],
+    ids=str,
+)
+def test_two_gpus_train_as_one_does(tmp_path, single, how):
+    assert finish(begin(tmp_path, *ON_GPU, *how, processes=2, batch_norm_learns=True)) == 0
     assert_alike(tmp_path, single)
 
 
