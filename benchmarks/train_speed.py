@@ -24,7 +24,7 @@ from segadapt.losses import ClassWeights
 from segadapt.models.set_up import set_up
 from segadapt.parse import from_overrides
 from segadapt.training import loop
-from segadapt.training.learner import Learner
+from segadapt.training.learner import AllLayers
 from segadapt.training.parallel import World
 from segadapt.training.preparation import cached, labelled_split
 from segadapt.training.samples import TrainingSamples, build_samples
@@ -55,18 +55,17 @@ def bare_speed(settings: TrainConfig) -> float:
     main, dataset = set_up(settings.runtime), labelled_split(settings, settings.data.split)
     segmenter = train.build(settings, dataset.classes, main)
     objective = train.build_objective(settings, segmenter, ClassWeights(None, None))
-    outputs = torch.compile(segmenter.outputs) if settings.runtime.compile else None
-    learner = Learner(segmenter, objective, precision=settings.runtime.precision, outputs=outputs)
+    learner = AllLayers(settings, segmenter, objective, World())
     segmenter.train()
     first = next(loop.steps_of(samples_of(settings, dataset), settings.train, World(), first=0, workers=0))
-    image_B3HW, label_BHW = first[0].to(main)
+    on_device = [batch.to(main) for batch in first]
     began = 0.0
     for step in range(settings.train.iters):
         if step == settings.train.iters // LINES:
             _wait(main)
             began = time.perf_counter()
         segmenter.net.zero_grad(set_to_none=True)
-        learner(image_B3HW, label_BHW, 1)[0].backward()
+        learner.backward(on_device, None, 1)
     _wait(main)
     counted = settings.train.iters - settings.train.iters // LINES
     return counted * settings.train.batch_size / (time.perf_counter() - began)

@@ -6,12 +6,17 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext:
+def autocast(device: torch.device, precision: str, *, caches: bool | None = None) -> torch.autocast | nullcontext:
     """bf16 for precision 'bf16', nothing for 'fp32'.
 
     A fresh context at each call, so that weights cached without grad are never reused (pytorch #65766).
+
+    Args:
+        caches: a weight is cast once in the outermost context; None: as around it, which is true.
     """
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    if precision != "bf16":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=caches)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from segadapt.config_training import TrainConfig
 from segadapt.errors import UserError
 from segadapt.models.discriminative import Outputs
 from segadapt.models.discriminative.segmenter import NetSegmenter
+from segadapt.models.precision import autocast
 from segadapt.models.recording import Graphs, Memory, Piece, Recorder
 from segadapt.training.parallel import World
 
@@ -74,7 +75,7 @@ class RecordedOutputs:
     Hooks that wait for gradients of the parameters, as DDP's, are not called.
 
     Args:
-        has_features: gradients flow back through them too.
+        has_features: a loss reads them; else those of no image are given.
 
     Attributes:
         gradient: that of all parameters that move, float32 [all their elements], of which each .grad is a part. So
@@ -83,13 +84,10 @@ class RecordedOutputs:
 
     def __init__(self, segmenter: NetSegmenter, memory: Memory, *, precision: str, has_features: bool):
         def forward(image_B3HW: Tensor) -> tuple[Tensor | None, ...]:
-            # without a cache: a cast that the warm-up left there would not be recorded, and weights would stay as
-            # they were
-            with torch.autocast(
-                image_B3HW.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
-            ):
+            # a cast that the warm-up left in a cache would not be recorded, and weights would stay as they were
+            with autocast(image_B3HW.device, precision, caches=False):
                 found = segmenter.outputs(image_B3HW)
-            features_BDyx = found.features_BDyx if has_features else found.features_BDyx.detach()
+            features_BDyx = found.features_BDyx if has_features else found.features_BDyx[:0].detach()  # not copied
             return found.logits_BChw, found.auxiliary_BChw, features_BDyx, *found.stages_BChw
 
         moving = [parameter for parameter in segmenter.parameters().values() if parameter.requires_grad]
@@ -101,7 +99,10 @@ class RecordedOutputs:
         self._run = Recorder([Piece(forward, moving, moving, grads)], Undone(memory, segmenter.net))
 
     def __call__(self, image_B3HW: Tensor) -> Outputs:
-        """See `NetSegmenter.outputs`. UserError: the net waits for the GPU, which it cannot do while recorded."""
+        """Images, float [B, 3, H, W] in 0..1, to what `NetSegmenter.outputs` gives.
+
+        UserError: the net waits for the GPU, which it cannot do while it is recorded.
+        """
         try:
             logits_BChw, auxiliary_BChw, features_BDyx, *stages_BChw = self._run(image_B3HW)
         except RuntimeError as error:
