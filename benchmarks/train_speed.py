@@ -55,8 +55,7 @@ def bare_speed(settings: TrainConfig) -> float:
     main, dataset = set_up(settings.runtime), labelled_split(settings, settings.data.split)
     segmenter = train.build(settings, dataset.classes, main)
     objective = train.build_objective(settings, segmenter, ClassWeights(None, None))
-    learner = AllLayers(settings, segmenter, objective, World())
-    segmenter.train()
+    learner = AllLayers(settings, segmenter.train(), objective, World())
     first = next(loop.steps_of(samples_of(settings, dataset), settings.train, World(), first=0, workers=0))
     on_device = [batch.to(main) for batch in first]
     began = 0.0

@@ -4,7 +4,7 @@ import torch
 
 
 class Again:
-    """See segadapt.models.recording.Memory; a replay does the work again."""
+    """See segadapt.models.recording.Memory; a replay does the work again, in the autocast of the first time."""
 
     def __init__(self) -> None:
         self.recorded = 0
@@ -14,11 +14,12 @@ class Again:
 
     def record(self, work):
         self.recorded += 1
+        is_cast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         with torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
             result = work()
 
         def replay():
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.autocast("cpu", dtype, enabled=is_cast):
                 fresh = work()
             for old, new in zip(result or (), fresh or (), strict=True):
                 if old is not None and old.data_ptr() != new.data_ptr():  # an input that is handed on

@@ -65,6 +65,20 @@ def test_recorded_encoding_equals_the_plain_one(build_teacher):
         assert torch.equal(latent_Kzyx, plain.encode(windows_K3ss))
 
 
+def test_what_stays_float32_inside_autocast_does_so_in_the_recorded_backward():
+    weight = torch.nn.Parameter(torch.rand(5, 3, generator=torch.Generator().manual_seed(0)))
+
+    def forward(x_BD):
+        with torch.autocast("cpu", enabled=False):
+            return (x_BD @ weight,)
+
+    x_BD = torch.rand(7, 5, generator=torch.Generator().manual_seed(1))
+    recorder = Recorder([Piece(forward, [weight], [weight], [torch.empty_like(weight)])], Again())
+    with torch.autocast("cpu", torch.bfloat16):
+        recorder(x_BD)[0].backward(torch.full((7, 3), 1 / 3))
+    assert torch.equal(weight.grad, x_BD.T @ torch.full((7, 3), 1 / 3))
+
+
 def test_each_size_is_recorded_the_second_time_and_no_more_than_allowed(build_segmenter, random_image):
     segmenter, calls = build_segmenter(), []
 

@@ -180,7 +180,8 @@ class Recording:
         ends = [(t, grad) for t, grad in zip(left, grads, strict=True) if t is not None and grad is not None]
         outputs, given = zip(*((t, grad) for t, grad in ends if t.requires_grad), strict=True)
         wanted = [t for t in entered if t is not None and t.requires_grad]
-        arrived = iter(torch.autograd.grad(outputs, [*wanted, *piece.leaves], given, allow_unused=True))
+        with torch.autocast(given[0].device.type, enabled=False):  # else it casts what the forward left in float32
+            arrived = iter(torch.autograd.grad(outputs, [*wanted, *piece.leaves], given, allow_unused=True))
         back = [next(arrived) if t is not None and t.requires_grad else None for t in entered]
         rows = zip(piece.parameters, piece.grads, arrived, strict=True)
         used = [(parameter, grad, new) for parameter, grad, new in rows if new is not None]
