@@ -1,6 +1,6 @@
 """Images per second of training's forward and backward, each network as it is and recorded as CUDA graphs.
 
-python benchmarks/recorded.py experiment=camvid_segmenter data.data_root=$CAMVID ...      on a GPU
+python benchmarks/recorded.py train.batch_size=8 experiment=camvid_segmenter data.data_root=$CAMVID ...     on a GPU
 
 Random weights, one batch that stays on the device, both ways of a network one after the other in one process; see
 `bare_speed` of train_speed.py. Peak memory is that of the GPU, GiB.
@@ -15,6 +15,7 @@ from train_speed import bare_speed
 
 from segadapt.config_training import TrainConfig
 from segadapt.parse import from_overrides
+from segadapt.tables import markdown
 
 NETWORKS = {  # config of model/discriminative: overrides
     "segformer_b0_scratch": [],
@@ -42,10 +43,12 @@ if __name__ == "__main__":
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--iters", type=int, default=50, help="steps of each measurement")
     arguments, given = parser.parse_known_args()
-    print("| network | images/s | recorded | ratio | peak memory GiB | recorded |\n| --- | --- | --- | --- | --- | --- |")
+    rows = []
     for network in arguments.networks:
         with tempfile.TemporaryDirectory() as root:
             own = [*given, f"model/discriminative={network}", *NETWORKS[network], f"logging.root={root}",
                    f"train.iters={arguments.iters}", f"train.validate_every={arguments.iters}"]  # fmt: skip
             (plain, peak), (replayed, its) = (speed([*own, f"train.recorded={how}"]) for how in ("false", "true"))
-        print(f"| {network} | {plain:.1f} | {replayed:.1f} | {replayed / plain:.2f} | {peak:.1f} | {its:.1f} |", flush=True)
+        rows.append([network, *(f"{number:.1f}" for number in (plain, replayed)), f"{replayed / plain:.2f}",
+                     *(f"{number:.1f}" for number in (peak, its))])  # fmt: skip
+    print(markdown(["network", "images/s", "recorded", "ratio", "peak memory GiB", "recorded"], rows))

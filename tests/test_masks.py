@@ -305,6 +305,30 @@ def test_it_learns_four_images_by_heart():
     assert (predicted == label_BHW).float().mean() > 0.95
 
 
+def test_its_weights_begin_as_its_authors_have_them_whatever_the_version_of_transformers():
+    """Standard deviations; those of torch's Linear and of kaiming_uniform(a=1) are (3 x inputs)^-1/2, inputs^-1/2."""
+    config = MASK2FORMER | {"feature_size": 64, "hidden_dim": 64, "mask_feature_size": 64, "num_queries": 100}
+    net = make_segmenter("mask2former", config, 150, seed=0).net
+    decoder, module = net.model.pixel_level_module.decoder, net.model.transformer_module
+    expected = {
+        decoder.level_embed: 1,
+        module.queries_embedder.weight: 1,
+        module.queries_features.weight: 1,
+        module.level_embed.weight: 1,
+        decoder.mask_projection.weight: 64**-0.5,
+        decoder.layer_1[0].weight: (64 * 9) ** -0.5,
+        decoder.input_projections[0][0].weight: (2 / (64 + decoder.input_projections[0][0].in_channels)) ** 0.5,
+        decoder.encoder.layers[0].fc1.weight: (2 / (64 + 16)) ** 0.5,
+        net.class_predictor.weight: (3 * 64) ** -0.5,
+        **{block.get_submodule("0").weight: (3 * 64) ** -0.5
+           for block in module.decoder.mask_predictor.mask_embedder.layers},
+        module.decoder.layers[0].fc1.weight: (2 / (64 + 16)) ** 0.5,
+    }  # fmt: skip
+    found = [weight.std().item() / std for weight, std in expected.items()]
+    assert found == pytest.approx([1] * len(expected), rel=0.15)
+    assert decoder.encoder.layers[0].self_attn.sampling_offsets.bias.abs().max() == 4  # points a head looks at, px
+
+
 @pytest.fixture(scope="module")
 def swin(tmp_path_factory):
     """A Swin as it was pretrained, with its ImageNet head."""

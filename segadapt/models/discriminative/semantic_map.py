@@ -6,7 +6,7 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import Mask2FormerConfig, Mask2FormerModel
+from transformers import Mask2FormerConfig, Mask2FormerModel, initialization
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerPreTrainedModel
 
 from segadapt.models.discriminative import Outputs, Queries
@@ -35,6 +35,35 @@ def _logits(class_BQn: Tensor, mask_BQhw: Tensor) -> Tensor:
     return (semantic_map(class_BQn, mask_BQhw) + FLOOR).log()
 
 
+def _as_torch_begins(linear: nn.Linear) -> None:
+    initialization.kaiming_uniform_(linear.weight, a=5**0.5)
+    bound = linear.in_features**-0.5
+    initialization.uniform_(linear.bias, -bound, bound)
+
+
+def _begin(model: Mask2FormerModel) -> None:
+    """Weights as its authors begin (their msdeformattn.py and mask2former_transformer_decoder.py).
+
+    transformers' own start depends on its version: in 5.17 the queries begin almost alike. What its versions agree on
+    stays: Swin, the layers of the decoder, the deformable attention.
+    """
+    decoder, module = model.pixel_level_module.decoder, model.transformer_module
+    initialization.normal_(decoder.level_embed)
+    for conv in decoder.modules():
+        if isinstance(conv, nn.Conv2d):
+            initialization.kaiming_uniform_(conv.weight, a=1)
+    for projection, _ in decoder.input_projections:  # and its norm
+        initialization.xavier_uniform_(projection.weight)
+    for layer in decoder.encoder.layers:
+        for linear in (layer.fc1, layer.fc2):
+            initialization.xavier_uniform_(linear.weight)
+    for embedding in (module.queries_embedder, module.queries_features, module.level_embed):
+        initialization.normal_(embedding.weight)
+    for linear in module.decoder.mask_predictor.modules():
+        if isinstance(linear, nn.Linear):
+            _as_torch_begins(linear)
+
+
 class SemanticMask2Former(Mask2FormerPreTrainedModel):
     """Mask2FormerForUniversalSegmentation without its training loss, which is in losses/masks.py: the same files.
 
@@ -47,8 +76,14 @@ class SemanticMask2Former(Mask2FormerPreTrainedModel):
     def __init__(self, config: Mask2FormerConfig):
         super().__init__(config)
         self.model = Mask2FormerModel(config)
+        _begin(self.model)
         self.class_predictor = nn.Linear(config.hidden_dim, (config.num_labels or 0) + 1)
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self._modules.get("class_predictor"):
+            _as_torch_begins(self.class_predictor)
 
     def forward(self, pixel_values: Tensor) -> Scored:
         """Normalised images [B, 3, H, W]."""
