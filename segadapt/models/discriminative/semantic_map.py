@@ -52,10 +52,11 @@ def _begin(model: Mask2FormerModel) -> None:
     for conv in decoder.modules():
         if isinstance(conv, nn.Conv2d):
             initialization.kaiming_uniform_(conv.weight, a=1)
-    for projection, _ in decoder.input_projections:  # and its norm
-        initialization.xavier_uniform_(projection.weight)
-    for layer in decoder.encoder.layers:
-        for linear in (layer.fc1, layer.fc2):
+    for conv in decoder.input_projections.modules():
+        if isinstance(conv, nn.Conv2d):
+            initialization.xavier_uniform_(conv.weight)
+    for name, linear in decoder.encoder.named_modules():
+        if isinstance(linear, nn.Linear) and name.endswith((".fc1", ".fc2")):
             initialization.xavier_uniform_(linear.weight)
     for embedding in (module.queries_embedder, module.queries_features, module.level_embed):
         initialization.normal_(embedding.weight)
