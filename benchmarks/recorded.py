@@ -43,6 +43,8 @@ if __name__ == "__main__":
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--iters", type=int, default=50, help="steps of each measurement")
     arguments, given = parser.parse_known_args()
+    if not torch.cuda.is_available():
+        parser.error("no GPU is visible: CUDA graphs need one")
     rows = []
     for network in arguments.networks:
         with tempfile.TemporaryDirectory() as root:

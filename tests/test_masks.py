@@ -329,6 +329,13 @@ def test_its_weights_begin_as_its_authors_have_them_whatever_the_version_of_tran
     assert decoder.encoder.layers[0].self_attn.sampling_offsets.bias.abs().max() == 4  # points a head looks at, px
 
 
+def test_sizes_of_which_no_net_can_be_made_are_one_line():
+    with pytest.raises(
+        UserError, match=r"^model\.discriminative\.config: embed_dim must be div[^\n]* 30[^\n]*\. Correct"
+    ):
+        make_segmenter("mask2former", MASK2FORMER | {"hidden_dim": 30, "num_attention_heads": 4}, CLASSES)
+
+
 @pytest.fixture(scope="module")
 def swin(tmp_path_factory):
     """A Swin as it was pretrained, with its ImageNet head."""

@@ -183,12 +183,16 @@ def make_segmenter(
         seed: the weights depend on it alone; the global generator is left as it was.
     Raises:
         UserError: no such family, a key that its config does not have or that names classes, a value of another type,
-            or gradient_checkpointing with a family that cannot recompute.
+            values of which no net can be made, or gradient_checkpointing with a family that cannot recompute.
     """
     made = config_of(family, config, num_classes, classes=classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = FAMILIES[family].net(made)
+        try:
+            net = FAMILIES[family].net(made)
+        except ValueError as error:
+            said = " ".join(str(error).split()).rstrip(".")
+            raise UserError(f"model.discriminative.config: {said}. Correct it, or leave it out.") from error
     net.to(torch.device(device))
     return NetSegmenter(net, channel_order=channel_order, gradient_checkpointing=gradient_checkpointing)
 
