@@ -190,6 +190,8 @@ def make_segmenter(
         torch.manual_seed(seed)
         try:
             net = FAMILIES[family].net(made)
+        except UserError:
+            raise
         except ValueError as error:
             said = " ".join(str(error).split()).rstrip(".")
             raise UserError(f"model.discriminative.config: {said}. Correct it, or leave it out.") from error
