@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from quick_settings import quick_settings
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -15,6 +17,7 @@ from segadapt.losses import ClassWeights
 from segadapt.models.discriminative.backbone import load_backbone
 from segadapt.models.discriminative.families import FAMILIES
 from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.discriminative.upernet import average_pool
 from segadapt.models.set_up import fingerprint
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -53,7 +56,8 @@ def test_upernet_on_swin_is_as_large_as_published(size, millions):
 def test_outputs_have_what_training_asks_for(backbone, size):
     """The features are those that transformers' head classifies, caught on their way."""
     segmenter, seen = made(backbone_config=backbone), []
-    image_B3HW = images(2, 3, *size)
+    segmenter.net.double()  # pools are sums of another order
+    image_B3HW = images(2, 3, *size).double()
     with torch.no_grad():
         segmenter.net.decode_head.fpn_bottleneck.register_forward_hook(lambda _m, _i, out: seen.append(out))
         found = segmenter.outputs(image_B3HW)
@@ -62,11 +66,30 @@ def test_outputs_have_what_training_asks_for(backbone, size):
         scored_BChw = segmenter.logits(image_B3HW)
         trained = segmenter.train().outputs(image_B3HW)
     assert torch.equal(seen[0], found.features_BDyx)
-    assert torch.equal(found.features_BDyx, seen[1])
-    assert torch.equal(found.logits_BChw, logits_BChw)
+    torch.testing.assert_close(found.features_BDyx, seen[1], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.logits_BChw, logits_BChw, rtol=1e-9, atol=1e-12)
     assert torch.equal(found.logits_BChw, scored_BChw)
     assert found.auxiliary_BChw is None
     assert trained.auxiliary_BChw.shape == (2, 5, *maps[2].shape[2:])
+
+
+@given(st.integers(1, 6), st.integers(1, 20), st.integers(1, 20))
+def test_pools_and_their_gradient_are_torchs(n, height, width):
+    image_BDyx = images(2, 3, height, width).double().requires_grad_()
+    weights_BDnn = images(2, 3, n, n, seed=1).double()
+    both = [pool(image_BDyx, n) for pool in (average_pool, F.adaptive_avg_pool2d)]
+    grads = [torch.autograd.grad((mean_BDnn * weights_BDnn).sum(), image_BDyx)[0] for mean_BDnn in both]
+    torch.testing.assert_close(*both, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_pools_add_in_float32_whatever_autocast_says(precision):
+    image_BDyx = images(1, 2, 31, 33).to(precision)
+    with torch.autocast("cpu", dtype=precision):
+        found_BDnn = average_pool(image_BDyx, 2)
+    assert found_BDnn.dtype == precision
+    assert torch.equal(found_BDnn, average_pool(image_BDyx.double(), 2).to(precision))
 
 
 @pytest.mark.parametrize("backbone", [SWIN, CONVNEXT], ids=["swin", "convnext"])

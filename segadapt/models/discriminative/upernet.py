@@ -1,6 +1,6 @@
 """UPerNet of transformers (Xiao et al. 2018, arXiv 1807.10221), to train, to score and to adapt.
 
-# B images  3 RGB  H W image px  C dataset classes  h w finest map, about px / 4  D head channels  y x any map
+# B images  3 RGB  H W image px  C dataset classes  h w finest map, about px / 4  D head channels  y x any map  n bins
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ def fused(head: Any, maps: Sequence[Tensor]) -> Tensor:
     The steps are those of UperNetHead's own forward, which does not give the features away.
     """
     laterals = [conv(x_BDyx) for conv, x_BDyx in zip(head.lateral_convs, maps[:-1], strict=True)]
-    coarse_BDyx = head.psp_forward(maps)
+    coarse_BDyx = _pyramid(head, maps[-1])
     summed = [coarse_BDyx]
     for x_BDyx in laterals[::-1]:
         coarse_BDyx = x_BDyx + _at_size_of(x_BDyx, coarse_BDyx)
@@ -32,6 +32,32 @@ def fused(head: Any, maps: Sequence[Tensor]) -> Tensor:
     refined = [conv(x_BDyx) for conv, x_BDyx in zip(head.fpn_convs, summed[:-1], strict=True)]
     same_size = [_at_size_of(refined[0], x_BDyx) for x_BDyx in (*refined, summed[-1])]
     return head.fpn_bottleneck(torch.cat(same_size, dim=1))
+
+
+def _pyramid(head: Any, x_BDyx: Tensor) -> Tensor:
+    """Pyramid pooling of the coarsest map (Zhao et al. 2017, section 3.2), as UperNetHead.psp_forward."""
+    branches = (block.children() for block in head.psp_modules.children())
+    means = [conv(average_pool(x_BDyx, pool.output_size)) for pool, conv in branches]
+    return head.bottleneck(torch.cat([x_BDyx, *(_at_size_of(x_BDyx, mean_BDnn) for mean_BDnn in means)], dim=1))
+
+
+def average_pool(x_BDyx: Tensor, n: int) -> Tensor:
+    """`adaptive_avg_pool2d` to [B, D, n, n], by matrix products: on a GPU the gradient of torch's varies between runs.
+
+    Sums are float32, or float64 of such a map, whatever autocast says.
+    """
+    with torch.autocast(x_BDyx.device.type, enabled=False):
+        in_bin_ny, in_bin_nx = (_bins(n, size, x_BDyx) for size in x_BDyx.shape[2:])
+        sum_BDnn = in_bin_ny @ x_BDyx.to(in_bin_ny.dtype) @ in_bin_nx.T
+        return (sum_BDnn / (in_bin_ny.sum(1)[:, None] * in_bin_nx.sum(1))).to(x_BDyx.dtype)
+
+
+def _bins(n: int, size: int, like: Tensor) -> Tensor:
+    """[n, size]: 1 where a bin has a place of the side; neighbours share one where size is no multiple of n."""
+    bin_n1 = torch.arange(n, device=like.device)[:, None]
+    place_y = torch.arange(size, device=like.device)
+    is_in_ny = (place_y >= bin_n1 * size // n) & (place_y < -(-(bin_n1 + 1) * size // n))
+    return is_in_ny.to(torch.promote_types(like.dtype, torch.float32))
 
 
 def _at_size_of(other_BDyx: Tensor, x_BDyx: Tensor) -> Tensor:
