@@ -332,7 +332,7 @@ def test_class_weights_are_no_part_of_the_state():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_every_loss_is_that_of_the_cpu_under_deterministic_algorithms(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    on = (f"train.losses.{name}.weight=1" for name in (*LOSSES, "auxiliary"))
+    on = (f"train.losses.{name}.weight=1" for name in (*LOSSES, "auxiliary", "stages"))
     small = (*MEMORY, *on, "train.losses.ohem.min_kept=50")
     found = []
     torch.use_deterministic_algorithms(True)
@@ -341,8 +341,9 @@ def test_on_a_gpu_every_loss_is_that_of_the_cpu_under_deterministic_algorithms(m
             summed, losses = build(*small).to(device), []
             for step in range(1, 6):
                 given, label_BHW = batch(step, auxiliary=True)
-                maps = [each.detach().to(device).requires_grad_() for each in vars(given).values()]
-                terms = summed(Outputs(*maps), label_BHW.to(device), step=step)
+                of_net = given.logits_BChw, given.auxiliary_BChw, given.features_BDyx, given.auxiliary_BChw
+                maps = [each.detach().to(device).requires_grad_() for each in of_net]
+                terms = summed(Outputs(*maps[:3], stages_BChw=(maps[3],)), label_BHW.to(device), step=step)
                 terms.total.backward()
                 summed.remember()
                 losses.append({name: value.cpu() for name, value in terms.values.items()})
