@@ -191,8 +191,9 @@ class TrainSettings(LoopSettings):
         choices=("none", "ddp", "fsdp", "tp", "2d", "pipeline"),
     )
     tensor_parallel: int | None = setting("parallel=2d: processes that share the slices of one shard; null: 2", low=1)
-    recorded: bool = setting(
-        "forward and backward as CUDA graphs: faster where a step waits for the CPU that launches it; for none and ddp"
+    recorded: bool | None = setting(
+        "forward and backward as CUDA graphs: faster where a step waits for the CPU that launches it; null: on GPUs, "
+        "where it can be; for none and ddp"
     )
     transforms: TransformSettings = setting("from an image of the data set to a batch")
     preview: int = setting("training crops drawn into the run folder before the first step; 0: none", low=0)

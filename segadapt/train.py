@@ -32,7 +32,7 @@ from segadapt.training.parallel import World, joined, refuse_parts
 from segadapt.training.pipeline import refuse_pipeline
 from segadapt.training.preparation import cached, check_settings
 from segadapt.training.preview import write_preview
-from segadapt.training.recorded import refuse_recorded
+from segadapt.training.recorded import is_recorded, refuse_recorded
 from segadapt.training.samples import build_samples
 from segadapt.training.sizes import targets_of
 
@@ -198,6 +198,7 @@ def _train(
         "per_class": dict(zip(classes, kept["iou"], strict=True)),
         "seed": settings.experiment.seed,
         "processes": world.size,
+        "recorded": is_recorded(settings, segmenter),
         "tensors": training.group_sizes,
         **origin,
         "peak_memory_gib": peak_memory_gib(),

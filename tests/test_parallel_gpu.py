@@ -10,7 +10,7 @@ pytestmark = [
 ]
 # SGD: AdamW would make steps of the learning rate out of rounding, where a gradient is next to 0
 ON_GPU = ("runtime.device=cuda", "runtime.deterministic=false", "runtime.precision=fp32", "train.ema_decay=0",
-          "train.optimizer.name=sgd")  # fmt: skip
+          "train.optimizer.name=sgd", "train.recorded=false")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,16 @@ def single(tmp_path_factory):
 def test_two_gpus_train_as_one_does(tmp_path, single, how):
     assert finish(begin(tmp_path, *ON_GPU, *how, processes=2, batch_norm_learns=True)) == 0
     assert_alike(tmp_path, single)
+
+
+@pytest.mark.parametrize("recorded", ["false", "true"])
+def test_copies_of_a_net_with_many_norms_train_as_one(tmp_path, recorded):
+    """What the statistics of a SyncBatchNorm need of other cards is part of the graph."""
+    own = (*ON_GPU, "model.discriminative.family=segadapt_deeplabv3")
+    assert finish(begin(tmp_path / "one", *own, processes=1, batch_norm_learns=True)) == 0
+    both = (*own, "train.parallel=ddp", f"train.recorded={recorded}")
+    assert finish(begin(tmp_path / "two", *both, processes=2, batch_norm_learns=True)) == 0
+    assert_alike(tmp_path / "two", left_by(tmp_path / "one"))
 
 
 def test_a_pipeline_of_two_gpus_trains_as_one_does_with_its_micro_batches(tmp_path):

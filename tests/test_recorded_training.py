@@ -1,23 +1,37 @@
 """Training by replays equals training as it is: weights, BatchNorm's statistics, what dropout draws."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from again import Captured
 from safetensors.torch import load_file
 from test_knet import CONFIG as KNET
 from test_t2t import CONFIG as T2T
+from test_transformer_networks import VIT
 from test_upernet import CONFIG as UPERNET
+from test_upernet import CONVNEXT
 from tiny_networks import TINY
 from training_runs import QUIET, lines_of, training
+from transformers import Dinov2Config, Dinov2Model
 
 from segadapt import train
 from segadapt.errors import UserError
+from segadapt.models.discriminative.families import FAMILIES
 from segadapt.training import learner, recorded
 
 CONTRAST = ("train/losses=contrast", "train.losses.contrast.warmup_iters=1", "train.losses.contrast.min_views=1")
-NETS = TINY | {"segadapt_knet": KNET, "segadapt_t2t": T2T, "upernet": UPERNET}
+DINOV2 = {"backbone_config": {"model_type": "dinov2", **VIT}, "frozen": False, "layers": 4}
+NETS = TINY | {  # family, and which of it: config
+    "segadapt_dinov2": DINOV2,
+    "segadapt_dinov2 frozen": DINOV2 | {"frozen": True},
+    "segadapt_knet": KNET,
+    "segadapt_t2t": T2T,
+    "upernet": UPERNET,
+    "upernet convnext": UPERNET | {"backbone_config": CONVNEXT},
+}
+SEGFORMERS = ("segformer", "segadapt_segformer_mmseg")
 LOSSES = {"segadapt_deeplabv3": ["train/losses=auxiliary"], "segadapt_knet": ["train/losses=knet"]}
-POOLED = ("segadapt_knet", "upernet")  # backward of their pools adds in any order on a GPU
 RANDOM = {"drop_path_rate": 0.3, "classifier_dropout_prob": 0.3}
 
 
@@ -51,18 +65,19 @@ def starts(tmp_path, monkeypatch) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("family", "overrides"),
+    ("net", "overrides"),
     [
         ("segformer", ["train.accumulate=2", "train.batch_size=4", "train.optimizer.clip_norm=0.5"]),
         ("segformer", [*CONTRAST, "train.ema_decay=0.9"]),
-        *((family, []) for family in NETS),
+        *((net, []) for net in (SEGFORMERS[1], *NETS)),
         # some of their work is float32 whatever the precision, and so is its backward
-        *((family, ["runtime.precision=bf16"]) for family in ("segadapt_hrnet_ocr", "segadapt_knet", "segadapt_t2t")),
+        *((net, ["runtime.precision=bf16"]) for net in ("segadapt_hrnet_ocr", "segadapt_knet", "segadapt_t2t")),
     ],
 )
-def test_replays_train_as_the_net_itself_does(tmp_path, memories, starts, family, overrides):
-    runs = both_ways(tmp_path, family, *overrides)
+def test_replays_train_as_the_net_itself_does(tmp_path, memories, starts, net, overrides):
+    runs = both_ways(tmp_path, net, *overrides)
     assert [memory.recorded for memory in memories] == [2]  # forward and backward of one size
+    assert [run["recorded"] for run in runs] == [False, True]
     assert_moved_alike(runs, starts, 1e-4)
     losses = [[line["loss"] for line in lines_of(run["folder"]) if "loss" in line] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -89,6 +104,35 @@ def test_what_cannot_be_recorded_is_refused(tmp_path, overrides, said):
         recorded.refuse_recorded(settings, torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("family", "overrides", "device", "chosen"),
+    [
+        ("segformer", [], "cuda", True),
+        ("segformer", [], "cpu", False),
+        ("segformer", ["train.recorded=false"], "cuda", False),
+        ("segformer", ["train.parallel=fsdp"], "cuda", False),
+        ("segformer", ["train.parallel=ddp"], "cuda", True),
+        ("segformer", ["runtime.compile=true"], "cuda", False),
+        ("segformer", ["train.transforms.size_mode=max"], "cuda", False),
+        ("segformer", ["model.discriminative.gradient_checkpointing=true"], "cuda", False),
+        ("segadapt_timm", [], "cuda", False),
+        ("segadapt_timm", ["train.recorded=true"], "cuda", True),
+        ("mask2former", [], "cuda", False),
+    ],
+    ids=str,
+)
+def test_null_records_on_a_gpu_where_it_can_be(tmp_path, family, overrides, device, chosen):
+    net = SimpleNamespace(device=torch.device(device))
+    segmenter = SimpleNamespace(net=net, family=FAMILIES[family])
+    assert recorded.is_recorded(training(tmp_path, *overrides), segmenter) is chosen
+
+
+def test_every_family_that_records_on_its_own_is_trained_so_here():
+    assert {net.split()[0] for net in (*SEGFORMERS, *NETS)} == {
+        name for name, family in FAMILIES.items() if family.can_record
+    }
+
+
 def test_a_net_that_asks_the_gpu_for_numbers_is_named(tmp_path, memories, monkeypatch):
     """As torch says it where a capture is under way."""
 
@@ -112,27 +156,29 @@ def test_other_errors_of_the_net_stay_as_they_are(tmp_path, memories, monkeypatc
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("family", ["segformer", *NETS])
+@pytest.mark.parametrize("net", [*SEGFORMERS, *NETS])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_graphs_of_a_gpu_train_as_the_net_itself_does(tmp_path, starts, precision, family):
+def test_graphs_of_a_gpu_train_as_the_net_itself_does(tmp_path, starts, precision, net):
     """Dropout, drop path and BatchNorm's statistics among it."""
-    varies = family in POOLED
-    own = ("runtime.device=cuda", f"runtime.precision={precision}", f"runtime.deterministic={not varies}",
+    own = ("runtime.device=cuda", f"runtime.precision={precision}", "runtime.deterministic=true",
            "train.accumulate=2", "train.batch_size=4", "train.ema_decay=0.5")  # fmt: skip
-    within = {"fp32": 1e-3, "bf16": 5e-2}[precision] if varies else 1e-5
-    assert_moved_alike(both_ways(tmp_path, family, *own), starts, within)
+    assert_moved_alike(both_ways(tmp_path, net, *own), starts, 1e-5)
 
 
-def both_ways(root, family, *overrides) -> list[dict]:
+def both_ways(root, net, *overrides) -> list[dict]:
     """Results as the net is, and recorded. Not by AdamW, which makes steps of rounding errors."""
-    runs = []
+    runs, family = [], net.split()[0]
+    if "frozen" in net:
+        Dinov2Model(Dinov2Config(**VIT)).save_pretrained(root / "encoder")
     for is_recorded in (False, True):
         settings = training(
             root / str(is_recorded), f"model.discriminative.family={family}", "train.optimizer.name=sgd",
             "train.optimizer.lr=0.01", *LOSSES.get(family, ()), *overrides, f"train.recorded={is_recorded}",
         )  # fmt: skip
         chosen = settings.model.discriminative
-        chosen.config = (chosen.config | RANDOM) if family == "segformer" else NETS[family]
+        chosen.config = (chosen.config | RANDOM) if net in SEGFORMERS else NETS[net]
+        if "frozen" in net:
+            chosen.backbone = str(root / "encoder")
         runs.append(train.run(settings, console=QUIET))
     return runs
 

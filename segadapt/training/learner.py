@@ -15,7 +15,7 @@ from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.precision import autocast
 from segadapt.seeds import derive
 from segadapt.training.parallel import World, spread, synchronised
-from segadapt.training.recorded import RecordedOutputs, average, memory_of
+from segadapt.training.recorded import RecordedOutputs, average, is_recorded, memory_of
 from segadapt.training.sharded import whole
 
 Losses = list[dict[str, Tensor]]  # of each micro-batch: the sum, under "loss", and its terms
@@ -57,7 +57,7 @@ class AllLayers:
         self._seed, self._net, self._world = settings.experiment.seed, segmenter.net, world
         precision, outputs = settings.runtime.precision, None
         self._recorded: RecordedOutputs | None = None
-        if isinstance(settings, TrainConfig) and settings.train.recorded:
+        if isinstance(settings, TrainConfig) and is_recorded(settings, segmenter):
             outputs = self._recorded = RecordedOutputs(
                 segmenter, memory_of(segmenter.net), precision=precision,
                 has_features=bool(settings.train.losses.contrast.weight),

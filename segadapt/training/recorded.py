@@ -19,28 +19,38 @@ from segadapt.models.recording import Graphs, Memory, Piece, Recorder
 from segadapt.training.parallel import World
 
 
+def is_recorded(settings: TrainConfig, segmenter: NetSegmenter) -> bool:
+    """As train.recorded says; where it is null, wherever it can be, of families that are tested so."""
+    if settings.train.recorded is None:
+        return segmenter.family.can_record and _obstacle(settings, segmenter.net.device) is None
+    return settings.train.recorded
+
+
 def refuse_recorded(settings: TrainConfig, device: torch.device) -> None:
-    """UserError: train.recorded with settings, or on a device, that CUDA graphs are not made for."""
+    """UserError: train.recorded=true with settings, or on a device, that CUDA graphs are not made for."""
+    if settings.train.recorded and (said := _obstacle(settings, device)):
+        raise UserError(f"train.recorded=true {said}")
+
+
+def _obstacle(settings: TrainConfig, device: torch.device) -> str | None:
+    """What cannot be recorded, and the remedy; None: all can."""
     t = settings.train
-    if not t.recorded:
-        return
     if settings.runtime.compile:
-        raise UserError("train.recorded=true with runtime.compile=true: expected one of them. Set "
-                        "runtime.compile=null, or train.recorded=false.")  # fmt: skip
+        return "with runtime.compile=true: expected one of them. Set runtime.compile=null, or train.recorded=false."
     if t.parallel not in ("none", "ddp"):
-        raise UserError(f"train.recorded=true with train.parallel={t.parallel}: a net in parts is not recorded. Set "
-                        "train.recorded=false, or train.parallel=ddp.")  # fmt: skip
+        return (f"with train.parallel={t.parallel}: a net in parts is not recorded. Set train.recorded=false, or "
+                "train.parallel=ddp.")  # fmt: skip
     if t.transforms.size_mode != "fixed":
-        raise UserError(f"train.recorded=true with train.transforms.size_mode={t.transforms.size_mode}: each size of a "
-                        "batch would be recorded. Set train.recorded=false, or size_mode=fixed.")  # fmt: skip
+        return (f"with train.transforms.size_mode={t.transforms.size_mode}: each size of a batch would be recorded. "
+                "Set train.recorded=false, or size_mode=fixed.")  # fmt: skip
     if t.losses.masks.weight:
-        raise UserError(f"train.recorded=true with train.losses.masks.weight={t.losses.masks.weight}: queries are not "
-                        "recorded. Set train.recorded=false.")  # fmt: skip
+        return (f"with train.losses.masks.weight={t.losses.masks.weight}: queries are not recorded. Set "
+                "train.recorded=false.")  # fmt: skip
     if settings.model.discriminative.gradient_checkpointing:
-        raise UserError("train.recorded=true with model.discriminative.gradient_checkpointing=true: expected one of "
-                        "them. Set one to false.")  # fmt: skip
+        return "with model.discriminative.gradient_checkpointing=true: expected one of them. Set one to false."
     if device.type != "cuda":
-        raise UserError(f"train.recorded=true on {device.type}: CUDA graphs need a GPU. Set train.recorded=false.")
+        return f"on {device.type}: CUDA graphs need a GPU. Set train.recorded=false."
+    return None
 
 
 def memory_of(net: nn.Module) -> Memory:

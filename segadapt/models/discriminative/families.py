@@ -60,6 +60,7 @@ class Family:
     auxiliary_head: str | None = None  # a module that nothing but the auxiliary loss reads
     # of a net: a BatchNorm sees one vector an image, of which a single image has no statistics
     pools_images: Callable[[Any], bool] = lambda _: False
+    can_record: bool = False  # training makes CUDA graphs of it on its own; the GPU tests train each of these so
     least_px: Callable[[Any], int] = lambda _: 1  # of a config: the shortest side that its convolutions take
 
 
@@ -148,6 +149,7 @@ UPERNET = Family(
     pools_images=upernet.pools_images,
     least_px=pyramid_least_px,
     auxiliary_head="auxiliary_head",
+    can_record=True,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -160,6 +162,7 @@ FAMILIES: dict[str, Family] = {
         "segformer",
         lambda _: encoder_names,
         least_px=segformer_least_px,
+        can_record=True,
     ),
     "segadapt_segformer_mmseg": Family(
         MmsegSegformerConfig,
@@ -170,6 +173,7 @@ FAMILIES: dict[str, Family] = {
         "segformer",
         lambda _: encoder_names,
         least_px=segformer_least_px,
+        can_record=True,
     ),
     "segadapt_dinov2": Family(
         Dinov2SegmenterConfig,
@@ -179,6 +183,7 @@ FAMILIES: dict[str, Family] = {
         dinov2_outputs,
         "backbone",
         frozen=dinov2_frozen,
+        can_record=True,
     ),
     "mask2former": Family(
         Mask2FormerConfig,
@@ -207,6 +212,7 @@ FAMILIES: dict[str, Family] = {
         has_auxiliary=lambda _: True,
         auxiliary_head="auxiliary_head",
         pools_images=lambda _: True,
+        can_record=True,
     ),
     "segadapt_hrnet": Family(
         HrnetConfig,
@@ -216,6 +222,7 @@ FAMILIES: dict[str, Family] = {
         convolutional.outputs,
         "encoder",
         lambda _: hrnet_names,
+        can_record=True,
     ),
     "segadapt_hrnet_ocr": Family(
         HrnetOcrConfig,
@@ -226,6 +233,7 @@ FAMILIES: dict[str, Family] = {
         "encoder",
         lambda _: hrnet_names,
         has_auxiliary=lambda _: True,
+        can_record=True,
     ),
     "segadapt_t2t": Family(
         T2tConfig,
@@ -235,6 +243,7 @@ FAMILIES: dict[str, Family] = {
         convolutional.outputs,
         "encoder",
         lambda _: t2t_names,
+        can_record=True,
     ),
     "segadapt_timm": Family(
         TimmConfig,
