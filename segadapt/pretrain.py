@@ -160,6 +160,7 @@ def _train(
         world,
         log,
     )
+    stack.callback(training.close)
     if state is not None:
         training.load_state_dict(state["training"], checkpoints.path_of(checkpoints.newest))
     asked = stack.enter_context(noted_signals())

@@ -174,6 +174,7 @@ def _train(
     log = open_log(settings, world, terminal, folder, checkpoints.newest, state, stack, **said)
     whole = copy.deepcopy(segmenter) if world.has_parts else None
     training = Training(settings, segmenter, whole, objective, PixelScores(settings, images, world), world, log)
+    stack.callback(training.close)
     if state is not None:
         training.load_state_dict(state["training"], checkpoints.path_of(checkpoints.newest))
     own = {**origin, "segadapt": __version__}

@@ -2,8 +2,9 @@
 
 BatchNorm stays in eval mode unless BATCH_NORM_LEARNS=1: on the CPU each process would have statistics of its own.
 STOP_AT=N: a signal comes within step N, to all processes or to STOP_RANK alone; TOLD=SECONDS: see agreement.SECONDS.
-SLOW=SECONDS: what writing a file of a checkpoint takes at least. RECORDED=1: train.recorded works on the CPU. What the
-losses hold at the end is left in ROOT/objective-RANK.pt.
+OTHER_START=1: all processes but the first build other weights. SLOW=SECONDS: what writing a file of a checkpoint takes
+at least. RECORDED=1: train.recorded works on the CPU. What the losses hold at the end is left in
+ROOT/objective-RANK.pt.
 """
 
 import os
@@ -45,8 +46,12 @@ def step_with_signal(self: Training, *given, **named) -> dict:
     return plain_step(self, *given, **named)
 
 
-def build_and_keep(*given) -> Objective:
-    built.append(plain_build(*given))
+def build_and_keep(settings, segmenter, *given) -> Objective:
+    if os.environ.get("OTHER_START") == "1" and os.environ.get("RANK", "0") != "0":
+        with torch.no_grad():
+            for tensor in (*segmenter.net.parameters(), *segmenter.net.buffers()):
+                tensor.add_(1)
+    built.append(plain_build(settings, segmenter, *given))
     return built[-1]
 
 

@@ -83,6 +83,16 @@ def test_two_processes_train_as_one_does_by_replays(tmp_path, single, monkeypatc
     assert_alike(tmp_path, single)
 
 
+@pytest.mark.parametrize("recorded", ["0", "1"])
+def test_copies_begin_as_the_first_does(tmp_path, single, monkeypatch, recorded):
+    """On hosts whose CPUs or files differ."""
+    monkeypatch.setenv("RECORDED", recorded)
+    monkeypatch.setenv("OTHER_START", "1")
+    own = ("train.parallel=ddp", f"train.recorded={recorded == '1'}")
+    assert finish(begin(tmp_path, *own, processes=2)) == 0
+    assert_alike(tmp_path, single)
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_signal_stops_both_and_both_go_on(tmp_path, single, kind):
     own = (f"train.parallel={kind}", "train.checkpoint_every=1", "train.validate_every=1")

@@ -23,6 +23,8 @@ from segadapt.models.set_up import fingerprint
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 SIZES = {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "window_size": 4, "drop_path_rate": 0.0}
 SWIN = {"model_type": "swin", **SIZES, "out_features": STAGES}
+RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1],
+          "layer_type": "basic", "out_features": STAGES}  # fmt: skip
 BROAD = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
 CONVNEXT = {"model_type": "convnext", **BROAD, "out_features": STAGES}
 CONFIG = {"backbone_config": SWIN, "hidden_size": 16, "auxiliary_channels": 8, "pool_scales": [1, 2]}
@@ -51,7 +53,7 @@ def test_upernet_on_swin_is_as_large_as_published(size, millions):
     assert sum(parameters_of(f"upernet_swin_{size}", 150).values()) / 1e6 == pytest.approx(millions, abs=0.5)
 
 
-@pytest.mark.parametrize("backbone", [SWIN, CONVNEXT], ids=["swin", "convnext"])
+@pytest.mark.parametrize("backbone", [SWIN, CONVNEXT, RESNET], ids=["swin", "convnext", "resnet"])
 @pytest.mark.parametrize("size", [(64, 64), (70, 106)])
 def test_outputs_have_what_training_asks_for(backbone, size):
     """The features are those that transformers' head classifies, caught on their way."""
@@ -92,7 +94,7 @@ def test_pools_add_in_float32_whatever_autocast_says(precision):
     assert torch.equal(found_BDnn, average_pool(image_BDyx.double(), 2).to(precision))
 
 
-@pytest.mark.parametrize("backbone", [SWIN, CONVNEXT], ids=["swin", "convnext"])
+@pytest.mark.parametrize("backbone", [SWIN, CONVNEXT, RESNET], ids=["swin", "convnext", "resnet"])
 def test_twelve_steps_lower_the_loss_and_everything_that_trains_has_a_gradient(backbone):
     segmenter = made(backbone_config=backbone).train()
     image_B3HW = images(2, 3, 64, 64)

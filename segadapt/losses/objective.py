@@ -20,6 +20,7 @@ from segadapt.losses.cross_entropy import cross_entropy, focal, ohem
 from segadapt.losses.masks import MaskLoss
 from segadapt.losses.memory import Memory, pixels_at
 from segadapt.models.discriminative import Outputs
+from segadapt.models.precision import at_least_float32
 from segadapt.seeds import derive, torch_generator
 
 IDLE_STEPS = 50  # in which no anchor was found: a term that is on and does nothing
@@ -122,26 +123,12 @@ class Objective(nn.Module):
                     raise UserError(f"train.losses.auxiliary.weight={s.auxiliary.weight}, but the network has no "
                                     "auxiliary head. Set it to 0.")  # fmt: skip
                 weights["auxiliary"] = s.auxiliary.weight
-                values["auxiliary"] = cross_entropy(
-                    at_label_size(outputs.auxiliary_BChw, label_BHW),
-                    label_BHW,
-                    class_weights_C=self.class_weights_C,
-                    reduction=s.reduction,
-                )
+                values["auxiliary"] = self._cross_entropy(outputs.auxiliary_BChw, label_BHW)
             if s.stages.weight:
                 assert outputs.stages_BChw, "train.build_objective refuses a net without stages"
                 weights["stages"] = s.stages.weight
-                values["stages"] = torch.stack(
-                    [
-                        cross_entropy(
-                            at_label_size(logits_BChw, label_BHW),
-                            label_BHW,
-                            class_weights_C=self.class_weights_C,
-                            reduction=s.reduction,
-                        )
-                        for logits_BChw in outputs.stages_BChw
-                    ]
-                ).sum()
+                of_stages = [self._cross_entropy(logits_BChw, label_BHW) for logits_BChw in outputs.stages_BChw]
+                values["stages"] = torch.stack(of_stages).sum()
             if self.masks is not None:
                 assert outputs.queries is not None
                 values |= self.masks(outputs.queries, label_BHW)
@@ -153,6 +140,12 @@ class Objective(nn.Module):
         each_T = torch.stack([weights[name] * value for name, value in values.items()])
         total = (each_T if shares_T is None else each_T * shares_T).sum()
         return Terms(total, {name: value.detach() for name, value in values.items()}, weights)
+
+    def _cross_entropy(self, logits_BChw: Tensor, label_BHW: Tensor) -> Tensor:
+        """Of outputs beside the last."""
+        logits_BCHW = at_label_size(logits_BChw, label_BHW)
+        reduction = self.settings.reduction
+        return cross_entropy(logits_BCHW, label_BHW, class_weights_C=self.class_weights_C, reduction=reduction)
 
     def _contrast(self, outputs: Outputs, label_BHW: Tensor, own: ContrastSettings, step: int) -> Tensor:
         assert self.projection is not None
@@ -246,11 +239,6 @@ class Objective(nn.Module):
         """After the optimizer's step, on every rank: write the rows of the calls since the last time."""
         if self.memory is not None:
             self.memory.write()
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """float64 in tests; all else as float32."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def resized(logits_BChw: Tensor, size: torch.Size) -> Tensor:

@@ -1,38 +1,27 @@
-"""A device without memory: one line that says what was at work, and which settings to lower."""
+"""Of adaptation: what an image needed memory for, and which settings to lower."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-import torch
 from torch import Tensor
 
-from segadapt.errors import UserError
 from segadapt.inference import Inference
 from segadapt.models.combined import Combined
 from segadapt.models.generative.guided import MOST_BOXES
 from segadapt.models.generative.lora import lora_parameters
 from segadapt.models.generative.sd3 import Sd3
 from segadapt.models.source import Source
+from segadapt.out_of_memory import explain_shortage
 
-OF_THE_HOST = "DefaultCPUAllocator: can't allocate memory"  # a plain RuntimeError of torch
 
-
-@contextmanager
-def explain_out_of_memory(method: Source, what: str, image_3HW: Tensor | None = None) -> Iterator[None]:
+def explain_out_of_memory(method: Source, what: str, image_3HW: Tensor | None = None) -> AbstractContextManager[None]:
     """UserError in place of torch's: which image, its size and windows, what the device was asked for, what to lower.
 
     Args:
         image_3HW: as loaded; None: no image is at work.
     """
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        is_known = isinstance(error, torch.OutOfMemoryError | MemoryError) or OF_THE_HOST in str(error)
-        if not is_known:
-            raise
-        said = ". ".join(str(error).split(". ")[:3]) or "the host is out of memory"  # of which device, and its size
-        size = "" if image_3HW is None else f" ({at_work(method, image_3HW)})"
-        raise UserError(f"{what}{size}: {said}. To need less: {', or '.join(cures(method))}.") from error
+    return explain_shortage(
+        lambda: what if image_3HW is None else f"{what} ({at_work(method, image_3HW)})", lambda: cures(method)
+    )
 
 
 def at_work(method: Source, image_3HW: Tensor) -> str:

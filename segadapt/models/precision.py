@@ -4,6 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch import Tensor
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """float64 in tests; all else as float32."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def autocast(device: torch.device, precision: str, *, caches: bool | None = None) -> torch.autocast | nullcontext:

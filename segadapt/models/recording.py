@@ -147,6 +147,10 @@ class Recording:
             self._in_grads, self._replay_backward = memory.record(self._run_backward)
         self._live = []
 
+    def close(self) -> None:
+        """Let go of the graphs and of their places; it is of no use afterwards."""
+        vars(self).clear()
+
     def _there_and_back(self) -> None:
         """Each piece forward and at once backward with gradients of zero, so that one piece's activations exist."""
         state: Tensors = self._inputs
@@ -280,6 +284,13 @@ class Recorder:
         if not recording.has_backward:
             return recording.forward(inputs)
         return _Replay.apply(self._anchor, self, recording, *inputs)  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Let go of all recordings, whoever holds them; it is of no use afterwards."""
+        for recording in self.recordings.values():
+            recording.close()
+        self.recordings.clear()
+        self._largest.clear()
 
 
 def recorder_of(

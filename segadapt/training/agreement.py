@@ -23,7 +23,7 @@ class Agreement:
 
     Args:
         checkpoints: their clock and `newest` are those of the first process.
-        validate_every: steps; a step that validates, which may take long, is never without an agreement.
+        validate_every: steps; such a step, whose validation may take long, is never without an agreement.
         clock: seconds.
     """
 

@@ -68,7 +68,7 @@ class SoftCrossEntropy(nn.Module):
 
     def amounts(self, target_BC: Tensor) -> Tensor:
         """What the mean of its one term divides by: float64 [1], on the device."""
-        return torch.tensor([len(target_BC)], dtype=torch.float64, device=target_BC.device)
+        return torch.full((1,), len(target_BC), dtype=torch.float64, device=target_BC.device)
 
     def refuse_idle(self, iters: int) -> None:
         """It always has an effect."""

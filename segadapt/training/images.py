@@ -8,10 +8,12 @@ from segadapt.config_training import TrainConfig
 from segadapt.datasets import Dataset, Task
 from segadapt.errors import UserError
 from segadapt.losses import ClassWeights, class_weights_of
-from segadapt.models.discriminative import Segmenter
+from segadapt.models.discriminative.segmenter import NetSegmenter
+from segadapt.out_of_memory import explain_shortage
 from segadapt.stream import Entry
 from segadapt.training.parallel import World
 from segadapt.training.preparation import labelled_split
+from segadapt.training.recorded import is_recorded
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,16 @@ class PixelScores:
         self._settings, self._world, self._held_out = settings, world, images.held_out
         self._entries = list(images.entries[world.rank :: world.size])
 
-    def __call__(self, segmenter: Segmenter) -> dict[str, Any]:
+    def __call__(self, segmenter: NetSegmenter) -> dict[str, Any]:
         """Fractions, of the pixels of all processes; `iou` by class."""
-        counts_CC = scoring.count(segmenter, self._held_out, self._entries, settings=self._settings)
+        with explain_shortage(lambda: "validation", lambda: self._cures(segmenter)):
+            counts_CC = scoring.count(segmenter, self._held_out, self._entries, settings=self._settings)
         scores = metrics.scores(self._world.sum(counts_CC))
         return {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc, "iou": scores.iou_C.tolist()}
+
+    def _cures(self, segmenter: NetSegmenter) -> list[str]:
+        lower = f"lower data.short_side_px={self._settings.data.short_side_px}"
+        return [lower, "set train.recorded=false"] if is_recorded(self._settings, segmenter) else [lower]
 
 
 def list_images(settings: TrainConfig) -> Images:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from segadapt.config_pretraining import PretrainConfig
 from segadapt.config_training import TrainConfig
+from segadapt.losses import LOSSES, losses_on
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.precision import autocast
 from segadapt.seeds import derive
@@ -58,9 +59,10 @@ class AllLayers:
         precision, outputs = settings.runtime.precision, None
         self._recorded: RecordedOutputs | None = None
         if isinstance(settings, TrainConfig) and is_recorded(settings, segmenter):
+            on = losses_on(settings.train.losses)
             outputs = self._recorded = RecordedOutputs(
-                segmenter, memory_of(segmenter.net), precision=precision,
-                has_features=bool(settings.train.losses.contrast.weight),
+                segmenter, memory_of(segmenter.net), precision=precision, asked=settings.train.recorded,
+                reads_logits=any(name in LOSSES for name in on), reads_features="contrast" in on,
             )  # fmt: skip
         elif settings.runtime.compile:
             outputs = torch.compile(segmenter.outputs)
@@ -94,6 +96,11 @@ class AllLayers:
             for gradient in (self._recorded.gradient, *own):
                 average(gradient, self._world)
         return found, weights
+
+    def close(self) -> None:
+        """Let go of what is recorded."""
+        if self._recorded is not None:
+            self._recorded.close()
 
     def told(self, rates: Mapping[str, float], found: Losses, weights: dict[str, float]) -> Any:
         """Rates by group, losses and weights, in every process."""

@@ -18,46 +18,22 @@ import torch
 from torch import Tensor
 
 from segadapt.checkpoint import Checkpoints, Parts
-from segadapt.config_loop import LoopSettings
 from segadapt.config_pretraining import PretrainConfig
 from segadapt.config_training import TrainConfig
 from segadapt.errors import UserError
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.signals import Asked, Stopped
-from segadapt.stream import Samples, batches
+from segadapt.stream import Samples
 from segadapt.training import shards
 from segadapt.training.agreement import Agreement
 from segadapt.training.learner import AllLayers, Losses
 from segadapt.training.log import LOG_EVERY, Log
+from segadapt.training.micro_batches import steps_of
 from segadapt.training.optimizer import build_optimizer, set_rates
+from segadapt.training.out_of_memory import explain_step
 from segadapt.training.parallel import World, agree, clip
 from segadapt.training.pipeline import Pipeline
 from segadapt.training.state import TrainingState
-
-
-def steps_of(
-    samples: Samples,
-    t: LoopSettings,
-    world: World,
-    *,
-    first: int,
-    workers: int,
-    is_pinned: bool = False,
-) -> Iterator[Sequence[Any]]:
-    """The micro-batches of this process, step by step, from step `first` on.
-
-    Step i takes the items i B .. i B + B - 1 of the samples, whatever the number of processes and micro-batches: each
-    micro-batch is a stretch of them, and each process, or those that work together, have their part of it.
-    """
-    part = t.batch_size // (world.parts * t.accumulate)
-    firsts = (
-        step * t.batch_size + (micro * world.parts + world.part) * part
-        for step in range(first, t.iters)
-        for micro in range(t.accumulate)
-    )
-    stretches = [range(item, item + part) for item in firsts]
-    read = batches(samples, stretches, workers=workers, is_pinned=is_pinned)
-    yield from zip(*[read] * t.accumulate, strict=True)
 
 
 class Examination(Protocol):
@@ -183,6 +159,11 @@ class Training:
             segmenter.net.load_state_dict(self._kept[rule])
             segmenter.eval().save(path / folder)
 
+    def close(self) -> None:
+        """What is recorded on a GPU must go before the processes part."""
+        if isinstance(self._learner, AllLayers):
+            self._learner.close()
+
     # --- the loop ---
 
     def fit(
@@ -194,7 +175,7 @@ class Training:
             more: gives what is written beside the state into each checkpoint.
         Raises:
             UserError: the loss or its gradient is not finite when it is read, or the contrast loss does nothing (see
-                Objective.refuse_idle), before anything is validated or saved.
+                Objective.refuse_idle), before anything is validated or saved; or a device has no memory left.
             Stopped: a signal came to any of the processes; a checkpoint is written.
         """
         t = self.settings.train
@@ -208,7 +189,8 @@ class Training:
             is_logged = is_validated or step % LOG_EVERY == 0
             # read the loss (a CPU-GPU sync) once in a while, and before a broken model would be saved
             is_read = bool(is_logged or is_due or signum)
-            line = self._step(micro_batches, is_read=is_read)
+            with explain_step(self.settings, self.segmenter, self.world, step, micro_batches):
+                line = self._step(micro_batches, is_read=is_read)
             if is_read:
                 self._objective.refuse_idle(t.iters)
             if is_logged and self.log is not None:

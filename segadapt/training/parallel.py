@@ -224,14 +224,17 @@ def spread(module: nn.Module, net: nn.Module, world: World, *, is_recorded: bool
 
     Args:
         module: what is called; it holds the net.
-        is_recorded: copies stay as they are, and `recorded.average` makes their gradients one.
+        is_recorded: copies get the first one's values and stay bare; `recorded.average` makes their gradients one.
     """
     device = next(net.parameters()).device
     dimensions = world.mesh.mesh_dim_names or () if world.mesh is not None else ()
     if world.parts > 1 and device.type == "cuda":
         group = world.mesh["dp"].get_group() if world.mesh is not None else None
         nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
-    if world.kind == "ddp" and not is_recorded:
+    if world.kind == "ddp" and is_recorded:
+        for tensor in [*module.parameters(), *module.buffers()]:  # as DDP does
+            dist.broadcast(tensor.detach(), 0)
+    elif world.kind == "ddp":
         # of a side of length 1 any stride is right
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         known = inspect.signature(DistributedDataParallel).parameters

@@ -85,27 +85,39 @@ class RecordedOutputs:
     Hooks that wait for gradients of the parameters, as DDP's, are not called.
 
     Args:
-        has_features: a loss reads them; else those of no image are given.
+        asked: train.recorded.
+        reads_logits, reads_features: a loss has a gradient for them; else features of no image are given.
 
     Attributes:
         gradient: that of all parameters that move, float32 [all their elements], of which each .grad is a part. So
             processes average it in one message.
     """
 
-    def __init__(self, segmenter: NetSegmenter, memory: Memory, *, precision: str, has_features: bool):
+    def __init__(
+        self,
+        segmenter: NetSegmenter,
+        memory: Memory,
+        *,
+        precision: str,
+        asked: bool | None,
+        reads_logits: bool,
+        reads_features: bool,
+    ):
         def forward(image_B3HW: Tensor) -> tuple[Tensor | None, ...]:
             # a cast that the warm-up left in a cache would not be recorded, and weights would stay as they were
             with autocast(image_B3HW.device, precision, caches=False):
                 found = segmenter.outputs(image_B3HW)
-            features_BDyx = found.features_BDyx if has_features else found.features_BDyx[:0].detach()  # not copied
-            return found.logits_BChw, found.auxiliary_BChw, features_BDyx, *found.stages_BChw
+            # a backward is recorded of what is read alone; other weights would have gradients of 0 in place of none
+            logits_BChw = found.logits_BChw if reads_logits else found.logits_BChw.detach()
+            features_BDyx = found.features_BDyx if reads_features else found.features_BDyx[:0].detach()  # no copy
+            return logits_BChw, found.auxiliary_BChw, features_BDyx, *found.stages_BChw
 
         moving = [parameter for parameter in segmenter.parameters().values() if parameter.requires_grad]
         sizes = [parameter.numel() for parameter in moving]
         self.gradient = torch.zeros(sum(sizes), device=segmenter.net.device)
         parts = zip(self.gradient.split(sizes), moving, strict=True)
         grads = [part.as_strided(parameter.shape, parameter.stride()) for part, parameter in parts]
-        self._name = type(segmenter.net).__name__
+        self._name, self._asked = type(segmenter.net).__name__, "null" if asked is None else "true"
         self._run = Recorder([Piece(forward, moving, moving, grads)], Undone(memory, segmenter.net))
 
     def __call__(self, image_B3HW: Tensor) -> Outputs:
@@ -119,12 +131,16 @@ class RecordedOutputs:
             if "captur" not in str(error):
                 raise
             said = str(error).strip().splitlines()[0]
-            raise UserError(f"train.recorded=true: {self._name} cannot be a CUDA graph ({said}). Set "
+            raise UserError(f"train.recorded={self._asked}: {self._name} cannot be a CUDA graph ({said}). Set "
                             "train.recorded=false.") from error  # fmt: skip
         assert logits_BChw is not None
         assert features_BDyx is not None
         given = tuple(stage_BChw for stage_BChw in stages_BChw if stage_BChw is not None)
         return Outputs(logits_BChw, auxiliary_BChw, features_BDyx, given)
+
+    def close(self) -> None:
+        """Let go of the graphs. NCCL waits for those with messages in them before it ends."""
+        self._run.close()
 
 
 @torch.no_grad()

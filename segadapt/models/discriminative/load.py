@@ -228,6 +228,7 @@ def _said(error: StrictDataclassError) -> str:
 def _check_keys(config: Mapping[str, Any], kind: type[PreTrainedConfig], prefix: str) -> None:
     """UserError: a key that the config class does not have, also within a config of a part; it would have no effect."""
     known = {field.name.lstrip("_") for field in fields(kind)} | set(kind.attribute_map) | {"model_type"}
+    known |= {name for name in ("out_features", "out_indices") if hasattr(kind, name)}  # of some encoders no fields
     for key, value in config.items():
         if key not in known:
             raise UserError(f"{prefix}.{key} is not a setting of {kind.model_type}.{did_you_mean(key, known)}")

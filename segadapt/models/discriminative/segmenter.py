@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from segadapt.errors import UserError
 from segadapt.models.discriminative import Outputs, norm_parameters
 from segadapt.models.discriminative.families import FAMILIES, IMAGENET_MEAN, IMAGENET_STD
+from segadapt.models.precision import at_least_float32
 
 MOST = 1e30  # of a mean or deviation of colours, as float32 holds it
 
@@ -84,17 +85,17 @@ class NetSegmenter:
         Returns:
             logits_BChw: float32, cast before anything is computed from them; float64 if the net is.
         """
-        return _at_least_float32(self.net(pixel_values=self.normalised(image_B3HW)).logits)
+        return at_least_float32(self.net(pixel_values=self.normalised(image_B3HW)).logits)
 
     def outputs(self, image_B3HW: Tensor) -> Outputs:
         """For training: logits and features; if the net has such, those of an auxiliary head and earlier stages."""
         found = self.family.outputs(self.net, self.normalised(image_B3HW))
         auxiliary_BChw = found.auxiliary_BChw
         return Outputs(
-            _at_least_float32(found.logits_BChw),
-            None if auxiliary_BChw is None else _at_least_float32(auxiliary_BChw),
+            at_least_float32(found.logits_BChw),
+            None if auxiliary_BChw is None else at_least_float32(auxiliary_BChw),
             found.features_BDyx,
-            stages_BChw=tuple(_at_least_float32(logits_BChw) for logits_BChw in found.stages_BChw),
+            stages_BChw=tuple(at_least_float32(logits_BChw) for logits_BChw in found.stages_BChw),
             queries=found.queries,
         )
 
@@ -144,7 +145,3 @@ def _of_colours(net: PreTrainedModel, name: str, default: tuple[float, ...]) -> 
         raise UserError(f"model.discriminative: {name}={given!r} in the config of {net.config.model_type}: expected "
                         f"three finite numbers{above}, of RGB in 0..1, or null. Correct it there.")  # fmt: skip
     return [float(one) for one in values]
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

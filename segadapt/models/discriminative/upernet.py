@@ -14,9 +14,6 @@ from transformers import UperNetForSemanticSegmentation
 from segadapt.models.discriminative import Outputs
 from segadapt.models.discriminative.mmseg import Scored
 
-# faults of a bare encoder's file: UPerNet has norms of its own on each map, and of a ConvNeXt does not read the last
-OF_BARE_ENCODERS = r"hidden_states_norms\..* is missing|(convnext\.)?layernorm\.(weight|bias) is unexpected"
-
 
 def fused(head: Any, maps: Sequence[Tensor]) -> Tensor:
     """Maps of the stages, [B, channels, y, x], to what the classifier sees, [B, D, h, w].
@@ -92,11 +89,6 @@ def pools_images(net: Any) -> bool:
 def has_auxiliary(config: Any) -> bool:
     """Whether the net of a config has an auxiliary head."""
     return config.use_auxiliary_head
-
-
-def frozen(config: Any) -> tuple[str, ...]:
-    """Of a Swin the norm behind the last stage: nothing reads it, so that it would have no gradient."""
-    return ("backbone.swin.layernorm",) if config.backbone_config.model_type == "swin" else ()
 
 
 def encoder_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
