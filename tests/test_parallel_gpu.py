@@ -63,6 +63,19 @@ def test_slices_train_under_autocast_with_a_fused_rule_and_go_on_as_shards(tmp_p
     assert left_by(tmp_path)[1]["steps"] == 6
 
 
+@pytest.mark.parametrize("rank", [None, 1])
+def test_a_signal_ends_recorded_copies_and_they_go_on(tmp_path, single, monkeypatch, rank):
+    """NCCL does not end while a graph with its messages is alive: `finish` would wait in vain."""
+    own = (*ON_GPU, "train.parallel=ddp", "train.recorded=true")
+    monkeypatch.setenv("STOP_AT", "3")
+    if rank is not None:
+        monkeypatch.setenv("STOP_RANK", str(rank))
+    assert finish(begin(tmp_path, *own, processes=2, batch_norm_learns=True)) != 0
+    monkeypatch.setenv("STOP_AT", "0")
+    assert finish(begin(tmp_path, *own, processes=2, batch_norm_learns=True)) == 0
+    assert_alike(tmp_path, single)
+
+
 def assert_alike(root, single):
     """Weights, BatchNorm's statistics and scores."""
     (model, results), (expected, its) = left_by(root), single

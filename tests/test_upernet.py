@@ -116,6 +116,33 @@ def test_twelve_steps_lower_the_loss_and_everything_that_trains_has_a_gradient(b
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            {"num_heads": [1, 1, 2, 3]},
+            r"num_heads=\[1, 1, 2, 3\]: expected one number .* \[8, 16, 32, 64\] of embed_dim=8",
+        ),
+        ({"num_heads": [1, 1, 2]}, r"num_heads=\[1, 1, 2\]: expected one number a stage"),
+        ({"num_heads": [1, 1, 2, 0]}, r"num_heads=\[1, 1, 2, 0\]: expected one number a stage"),
+        ({"window_size": 0}, "window_size=0: expected 1 or more"),
+        ({"model_type": "swn"}, r"model_type=swn is no model of transformers\. Did you mean swin\?"),
+    ],
+)
+@pytest.mark.parametrize("family", ["upernet", "segadapt_knet", "mask2former"])
+def test_a_swin_of_which_no_net_can_be_made_is_one_line(family, wrong, said):
+    expected = rf"^model\.discriminative\.config\.backbone_config\.{said}[^\n]*$"
+    with pytest.raises(UserError, match=expected):
+        make_segmenter(family, {"backbone_config": SWIN | wrong}, 5)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("wrong", [{"embed_dim": 0}, {"embed_dim": -8}, {"out_features": ["stage9"]}])
+def test_what_transformers_says_of_an_encoder_is_one_line(wrong):
+    with pytest.raises(UserError, match=r"^model\.discriminative\.config: [^\n]*Correct it, or leave it out\.$"):
+        made(backbone_config=SWIN | wrong)
+
+
 def test_training_on_single_images_is_refused_before_it_begins(tmp_path):
     settings = training(tmp_path, "model.discriminative.family=upernet", "train.batch_size=1")
     settings.model.discriminative.config = CONFIG

@@ -15,8 +15,9 @@ from segadapt.losses import LOSSES, losses_on
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.precision import autocast
 from segadapt.seeds import derive
-from segadapt.training.parallel import World, spread, synchronised
-from segadapt.training.recorded import RecordedOutputs, average, is_recorded, memory_of
+from segadapt.training.gradients import average, synchronised
+from segadapt.training.parallel import World, spread
+from segadapt.training.recorded import RecordedOutputs, is_recorded, memory_of
 from segadapt.training.sharded import whole
 
 Losses = list[dict[str, Tensor]]  # of each micro-batch: the sum, under "loss", and its terms

@@ -26,12 +26,13 @@ from segadapt.signals import Asked, Stopped
 from segadapt.stream import Samples
 from segadapt.training import shards
 from segadapt.training.agreement import Agreement
+from segadapt.training.gradients import agree, clip
 from segadapt.training.learner import AllLayers, Losses
 from segadapt.training.log import LOG_EVERY, Log
 from segadapt.training.micro_batches import steps_of
 from segadapt.training.optimizer import build_optimizer, set_rates
 from segadapt.training.out_of_memory import explain_step
-from segadapt.training.parallel import World, agree, clip
+from segadapt.training.parallel import World
 from segadapt.training.pipeline import Pipeline
 from segadapt.training.state import TrainingState
 

@@ -5,29 +5,26 @@ Parts: shards (FSDP2) over the mesh dimension "dp", slices (tensor parallelism) 
 """
 
 import inspect
-import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from segadapt.config_pretraining import PretrainConfig
 from segadapt.config_training import TrainConfig, TrainSettings
 from segadapt.errors import UserError, counted
 from segadapt.signals import Stopped
-from segadapt.training.sharded import is_sliced, local
 from segadapt.training.tensor_parallel import refuse_slices, sliced
 
 PATIENCE = timedelta(hours=2)  # with the first process, which alone looks at all files
@@ -224,7 +221,7 @@ def spread(module: nn.Module, net: nn.Module, world: World, *, is_recorded: bool
 
     Args:
         module: what is called; it holds the net.
-        is_recorded: copies get the first one's values and stay bare; `recorded.average` makes their gradients one.
+        is_recorded: copies get the first one's values and stay bare; `gradients.average` makes their gradients one.
     """
     device = next(net.parameters()).device
     dimensions = world.mesh.mesh_dim_names or () if world.mesh is not None else ()
@@ -257,60 +254,3 @@ def spread(module: nn.Module, net: nn.Module, world: World, *, is_recorded: bool
             fully_shard(block, mesh=mesh)
         fully_shard(module, mesh=mesh)
     return module
-
-
-@contextmanager
-def synchronised(module: nn.Module, *, last: bool) -> Iterator[None]:
-    """Inside, a backward sends gradients only with the last micro-batch of a step."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(last)
-    is_copy = isinstance(module, DistributedDataParallel) and not last
-    with cast(DistributedDataParallel, module).no_sync() if is_copy else nullcontext():
-        yield
-
-
-@torch.no_grad()
-def agree(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Make the gradients of weights that are not sliced one in the processes that are together: their mean.
-
-    They are equal but for rounding, which GPUs may do in any order; left alone the weights would part.
-    """
-    if world.together > 1 and world.mesh is not None:
-        grads = [local(p.grad) for p in parameters if p.grad is not None and not is_sliced(p)]
-        flat = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(flat, group=world.mesh["tp"].get_group())
-        means = (flat / world.together).split([grad.numel() for grad in grads])
-        for grad, mean in zip(grads, means, strict=True):
-            grad.copy_(mean.view_as(grad))
-
-
-@torch.no_grad()
-def clip(parameters: Iterable[nn.Parameter], most: float | None, world: World) -> Tensor:
-    """Scale the gradient to an L2 norm of `most` if it is larger, over all its parts; returns the norm before.
-
-    Tensors of several meshes are in no common operation of torch: each process adds up the squares of what it has, each
-    by its share of it.
-    """
-    by_copies: dict[int, list[Tensor]] = {}
-    for grad in (parameter.grad for parameter in parameters if parameter.grad is not None):
-        by_copies.setdefault(copies_of(grad, world), []).append(local(grad))
-    squares = [torch.nn.utils.get_total_norm(own).square() / copies for copies, own in by_copies.items()]
-    square = torch.stack(squares).sum()
-    if list(by_copies) != [world.size]:
-        dist.all_reduce(square)
-        norm = square.sqrt()
-    else:
-        norm = (square * world.size).sqrt()
-    if most is not None:
-        factor = (most / (norm + 1e-6)).clamp(max=1)
-        grads = [grad for own in by_copies.values() for grad in own]
-        torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
-    return norm
-
-
-def copies_of(tensor: Tensor, world: World) -> int:
-    """Processes that have the same part of it."""
-    if not isinstance(tensor, DTensor):
-        return 1 if world.kind == "pipeline" else world.size
-    sizes = (tensor.device_mesh.size(dim) for dim, own in enumerate(tensor.placements) if not own.is_replicate())
-    return world.size // math.prod(sizes)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from segadapt.config_training import TrainConfig
@@ -16,7 +15,6 @@ from segadapt.models.discriminative import Outputs
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.precision import autocast
 from segadapt.models.recording import Graphs, Memory, Piece, Recorder
-from segadapt.training.parallel import World
 
 
 def is_recorded(settings: TrainConfig, segmenter: NetSegmenter) -> bool:
@@ -141,10 +139,3 @@ class RecordedOutputs:
     def close(self) -> None:
         """Let go of the graphs. NCCL waits for those with messages in them before it ends."""
         self._run.close()
-
-
-@torch.no_grad()
-def average(tensor: Tensor, world: World) -> None:
-    """Make the tensors of all processes that train copies one, in place: their mean."""
-    dist.all_reduce(tensor)
-    tensor.div_(world.parts)

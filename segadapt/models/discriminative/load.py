@@ -192,7 +192,7 @@ def make_segmenter(
             net = FAMILIES[family].net(made)
         except UserError:
             raise
-        except ValueError as error:
+        except (ValueError, ArithmeticError, RuntimeError) as error:  # of a size of 0, say
             said = " ".join(str(error).split()).rstrip(".")
             raise UserError(f"model.discriminative.config: {said}. Correct it, or leave it out.") from error
     net.to(torch.device(device))
@@ -215,12 +215,31 @@ def config_of(
     id2label = dict(enumerate(names))
     label2id = {label: index for index, label in id2label.items()}
     try:
-        return kind.config(**{**config, "id2label": id2label, "label2id": label2id})
-    except StrictDataclassError as error:
+        made = kind.config(**{**config, "id2label": id2label, "label2id": label2id})
+    except (StrictDataclassError, ValueError) as error:
         raise UserError(f"model.discriminative.config: {_said(error)}. Correct it, or leave it out.") from error
+    _check_swin(getattr(made, "backbone_config", None))
+    return made
 
 
-def _said(error: StrictDataclassError) -> str:
+def _check_swin(encoder: Any) -> None:
+    """UserError: a Swin of which no net can be made, or none that can be run; transformers does not ask."""
+    if getattr(encoder, "model_type", "") not in ("swin", "swinv2"):
+        return
+    if encoder.window_size < 1:
+        raise UserError(f"model.discriminative.config.backbone_config.window_size={encoder.window_size}: expected 1 or "
+                        "more. Correct it.")  # fmt: skip
+    widths = [encoder.embed_dim * 2**stage for stage in range(len(encoder.depths))]
+    heads = list(encoder.num_heads)
+    if len(heads) != len(widths) or any(
+        number < 1 or width % number for width, number in zip(widths, heads, strict=True)
+    ):
+        raise UserError(f"model.discriminative.config.backbone_config.num_heads={heads}: expected one number a stage "
+                        f"that divides its channels, {widths} of embed_dim={encoder.embed_dim}. Correct one of "
+                        "them.")  # fmt: skip
+
+
+def _said(error: Exception) -> str:
     """Which value is wrong: the last line, without the type of the error that it quotes."""
     return str(error).splitlines()[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
 
@@ -235,6 +254,9 @@ def _check_keys(config: Mapping[str, Any], kind: type[PreTrainedConfig], prefix:
         inner = value.get("model_type", "") if isinstance(value, Mapping) else ""
         if inner in CONFIG_MAPPING:
             _check_keys(value, CONFIG_MAPPING[inner], f"{prefix}.{key}")
+        elif inner:
+            raise UserError(f"{prefix}.{key}.model_type={inner} is no model of transformers."
+                            f"{did_you_mean(str(inner), CONFIG_MAPPING)}")  # fmt: skip
 
 
 def check_torch_reads_pickles_safely(version: str) -> None:
