@@ -162,6 +162,9 @@ def _start(verb: str, arguments: list[str]) -> None:
     try:
         with explained(schema, arguments):
             job()
+    except UnicodeDecodeError as error:
+        raise UserError(f"a YAML file is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8: an "
+                        "experiment file, or one of --config-dir.") from error  # fmt: skip
     except yaml.MarkedYAMLError as error:
         place = f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise UserError(f"{place}{error.problem}. Correct the YAML.") from error

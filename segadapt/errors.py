@@ -11,12 +11,13 @@ class UserError(ValueError):
 def did_you_mean(got: str, valid: Iterable[str]) -> str:
     """Return ' Did you mean X?' for the nearest valid name; ' Choose from: ...' where none is near."""
     names = sorted(valid)
-    near = difflib.get_close_matches(got, names, n=1, cutoff=0.6)
+    longer = [name for name in names if len(got) > 3 and name.startswith(got)]
+    near = longer or difflib.get_close_matches(got, names, n=1, cutoff=0.6)
     if near:
         return f" Did you mean {near[0]}?"
     if not names:
         return " There is none."
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    shown = ", ".join(names[:60]) + (", ..." if len(names) > 60 else "")
     return f" Choose from: {shown}."
 
 

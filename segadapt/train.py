@@ -16,7 +16,7 @@ from segadapt.errors import UserError, counted
 from segadapt.losses import ClassWeights, Objective, check_losses, losses_on, reduction_of
 from segadapt.models.build import build_segmenter, refuse_unexpected_weights
 from segadapt.models.discriminative.backbone import start_from
-from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.discriminative.load import explain_config, make_segmenter
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.set_up import fingerprint
 from segadapt.protocol import peak_memory_gib, rule_of, versions, without
@@ -119,11 +119,13 @@ def build_objective(settings: TrainConfig, segmenter: NetSegmenter, class_weight
                         "stages before it. Set it to 0, or choose segadapt_knet.")  # fmt: skip
     if has_auxiliary and family.auxiliary_head is not None and not t.losses.auxiliary.weight:
         segmenter.net.get_submodule(family.auxiliary_head).requires_grad_(False)
-    with torch.no_grad():
-        seen = segmenter.outputs(torch.zeros(1, 3, t.transforms.crop_px, t.transforms.crop_px, device=device))
+    px = min(t.transforms.crop_px, 512)  # a look at what it gives; none of it depends on the size
+    with torch.no_grad(), explain_config(f"no net that takes an image of {px} x {px} px"):
+        seen = segmenter.outputs(torch.zeros(1, 3, px, px, device=device))
     if t.losses.masks.weight and seen.queries is None:
         raise UserError(f"train.losses.masks.weight={t.losses.masks.weight}, but {chosen} has no queries that answer "
-                        "with masks. Set it to 0, or choose model.discriminative.family=mask2former.")  # fmt: skip
+                        "with masks. Choose other train/losses, or a file of model/discriminative that has: "
+                        "mask2former_swin_t_scratch.")  # fmt: skip
     return Objective(
         t.losses,
         num_classes=seen.logits_BChw.shape[1],

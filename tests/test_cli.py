@@ -22,6 +22,8 @@ from segadapt.datasets.toytown import CLASSES
         ("adapt dta.severity=3", "dta.severity is not a setting. Did you mean data.severity?"),
         ("adapt lr=3", "lr is not a setting. Did you mean tta.optimizer.lr?"),
         ("adapt foo.bar=3", "segadapt adapt: foo.bar is not a setting. Choose from: data, experiment, logging, model"),
+        ("train model/discriminative=segformer_b0", "is not a choice. Did you mean segformer_b0_scratch?"),
+        ("train model/discriminative=resnet50", "toytown_scratch, upernet_swin_b"),
         ("train ~foo", "segadapt train: foo is not a setting. Choose from: data, evaluate, experiment"),
         ("train trian.iters=5", "trian.iters is not a setting. Did you mean train.iters?"),
         ("train model.foo.bar=1", "model.foo.bar is not a setting. Choose from: model.discriminative, model.sha256."),
@@ -183,6 +185,14 @@ def test_yaml_slip_in_an_experiment_file_is_one_line_with_its_place(tmp_path, se
     assert (status, stderr.count("\n")) == (2, 1)
     assert "bad.yaml, line" in stderr
     assert stderr.endswith("Correct the YAML.\n")
+
+
+def test_an_experiment_file_of_other_characters_is_one_line(tmp_path, segadapt):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "bad.yaml").write_bytes(b"\xff\xfe")
+    status, _, stderr = segadapt("demo", "--config-dir", str(tmp_path), "experiment=bad")
+    assert (status, stderr.count("\n")) == (2, 1)
+    assert "a YAML file is not UTF-8" in stderr
 
 
 def test_output_folder_that_cannot_be_written_is_one_line(tmp_path, segadapt):

@@ -1,16 +1,19 @@
 """Both trainings: what they refuse, their schedules. The segmenter: its loss against loops, and what its runs leave."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pretraining_runs import tiny
 from training_runs import QUIET, TINY, generative_training, lines_of, training
 
-from segadapt import adapt, config, scoring, train, train_generative
-from segadapt.datasets.toytown import CLASSES
+from segadapt import adapt, config, pretrain, scoring, train, train_generative
+from segadapt.datasets.toytown import CLASSES, ToyTown
 from segadapt.errors import UserError
 from segadapt.losses import LOSSES
 from segadapt.models.discriminative.load import load_segmenter
@@ -244,6 +247,48 @@ def test_losses_that_cannot_be_are_refused_before_a_folder_is_made(tmp_path, ove
     with pytest.raises(UserError, match=rf"train\.losses.*{said}"):
         train.run(training(tmp_path, *overrides))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_labels_that_all_are_ignored_are_refused_before_the_first_step(tmp_path, monkeypatch, split):
+    load = ToyTown.load
+
+    def ignored(self, task, key):
+        sample = load(self, task, key)
+        return replace(sample, label_HW=np.full_like(sample.label_HW, 255)) if self.split == split else sample
+
+    monkeypatch.setattr(ToyTown, "load", ignored)
+    with pytest.raises(
+        UserError, match=rf"^data\.name=toytown, split {split}: no pixel of its \d labels is of a class"
+    ):
+        train.run(training(tmp_path))
+    assert not any(lines_of(file.parent) for file in tmp_path.rglob("records.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"depths": [1, 1, 1]}, "no net can be made of it: IndexError"),
+        ({"num_attention_heads": [1, 1, 2, 0]}, "no net can be made of it: ZeroDivisionError"),
+        ({"hidden_act": "foo"}, "no net can be made of it: KeyError: 'foo'"),
+        ({"num_channels": 4}, "no net that takes an image of 48 x 48 px: RuntimeError"),
+        ({"decoder_hidden_size": 0}, "no net that takes an image of 48 x 48 px: RuntimeError"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_what_no_segformer_can_be_is_one_line(tmp_path, wrong, said):
+    settings = training(tmp_path)
+    settings.model.discriminative.config |= wrong
+    expected = rf"^model\.discriminative\.config: {said}[^\n]* Correct it, or leave it out\.$"
+    with pytest.raises(UserError, match=expected):
+        train.run(settings)
+
+
+def test_what_no_classifier_can_be_is_one_line(tmp_path):
+    settings = tiny(tmp_path)
+    settings.model.discriminative.config |= {"depths": [1, 1, 1]}
+    with pytest.raises(UserError, match=r"^model\.discriminative\.config: no net can be made of it: IndexError[^\n]*$"):
+        pretrain.run(settings)
 
 
 def test_a_rate_that_would_rise_to_its_minimum_is_refused(tmp_path):

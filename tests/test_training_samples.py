@@ -192,6 +192,11 @@ def test_a_preview_draws_what_the_net_gets_beside_its_label(tmp_path):
         assert np.abs(drawn[:64, 80:] - expected).max() <= 1.001
 
 
+def test_a_preview_of_more_than_is_trained_on_is_all_of_it(tmp_path):
+    done = train.run(training(tmp_path, "train.iters=2", "train.preview=20"))
+    assert len(list(Path(done["folder"], "preview").iterdir())) == 4
+
+
 def test_a_preview_is_no_other_run_and_none_is_drawn_by_default(tmp_path):
     plain = train.run(training(tmp_path, "train.iters=1", "experiment.id=one"))
     assert not Path(plain["folder"], "preview").exists()

@@ -59,10 +59,13 @@ def build_segmenter(settings: DiscriminativeSettings, num_classes: int | None, d
 
     UserError: a setting of models made from scratch beside the checkpoint; see load_segmenter.
     """
-    for name, given, neutral in (("config", settings.config, "{}"), ("backbone", settings.backbone, "null")):
+    for name, given, cure in (
+        ("config", settings.config, "Choose model/discriminative=local, which has none"),
+        ("backbone", settings.backbone, "Set backbone=null"),
+    ):
         if given and settings.checkpoint is not None:
             raise UserError(f"model.discriminative.{name} beside checkpoint={settings.checkpoint}: it would have no "
-                            f"effect. Set {name}={neutral}, or to train from scratch checkpoint=null.")  # fmt: skip
+                            f"effect. {cure}, or to train from scratch checkpoint=null.")  # fmt: skip
     return load_segmenter(
         resolve(settings.checkpoint, "model.discriminative.checkpoint"),
         revision=settings.revision,

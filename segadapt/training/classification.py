@@ -14,7 +14,7 @@ from transformers import SegformerForImageClassification
 from segadapt.config_pretraining import PretrainConfig
 from segadapt.datasets.image_folder import ImageFolder
 from segadapt.losses.objective import Terms
-from segadapt.models.discriminative.load import config_of
+from segadapt.models.discriminative.load import config_of, explain_config
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.precision import autocast
 from segadapt.stream import batches
@@ -51,7 +51,7 @@ def make_classifier(
         config: keyword arguments of SegformerConfig.
     """
     made = config_of(FAMILY, config, len(classes), classes=classes)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), explain_config("no net can be made of it"):
         torch.manual_seed(seed)
         net: Any = SegformerForImageClassification(made)  # pyright: ignore[reportArgumentType]
     return Classifier(net.to(device), gradient_checkpointing=gradient_checkpointing)

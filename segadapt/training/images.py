@@ -6,7 +6,8 @@ from typing import Any
 from segadapt import metrics, scoring, stream
 from segadapt.config_training import TrainConfig
 from segadapt.datasets import Dataset, Task
-from segadapt.errors import UserError
+from segadapt.datasets.labels import IGNORE
+from segadapt.errors import UserError, counted
 from segadapt.losses import ClassWeights, class_weights_of
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.out_of_memory import explain_shortage
@@ -96,9 +97,21 @@ def shared_line(settings: TrainConfig, images: Images) -> str:
 
 
 def read_labels(settings: TrainConfig, images: Images) -> ClassWeights:
-    """Look at every file once, and weigh the classes. UserError: a damaged file, or a label that cannot be."""
+    """Look at every file once, and weigh the classes.
+
+    UserError: a damaged file, a label that cannot be, or labels that all are ignored.
+    """
     workers = settings.data.workers
-    for dataset, entries in ((images.dataset, images.drawn), (images.held_out, images.entries)):
+    for dataset, entries, split in (
+        (images.dataset, images.drawn, settings.data.split),
+        (images.held_out, images.entries, settings.train.validation_split),
+    ):
         stream.verify(dataset, entries, workers=workers)
+        labels = (dataset.load(entry.task, entry.key).label_HW for entry in entries)
+        if all(label_HW is None or (label_HW == IGNORE).all() for label_HW in labels):
+            count, name = counted(len(entries), "label"), settings.data.name
+            raise UserError(f"data.name={name}, split {split}: no pixel of its {count} is of a class, all are ignored; "
+                            "nothing could be learned, or scored. Correct data.id_map or data.label_class_ids; "
+                            "`segadapt check check.samples=8` draws labels.")  # fmt: skip
     keys = [entry.key for entry in images.drawn]
     return class_weights_of(settings.train.losses, images.dataset, keys, workers=workers)

@@ -14,11 +14,12 @@ from segadapt.training.samples import TrainingSamples
 
 
 def write_preview(folder: Path, samples: TrainingSamples, *, count: int) -> None:
-    """{folder}/00000.png ...: `count` crops in the order of training, with their padding; right under their labels.
+    """{folder}/00000.png ...: `count` crops, or all, in the order of training, with their padding; right under labels.
 
     UserError: see stream.batches.
     """
     dataset = samples.dataset
+    count = min(count, len(samples))
     stretches = [range(item, item + samples.batch_size) for item in range(0, count, samples.batch_size)]
     read = batches(samples, stretches, workers=0)
     crops = (crop for batch in read for crop in zip(*batch.to("cpu"), strict=True))

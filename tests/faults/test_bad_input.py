@@ -253,6 +253,9 @@ WEIGHTS = {
     "a config nested without end": (
         0, lambda folder: (folder / "config.json").write_text("[" * 200_000), (),
         (SEGMENTER, "cannot be loaded", "incomplete or damaged", "Download it again")),
+    "a config that is a list": (
+        0, lambda folder: (folder / "config.json").write_text("[]"), (),
+        (SEGMENTER, "config.json holds no names", "holds no names with values", "Fetch the folder again")),
     "another kind of model": (
         0, lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": "bert"})), (),
         (SEGMENTER, "model_type 'bert'", "expected one of segformer, ", "Give the folder")),

@@ -135,7 +135,10 @@ def _faults(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list
 def _check_config(backbone: str, found: dict[str, Any], encoder: Any) -> None:
     """UserError: an encoder of another kind or size, or other in what no shape of a weight tells."""
     kind = encoder.config_class  # not that of encoder.config, which may be a subclass of ours
-    if found.get("model_type") != kind.model_type:
+    if "model_type" not in found:
+        raise UserError(f"{SETTING}={backbone}: expected a folder with config.json and model.safetensors, or a file of "
+                        "weights; there is no config.json with a model_type. Of a run give its model/.")  # fmt: skip
+    if found["model_type"] != kind.model_type:
         raise UserError(f"{SETTING}={backbone}: config.json has model_type {found.get('model_type')!r}; expected "
                         f"{kind.model_type}. Give weights of that architecture.")  # fmt: skip
     theirs = kind.from_dict(found)

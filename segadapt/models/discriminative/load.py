@@ -1,6 +1,6 @@
 """Segmenters from folders, hub ids and files of other code bases, strictly; or with random weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -73,6 +73,9 @@ def _read_folder(
     source, where = open_folder(checkpoint, SETTING, revision=revision, allow_pickle=allow_pickle)
     with explain_checkpoint_errors("discriminative model", checkpoint, SETTING):
         found, _ = PreTrainedConfig.get_config_dict(source, **where)
+        if not isinstance(found, Mapping):
+            raise UserError(f"{SETTING}={checkpoint}: config.json holds no names with values. Fetch the folder again, "
+                            "or correct the file.")  # fmt: skip
         # transformers takes a missing config.json for an empty one and would build its default architecture
         if "model_type" not in found and Path(source, "model", "config.json").is_file():
             raise UserError(f"{SETTING}={checkpoint} is the folder of a run; expected the model in it. Give "
@@ -186,17 +189,26 @@ def make_segmenter(
             values of which no net can be made, or gradient_checkpointing with a family that cannot recompute.
     """
     made = config_of(family, config, num_classes, classes=classes)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), explain_config("no net can be made of it"):
         torch.manual_seed(seed)
-        try:
-            net = FAMILIES[family].net(made)
-        except UserError:
-            raise
-        except (ValueError, ArithmeticError, RuntimeError) as error:  # of a size of 0, say
-            said = " ".join(str(error).split()).rstrip(".")
-            raise UserError(f"model.discriminative.config: {said}. Correct it, or leave it out.") from error
+        net = FAMILIES[family].net(made)
     net.to(torch.device(device))
     return NetSegmenter(net, channel_order=channel_order, gradient_checkpointing=gradient_checkpointing)
+
+
+@contextmanager
+def explain_config(what: str) -> Iterator[None]:
+    """Turn what a net says of its own config into one UserError line; only its making, or one forward, belongs inside.
+
+    Lists of other lengths, sizes of 0, heads that do not divide: what transformers does not ask for.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": .")
+        raise UserError(f"model.discriminative.config: {what}: {said}. Correct it, or leave it out.") from error
 
 
 def config_of(
@@ -254,7 +266,7 @@ def _check_keys(config: Mapping[str, Any], kind: type[PreTrainedConfig], prefix:
         inner = value.get("model_type", "") if isinstance(value, Mapping) else ""
         if inner in CONFIG_MAPPING:
             _check_keys(value, CONFIG_MAPPING[inner], f"{prefix}.{key}")
-        elif inner:
+        elif inner or inner is None:
             raise UserError(f"{prefix}.{key}.model_type={inner} is no model of transformers."
                             f"{did_you_mean(str(inner), CONFIG_MAPPING)}")  # fmt: skip
 
