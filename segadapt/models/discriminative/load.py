@@ -228,6 +228,8 @@ def config_of(
     label2id = {label: index for index, label in id2label.items()}
     try:
         made = kind.config(**{**config, "id2label": id2label, "label2id": label2id})
+    except UserError:
+        raise
     except (StrictDataclassError, ValueError) as error:
         raise UserError(f"model.discriminative.config: {_said(error)}. Correct it, or leave it out.") from error
     _check_swin(getattr(made, "backbone_config", None))
