@@ -148,6 +148,11 @@ def _train(
     if state is not None:
         refuse_other_weights(folder, state, weights)
     else:
+        if t.validation_split == settings.data.split:
+            said = (f"train.validation_split={t.validation_split}: the images are those that are trained on; their "
+                    "scores say how well these were learned, not how others are classified. Set "
+                    "train.validation_split to a split of its own, unless that is meant.")  # fmt: skip
+            terminal.warnings.print(said, highlight=False, soft_wrap=True, markup=False)
         world.by_main(lambda: _verify(settings, both, terminal))  # the others wait for it
     said = {"is_new": is_new, "job_type": "pretrain", "score": ("top1", "top-1")}
     log = open_log(settings, world, terminal, folder, checkpoints.newest, state, stack, **said)
@@ -169,11 +174,12 @@ def _train(
     own = {**whole_origin, "segadapt": __version__}
     training.fit(samples, checkpoints, asked, lambda: {"origin": own, **times.state_dict()})
     kept = training.kept_scores
+    num_shared = len(held_out.keys) if t.validation_split == settings.data.split else 0
     results = {
         "steps": training.step,
         **times.state_dict(),
         "validation": {name: score for name, score in kept.items() if name != "step"},
-        "validated_on": {"split": t.validation_split, "images": len(held_out.keys)},
+        "validated_on": {"split": t.validation_split, "images": len(held_out.keys), "trained_on": num_shared},
         "kept": {"rule": t.keep, "step": kept["step"],
                  "chosen_on": "nothing" if t.keep == "last" else f"top-1 of all images of {t.validation_split}"},
         "last": training.last,

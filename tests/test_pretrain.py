@@ -125,7 +125,7 @@ def test_what_a_run_leaves(whole):
     results = json.loads((whole / "results.json").read_text())
     assert results["classes"] == list(THREE)
     assert set(results["validation"]) == {"top1"}  # of three classes five would always be right
-    assert results["validated_on"] == {"split": "val", "images": 6}
+    assert results["validated_on"] == {"split": "val", "images": 6, "trained_on": 0}
     assert results["training"]["images"] == 12
     assert 0 <= results["validation"]["top1"] <= 1
     assert results["best"]["top1"] == max(line["top1"] for line in lines_of(whole) if "top1" in line)
@@ -228,6 +228,12 @@ def test_settings_without_effect_are_refused(tmp_path, said):
     with pytest.raises(UserError, match=f"^{said}"):
         pretrain.run(pretraining(tmp_path, *SMALL_IMAGES, *REFUSED[said]), console=QUIET)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_validation_on_what_is_trained_on_is_said(tmp_path, capsys):
+    results = pretrain.run(tiny(tmp_path, "data.split=val"))
+    assert results["validated_on"] == {"split": "val", "images": 6, "trained_on": 6}
+    assert "train.validation_split=val: the images are those that are trained on" in capsys.readouterr().out
 
 
 def test_a_damaged_image_is_found_before_the_first_step(tmp_path, monkeypatch):

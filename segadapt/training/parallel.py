@@ -229,8 +229,10 @@ def spread(module: nn.Module, net: nn.Module, world: World, *, is_recorded: bool
         group = world.mesh["dp"].get_group() if world.mesh is not None else None
         nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
     if world.kind == "ddp" and is_recorded:
-        for tensor in [*module.parameters(), *module.buffers()]:  # as DDP does
-            dist.broadcast(tensor.detach(), 0)
+        for tensor in (each.detach() for each in [*module.parameters(), *module.buffers()]):  # as DDP does
+            first = tensor.contiguous()  # NCCL sends no other
+            dist.broadcast(first, 0)
+            tensor.copy_(first)
     elif world.kind == "ddp":
         # of a side of length 1 any stride is right
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
