@@ -16,7 +16,7 @@ from segadapt.errors import UserError, counted
 from segadapt.losses import ClassWeights, Objective, check_losses, losses_on, reduction_of
 from segadapt.models.build import build_segmenter, refuse_unexpected_weights
 from segadapt.models.discriminative.backbone import start_from
-from segadapt.models.discriminative.load import explain_config, make_segmenter
+from segadapt.models.discriminative.make import explain_config, make_segmenter
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.set_up import fingerprint
 from segadapt.protocol import peak_memory_gib, rule_of, versions, without

@@ -22,7 +22,7 @@ from segadapt import config, wandb_mirror
 from segadapt.__main__ import main
 from segadapt.models import set_up
 from segadapt.models.combined import Combined
-from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.generative.prompts import PromptEmbeddings, save_embeddings
 from segadapt.models.generative.sd3 import Sd3, save_generative

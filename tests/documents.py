@@ -15,7 +15,7 @@ from sd3_folder import build_sd3_folder
 
 from segadapt.__main__ import VERBS
 from segadapt.corruptions import COMMON
-from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -22,7 +22,8 @@ from segadapt.config_training import TrainConfig
 from segadapt.errors import UserError
 from segadapt.models.discriminative.backbone import load_backbone
 from segadapt.models.discriminative.families import FAMILIES
-from segadapt.models.discriminative.load import load_segmenter, make_segmenter
+from segadapt.models.discriminative.load import load_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 from segadapt.models.set_up import fingerprint
 from segadapt.parse import from_overrides
 

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from training_runs import QUIET, lines_of, training
 
 from segadapt import train
-from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 
 CONFIG = {
     "depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 16, 16], "num_attention_heads": [1, 1, 2, 2],

@@ -17,7 +17,7 @@ from segadapt.methods.learner import Learner
 from segadapt.models.build import build_models
 from segadapt.models.combined import Combined
 from segadapt.models.discriminative import Segmenter
-from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 from segadapt.models.generative import Teacher
 from segadapt.models.set_up import fingerprint
 

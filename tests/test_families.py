@@ -12,7 +12,7 @@ from segadapt import train
 from segadapt.config_training import TrainConfig
 from segadapt.errors import UserError
 from segadapt.models.discriminative.families import FAMILIES
-from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 from segadapt.models.discriminative.segmenter import NetSegmenter
 
 CONVNEXT = {"model_type": "convnext", "hidden_sizes": [8] * 4, "depths": [1] * 4,

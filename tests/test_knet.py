@@ -16,7 +16,7 @@ from segadapt import train
 from segadapt.config_training import TrainConfig
 from segadapt.errors import UserError
 from segadapt.losses import ClassWeights
-from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 from segadapt.training.optimizer import parameter_groups
 
 CONFIG = UPERNET | {"update_size": 8, "update_heads": 4, "feedforward_size": 12, "dropout": 0.0}

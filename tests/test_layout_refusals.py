@@ -9,7 +9,7 @@ from training_runs import QUIET, training
 
 from segadapt import train
 from segadapt.errors import UserError
-from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 from segadapt.training.parallel import World, refuse_parts
 from segadapt.training.pipeline import refuse_pipeline, stages_of
 from segadapt.training.tensor_parallel import segformer_plan

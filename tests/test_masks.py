@@ -21,7 +21,8 @@ from segadapt.errors import UserError
 from segadapt.losses import Objective, check_losses, settings
 from segadapt.models.discriminative import Outputs, Queries
 from segadapt.models.discriminative.backbone import load_backbone
-from segadapt.models.discriminative.load import load_segmenter, make_segmenter
+from segadapt.models.discriminative.load import load_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 from segadapt.models.set_up import fingerprint
 from segadapt.training.loop import Training
 from segadapt.training.optimizer import parameter_groups
@@ -331,7 +332,8 @@ def test_its_weights_begin_as_its_authors_have_them_whatever_the_version_of_tran
 
 def test_sizes_of_which_no_net_can_be_made_are_one_line():
     with pytest.raises(
-        UserError, match=r"^model\.discriminative\.config: embed_dim must be div[^\n]* 30[^\n]*\. Correct"
+        UserError,
+        match=r"^model\.discriminative\.config: no net can be made of it: embed_dim must be div[^\n]* 30[^\n]*\. Correct",
     ):
         make_segmenter("mask2former", MASK2FORMER | {"hidden_dim": 30, "num_attention_heads": 4}, CLASSES)
 

@@ -21,7 +21,8 @@ from segadapt.losses import ClassWeights
 from segadapt.methods import METHODS
 from segadapt.methods.build import build_method
 from segadapt.models.discriminative.convolutional import Classifier
-from segadapt.models.discriminative.load import load_segmenter, make_segmenter
+from segadapt.models.discriminative.load import load_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 from segadapt.parse import options_of
 
 STRIDE = {"segadapt_deeplabv3": 8, "segadapt_hrnet": 4, "segadapt_hrnet_ocr": 4}

@@ -21,7 +21,7 @@ from segadapt import pretrain, train
 from segadapt.datasets.toytown import CLASSES
 from segadapt.errors import UserError
 from segadapt.models.discriminative.keymaps import encoder_names, nvidia_names
-from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 from segadapt.pretrain import OFFICIAL
 from segadapt.training import loop
 from segadapt.training.classification import SoftCrossEntropy, make_classifier, ranks

@@ -12,7 +12,8 @@ from training_runs import training
 from segadapt import train
 from segadapt.errors import UserError
 from segadapt.models.build import build_models
-from segadapt.models.discriminative.load import load_segmenter, make_segmenter
+from segadapt.models.discriminative.load import load_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 from segadapt.models.set_up import fingerprint
 
 CONFIGS = {

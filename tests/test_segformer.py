@@ -15,7 +15,8 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 from segadapt.errors import UserError
 from segadapt.models.discriminative import load as loading
-from segadapt.models.discriminative.load import load_segmenter, make_segmenter
+from segadapt.models.discriminative.load import load_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 
 
 @pytest.fixture(scope="module")

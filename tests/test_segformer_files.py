@@ -15,7 +15,8 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from segadapt.errors import UserError
 from segadapt.models.discriminative import keymaps
-from segadapt.models.discriminative.load import load_segmenter, make_segmenter
+from segadapt.models.discriminative.load import load_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 from segadapt.models.set_up import fingerprint
 from segadapt.record import RunFolder
 from segadapt.training.optimizer import parameter_groups

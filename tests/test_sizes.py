@@ -11,7 +11,7 @@ from quick_settings import quick_settings
 
 from segadapt.config_training import TrainConfig, TransformSettings
 from segadapt.errors import UserError
-from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 from segadapt.training.sizes import TrainingCrop, aligned, check_sizes, collate, corner, target_size
 from segadapt.training.transforms import transform
 

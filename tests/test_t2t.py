@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from segadapt.errors import UserError
 from segadapt.models.discriminative.backbone import load_backbone
-from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 from segadapt.models.discriminative.t2t import (
     DropPath,
     T2tConfig,

@@ -20,7 +20,8 @@ from segadapt.errors import UserError
 from segadapt.methods.build import build_method
 from segadapt.models.discriminative.backbone import load_backbone
 from segadapt.models.discriminative.foreign import explain_arguments, explain_images, own_names, pools_images
-from segadapt.models.discriminative.load import load_segmenter, make_segmenter
+from segadapt.models.discriminative.load import load_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 from segadapt.training.parallel import World, spread
 
 

@@ -12,7 +12,7 @@ from quick_settings import quick_settings
 from safetensors.torch import save_file
 
 from segadapt.__main__ import VERBS
-from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 
 PYTHON_STUB = """#!/bin/bash
 case $1 in

@@ -16,7 +16,8 @@ from transformers.models.mask2former import modeling_mask2former
 from segadapt.errors import UserError
 from segadapt.models.discriminative.backbone import load_backbone
 from segadapt.models.discriminative.families import FAMILIES
-from segadapt.models.discriminative.load import load_segmenter, make_segmenter
+from segadapt.models.discriminative.load import load_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 from segadapt.models.discriminative.semantic_map import FLOOR, semantic_map
 from segadapt.models.set_up import fingerprint
 

@@ -16,7 +16,7 @@ from segadapt.errors import UserError
 from segadapt.losses import ClassWeights
 from segadapt.models.discriminative.backbone import load_backbone
 from segadapt.models.discriminative.families import FAMILIES
-from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 from segadapt.models.discriminative.upernet import average_pool
 from segadapt.models.set_up import fingerprint
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from segadapt.models.discriminative.load import make_segmenter
+from segadapt.models.discriminative.make import make_segmenter
 
 BRANCHES = {"hidden_sizes": [4, 8, 12, 16], "modules": [1, 2, 1], "blocks": 1, "stem_size": 4}
 TINY = {  # family: config

@@ -14,7 +14,7 @@ from transformers import SegformerForImageClassification
 from segadapt.config_pretraining import PretrainConfig
 from segadapt.datasets.image_folder import ImageFolder
 from segadapt.losses.objective import Terms
-from segadapt.models.discriminative.load import config_of, explain_config
+from segadapt.models.discriminative.make import config_of, explain_config
 from segadapt.models.discriminative.segmenter import NetSegmenter
 from segadapt.models.precision import autocast
 from segadapt.stream import batches
@@ -45,7 +45,7 @@ def make_classifier(
     device: torch.device,
     gradient_checkpointing: bool = False,
 ) -> Classifier:
-    """With random weights, which depend on the seed alone. UserError: see load.config_of.
+    """With random weights, which depend on the seed alone. UserError: see make.config_of.
 
     Args:
         config: keyword arguments of SegformerConfig.
