@@ -331,10 +331,8 @@ def test_its_weights_begin_as_its_authors_have_them_whatever_the_version_of_tran
 
 
 def test_sizes_of_which_no_net_can_be_made_are_one_line():
-    with pytest.raises(
-        UserError,
-        match=r"^model\.discriminative\.config: no net can be made of it: embed_dim must be div[^\n]* 30[^\n]*\. Correct",
-    ):
+    said = r"^model\.discriminative\.config: no net can be made of it: embed_dim must be div[^\n]* 30[^\n]*\. Correct"
+    with pytest.raises(UserError, match=said):
         make_segmenter("mask2former", MASK2FORMER | {"hidden_dim": 30, "num_attention_heads": 4}, CLASSES)
 
 
