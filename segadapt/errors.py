@@ -9,7 +9,7 @@ class UserError(ValueError):
 
 
 def did_you_mean(got: str, valid: Iterable[str]) -> str:
-    """Return ' Did you mean X?' for the nearest valid name; ' Choose from: ...' where none is near."""
+    """' Did you mean X?' of a valid name that begins so, or the nearest; ' Choose from: ...' where none is near."""
     names = sorted(valid)
     longer = [name for name in names if len(got) > 3 and name.startswith(got)]
     near = longer or difflib.get_close_matches(got, names, n=1, cutoff=0.6)
@@ -19,6 +19,11 @@ def did_you_mean(got: str, valid: Iterable[str]) -> str:
         return " There is none."
     shown = ", ".join(names[:60]) + (", ..." if len(names) > 60 else "")
     return f" Choose from: {shown}."
+
+
+def in_one_line(error: Exception) -> str:
+    """KeyError: 'foo'; at most 200 characters of what another package said, without an end."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": .")
 
 
 def counted(count: int, one: str, more: str | None = None) -> str:

@@ -140,6 +140,7 @@ def _train(
 ) -> dict[str, Any]:
     """The loop; then the kept weights and results.json. What is opened here is closed with the stack."""
     t, (images, held_out) = settings.train, both
+    num_shared = len(held_out.keys) if t.validation_split == settings.data.split else 0
     checkpoints, state = gone_on_from(settings, origin, world, terminal, folder)
     times = Times(state)
     main = own_device(settings, world)
@@ -148,7 +149,7 @@ def _train(
     if state is not None:
         refuse_other_weights(folder, state, weights)
     else:
-        if t.validation_split == settings.data.split:
+        if num_shared:
             said = (f"train.validation_split={t.validation_split}: the images are those that are trained on; their "
                     "scores say how well these were learned, not how others are classified. Set "
                     "train.validation_split to a split of its own, unless that is meant.")  # fmt: skip
@@ -174,7 +175,6 @@ def _train(
     own = {**whole_origin, "segadapt": __version__}
     training.fit(samples, checkpoints, asked, lambda: {"origin": own, **times.state_dict()})
     kept = training.kept_scores
-    num_shared = len(held_out.keys) if t.validation_split == settings.data.split else 0
     results = {
         "steps": training.step,
         **times.state_dict(),

@@ -193,6 +193,12 @@ def test_an_error_without_words_is_not_quoted(tmp_path):
         put(made(), tmp_path / "junk.pth", allow_pickle=True)
 
 
+def test_a_folder_without_a_config_says_what_is_expected(tmp_path):
+    (tmp_path / "picture.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^model\.discriminative\.backbone=[^\n]*: expected a folder with config"):
+        put(made(), tmp_path)
+
+
 def test_what_no_shape_tells_is_compared(folder, tmp_path):
     """Twice the heads, half as wide: every weight has the same shape."""
     found = json.loads((folder / "config.json").read_text()) | {"num_attention_heads": [2, 4, 10, 16]}

@@ -284,6 +284,16 @@ def test_what_no_segformer_can_be_is_one_line(tmp_path, wrong, said):
         train.run(settings)
 
 
+@pytest.mark.parametrize("name", ["attention_probs_dropout_prob", "drop_path_rate"])
+@pytest.mark.parametrize("share", [-0.1, 1, 3])
+def test_a_share_to_drop_that_is_none_is_refused(tmp_path, name, share):
+    settings = training(tmp_path)
+    settings.model.discriminative.config |= {name: share}
+    said = rf"^model\.discriminative\.config\.{name}={share}: expected at least 0 and less than 1\. Correct it\.$"
+    with pytest.raises(UserError, match=said):
+        train.run(settings)
+
+
 def test_what_no_classifier_can_be_is_one_line(tmp_path):
     settings = tiny(tmp_path)
     settings.model.discriminative.config |= {"depths": [1, 1, 1]}

@@ -126,6 +126,7 @@ def test_twelve_steps_lower_the_loss_and_everything_that_trains_has_a_gradient(b
         ({"num_heads": [1, 1, 2]}, r"num_heads=\[1, 1, 2\]: expected one number a stage"),
         ({"num_heads": [1, 1, 2, 0]}, r"num_heads=\[1, 1, 2, 0\]: expected one number a stage"),
         ({"window_size": 0}, "window_size=0: expected 1 or more"),
+        ({"drop_path_rate": 1.5}, r"drop_path_rate=1\.5: expected at least 0 and less than 1"),
         ({"model_type": "swn"}, r"model_type=swn is no model of transformers\. Did you mean swin\?"),
     ],
 )

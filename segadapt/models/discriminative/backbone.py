@@ -139,7 +139,7 @@ def _check_config(backbone: str, found: dict[str, Any], encoder: Any) -> None:
         raise UserError(f"{SETTING}={backbone}: expected a folder with config.json and model.safetensors, or a file of "
                         "weights; there is no config.json with a model_type. Of a run give its model/.")  # fmt: skip
     if found["model_type"] != kind.model_type:
-        raise UserError(f"{SETTING}={backbone}: config.json has model_type {found.get('model_type')!r}; expected "
+        raise UserError(f"{SETTING}={backbone}: config.json has model_type {found['model_type']!r}; expected "
                         f"{kind.model_type}. Give weights of that architecture.")  # fmt: skip
     theirs = kind.from_dict(found)
     for name in (*SIZES, *NO_SHAPE_TELLS):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from segadapt.errors import UserError
+from segadapt.errors import UserError, in_one_line
 from segadapt.models.discriminative.convolutional import ConvolutionalNet
 from segadapt.models.discriminative.dinov2 import covering
 from segadapt.models.discriminative.keymaps import add_counters
@@ -73,8 +73,9 @@ def explain_arguments(said: str) -> Iterator[None]:
         yield
     # RuntimeError: a tag that timm doesn't know
     except (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": .")
-        raise UserError(f"{SETTING}: {said} cannot be built: {why}. Correct encoder_name or options.") from error
+        raise UserError(
+            f"{SETTING}: {said} cannot be built: {in_one_line(error)}. Correct encoder_name or options."
+        ) from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from segadapt.errors import UserError, did_you_mean
+from segadapt.errors import UserError, did_you_mean, in_one_line
 from segadapt.models.discriminative.families import FAMILIES
 from segadapt.models.discriminative.segmenter import NetSegmenter
 
@@ -57,8 +57,7 @@ def explain_config(what: str) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "  # its name says what is wrong
-        said = f"{kind}{' '.join(str(error).split())[:200]}".rstrip(": .")
+        said = in_one_line(error).removeprefix("ValueError: ")
         raise UserError(f"model.discriminative.config: {what}: {said}. Correct it, or leave it out.") from error
 
 
@@ -84,8 +83,18 @@ def config_of(
     except (StrictDataclassError, ValueError) as error:
         said = value_at_fault(error)
         raise UserError(f"model.discriminative.config: {said}. Correct it, or leave it out.") from error
-    _check_swin(getattr(made, "backbone_config", None))
+    encoder = getattr(made, "backbone_config", None)
+    _check_drops(made, "model.discriminative.config")
+    _check_drops(encoder, "model.discriminative.config.backbone_config")
+    _check_swin(encoder)
     return made
+
+
+def _check_drops(config: Any, prefix: str) -> None:
+    """UserError: a share of what training drops that is none; transformers asks in the first step, or never."""
+    for name, value in ({} if config is None else vars(config)).items():
+        if "drop" in name and type(value) in (int, float) and not 0 <= value < 1:
+            raise UserError(f"{prefix}.{name}={value}: expected at least 0 and less than 1. Correct it.")
 
 
 def _check_swin(encoder: Any) -> None:
